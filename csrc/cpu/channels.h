@@ -1,0 +1,354 @@
+// Depthwise convolutions and small groups, channels-last: lanes hold channels.
+//
+// A vector covers a block of whole groups: lane l is channel l % C of the block's group
+// l / C. For one row of dX and one block,
+//
+//   dX[h, lane] = sum over taps t, k   dY[h*p_per_h - t*p_per_r, perm_k(lane)] * W[t][k][lane]
+//
+// where perm_k picks out channel k of the lane's own group (the identity if K = C = 1).
+//
+// Tiling: kWidth neighbouring positions of one phase in registers, all taps in turn, so
+// a filter vector serves kWidth multiply-adds, and dY, read in place, comes from L1 for
+// all but its first tap. Widths are multiples that common images divide into; the last
+// tile of a row, and the last block of channels, overlap the one before.
+//
+// Border tiles read zeros where a tap misses dY, which is exact unless the filter has an
+// Inf or a NaN; those blocks do border positions one by one, with their own taps only.
+//
+// Limits: max(C, K) <= kMaxSharedGroup unless C = K = 1; all strides, dilations, types.
+
+#pragma once
+
+#include "job.h"
+#include "vec.h"
+
+namespace convgrad {
+namespace CONVGRAD_ISA {
+namespace {
+
+struct ChannelsState {
+  CpuArgs args;
+  int64_t lanes;         // of the vectors in use
+  int64_t block_groups;  // groups that share one
+  int64_t blocks, task_blocks, block_tasks;
+  int64_t task_rows, row_tasks;
+};
+
+// First group of a block. The last block is moved back to end with the last group.
+CONVGRAD_INLINE int64_t FirstGroup(const ChannelsState& s, int64_t block) {
+  const int64_t g = block * s.block_groups;
+  const int64_t last = s.args.problem.groups - s.block_groups;
+  return g < last ? g : last;
+}
+
+// The packed filter is [block][r0][r1][r2][k][lane].
+template <typename T>
+void ChannelsPackTask(const void* state, int64_t block) {
+  using A = Acc<T>;
+  const ChannelsState& s = *static_cast<const ChannelsState*>(state);
+  const Problem& p = s.args.problem;
+  const int64_t taps = p.axis[0].win * p.axis[1].win * p.axis[2].win;
+  A* to = static_cast<A*>(s.args.filter) + block * taps * p.out_channels * s.lanes;
+  const T* w = static_cast<const T*>(s.args.w) + FirstGroup(s, block) * p.w.group;
+  A taint = 0;
+  for (int64_t l = 0; l < s.lanes; ++l) {
+    const bool live = l < s.block_groups * p.in_channels;
+    const T* lane =
+        w + l / p.in_channels * p.w.group + l % p.in_channels * p.w.in_channel;
+    A* out = to + l;
+    for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
+      for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
+        for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
+          for (int64_t k = 0; k < p.out_channels; ++k) {
+            const int64_t at = r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[2];
+            const A value = live ? LoadOne(lane + at + k * p.w.out_channel) : 0;
+            taint += value * 0;
+            *out = value;
+            out += s.lanes;
+          }
+        }
+      }
+    }
+  }
+  s.args.taint[block] = IsTainted(taint);
+}
+
+// A row of dY that the current row of dX reads, and its row of the packed filter.
+template <typename T>
+struct ReadRow {
+  const T* dy;
+  const Acc<T>* filter;
+};
+
+// What a tile needs to know of its row, phase and block.
+template <typename T, int N>
+struct ChannelsRow {
+  const ReadRow<T>* rows;
+  int64_t row_count;
+  int64_t out;                 // size of dY along the row
+  int64_t p_per_h, p_per_r;    // of the phase
+  int64_t dy_step, tap_step;   // elements between positions of dY, taps of the filter
+  int64_t out_channels;
+  T* dx;  // phase position 0
+  int64_t dx_step;
+  int64_t lanes;  // that are stored
+  Vec<typename IntOf<Acc<T>>::type, N> perm[kMaxSharedGroup];
+};
+
+alignas(64) constexpr unsigned char kZeroLanes[64] = {};
+
+// Positions [i, i + kWidth) of the phase, taps [t_lo, t_hi); tap 0 of i reads p.
+template <typename T, int N, int kWidth, bool kShared, bool kBorder>
+__attribute__((noinline)) void ChannelsTile(const ChannelsRow<T, N>& c, int64_t i,
+                                            int64_t p, int64_t t_lo, int64_t t_hi) {
+  using A = Acc<T>;
+  using V = Vec<A, N>;
+  V sum[kWidth] = {};
+  const int64_t step = c.p_per_h * c.dy_step;
+  for (int64_t r = 0; r < c.row_count; ++r) {
+    const T* row = c.rows[r].dy;
+    const A* filter = c.rows[r].filter + t_lo * c.tap_step;
+    for (int64_t t = t_lo; t < t_hi; ++t) {
+      const int64_t q = p - t * c.p_per_r;
+      const T* x[kWidth];
+#pragma GCC unroll 16
+      for (int j = 0; j < kWidth; ++j) {
+        if constexpr (kBorder) {
+          const int64_t at = q + j * c.p_per_h;
+          const bool inside = static_cast<uint64_t>(at) < static_cast<uint64_t>(c.out);
+          x[j] = inside ? row + at * c.dy_step : reinterpret_cast<const T*>(kZeroLanes);
+        } else {
+          x[j] = row + q * c.dy_step + j * step;
+        }
+      }
+      if constexpr (kShared) {
+        for (int64_t k = 0; k < c.out_channels; ++k) {
+          const V w = Load<N>(filter + k * N);
+          const auto perm = c.perm[k];
+#pragma GCC unroll 16
+          for (int j = 0; j < kWidth; ++j) {
+            sum[j] += Permute<A, N>(Load<N>(x[j]), perm) * w;
+          }
+        }
+      } else {
+        const V w = Load<N>(filter);
+#pragma GCC unroll 16
+        for (int j = 0; j < kWidth; ++j) sum[j] += Load<N>(x[j]) * w;
+      }
+      filter += c.tap_step;
+    }
+  }
+  T* dx = c.dx + i * c.dx_step;
+#pragma GCC unroll 16
+  for (int j = 0; j < kWidth; ++j) {
+    if (c.lanes == N) {
+      Store<N>(dx + j * c.dx_step, sum[j]);
+    } else {
+      A lane[N];
+      Store<N>(lane, sum[j]);
+      for (int64_t l = 0; l < c.lanes; ++l) StoreOne(dx + j * c.dx_step + l, lane[l]);
+    }
+  }
+}
+
+// All `count` positions of a phase in tiles of kWidth.
+template <typename T, int N, int kWidth, bool kShared>
+inline void ChannelsPhase(const ChannelsRow<T, N>& c, const Phase& f, bool exact) {
+  for (int64_t start = 0; start < f.h_count; start += kWidth) {
+    const int64_t i =
+        start + kWidth <= f.h_count ? start : f.h_count - kWidth;  // may overlap
+    const int64_t p = f.p0 + i * f.p_per_h;
+    const int64_t least = p - (f.r_count - 1) * f.p_per_r;
+    if (least >= 0 && p + (kWidth - 1) * f.p_per_h < c.out) {
+      ChannelsTile<T, N, kWidth, kShared, false>(c, i, p, 0, f.r_count);
+    } else if (exact) {
+      for (int64_t j = i; j < i + kWidth; ++j) {
+        const TapRange taps = ValidTaps(f, c.out, j);
+        ChannelsTile<T, N, 1, kShared, false>(c, j, f.p0 + j * f.p_per_h, taps.lo,
+                                              taps.hi);
+      }
+    } else {
+      ChannelsTile<T, N, kWidth, kShared, true>(c, i, p, 0, f.r_count);
+    }
+  }
+}
+
+// Picks the width that covers a phase with least overlap; wider ones on a tie.
+template <typename T, int N, bool kShared>
+inline void ChannelsAnyWidth(const ChannelsRow<T, N>& c, const Phase& f, bool exact) {
+  constexpr bool kMain = N == kLanes<Acc<T>>;  // few widths for the rare narrow vectors
+  constexpr bool kWide = kMain && kVectorRegisters == 32;
+  int64_t width = 1, covered = INT64_MAX;
+  for (const int64_t w : {14, 8, 7, 3}) {
+    if (w > f.h_count || (w == 14 && !kWide) || ((w == 8 || w == 3) && !kMain)) continue;
+    const int64_t cover = CeilDiv(f.h_count, w) * w;
+    if (cover < covered) {
+      width = w;
+      covered = cover;
+    }
+  }
+  if constexpr (kWide) {
+    if (width == 14) return ChannelsPhase<T, N, 14, kShared>(c, f, exact);
+  }
+  if constexpr (kMain) {
+    if (width == 8) return ChannelsPhase<T, N, 8, kShared>(c, f, exact);
+    if (width == 3) return ChannelsPhase<T, N, 3, kShared>(c, f, exact);
+  }
+  if (width == 7) return ChannelsPhase<T, N, 7, kShared>(c, f, exact);
+  ChannelsPhase<T, N, 1, kShared>(c, f, exact);
+}
+
+// A task makes some rows of dX, along axis 1, for some blocks of channels.
+template <typename T, int N, bool kShared>
+void ChannelsTask(const void* state, int64_t index) {
+  using A = Acc<T>;
+  const ChannelsState& s = *static_cast<const ChannelsState*>(state);
+  const CpuArgs& a = s.args;
+  const Problem& p = a.problem;
+  const int64_t block_task = index % s.block_tasks;
+  index /= s.block_tasks;
+  const int64_t row_task = index % s.row_tasks;
+  index /= s.row_tasks;
+  const int64_t h0 = index % p.axis[0].in;
+  const int64_t n = index / p.axis[0].in;
+
+  const Phase& f0 = a.phase[0][h0 % a.phase_count[0]];
+  const int64_t i0 = h0 / a.phase_count[0];
+  const TapRange taps0 = ValidTaps(f0, p.axis[0].out, i0);
+  const int64_t p0 = f0.p0 + i0 * f0.p_per_h;
+  const int64_t win2 = p.axis[2].win;
+  const int64_t tap_size = p.out_channels * N;
+  const int64_t block_size = p.axis[0].win * p.axis[1].win * win2 * tap_size;
+
+  ReadRow<T> rows[kMaxFilterRows];
+  ChannelsRow<T, N> c;
+  c.rows = rows;
+  c.out = p.axis[2].out;
+  c.dy_step = p.dy.axis[2];
+  c.out_channels = p.out_channels;
+  c.lanes = s.block_groups * p.in_channels;
+
+  const int64_t row_end = (row_task + 1) * s.task_rows;
+  const int64_t block_end = (block_task + 1) * s.task_blocks;
+  for (int64_t block = block_task * s.task_blocks; block < block_end && block < s.blocks;
+       ++block) {
+    const int64_t g = FirstGroup(s, block);
+    int64_t channel = g * p.out_channels;
+    if constexpr (kShared) {
+      // A full vector is read, so near the last channel it starts earlier.
+      const int64_t last = p.groups * p.out_channels - N;
+      const int64_t early = channel > last ? channel - last : 0;
+      channel -= early;
+      for (int64_t k = 0; k < p.out_channels; ++k) {
+        for (int l = 0; l < N; ++l) {
+          const int64_t lane = l < c.lanes ? l / p.in_channels * p.out_channels : 0;
+          c.perm[k][l] = static_cast<int32_t>(lane + k + early);
+        }
+      }
+    }
+    const T* dy = static_cast<const T*>(a.dy) + n * p.dy.batch + channel;
+    const A* filter = static_cast<const A*>(a.filter) + block * block_size;
+    const bool exact = a.taint[block] != 0;
+
+    for (int64_t h1 = row_task * s.task_rows; h1 < row_end && h1 < p.axis[1].in; ++h1) {
+      const Phase& f1 = a.phase[1][h1 % a.phase_count[1]];
+      const int64_t i1 = h1 / a.phase_count[1];
+      const TapRange taps1 = ValidTaps(f1, p.axis[1].out, i1);
+      const int64_t p1 = f1.p0 + i1 * f1.p_per_h;
+      int64_t count = 0;
+      for (int64_t t0 = taps0.lo; t0 < taps0.hi; ++t0) {
+        for (int64_t t1 = taps1.lo; t1 < taps1.hi; ++t1) {
+          const int64_t r0 = f0.r0 + t0 * f0.r_step, r1 = f1.r0 + t1 * f1.r_step;
+          rows[count++] = {dy + (p0 - t0 * f0.p_per_r) * p.dy.axis[0] +
+                               (p1 - t1 * f1.p_per_r) * p.dy.axis[1],
+                           filter + (r0 * p.axis[1].win + r1) * win2 * tap_size};
+        }
+      }
+      T* dx = static_cast<T*>(a.dx) + n * p.dx.batch + g * p.dx.group +
+              h0 * p.dx.axis[0] + h1 * p.dx.axis[1];
+      for (int64_t x = 0; x < a.phase_count[2]; ++x) {
+        const Phase& f = a.phase[2][x];
+        c.row_count = count;
+        c.p_per_h = f.p_per_h;
+        c.p_per_r = f.p_per_r;
+        c.tap_step = f.r_step * tap_size;
+        c.dx = dx + f.h0 * p.dx.axis[2];
+        c.dx_step = f.h_step * p.dx.axis[2];
+        for (int64_t r = 0; r < count; ++r) rows[r].filter += f.r0 * tap_size;
+        ChannelsAnyWidth<T, N, kShared>(c, f, exact);
+        for (int64_t r = 0; r < count; ++r) rows[r].filter -= f.r0 * tap_size;
+      }
+    }
+  }
+}
+
+template <typename T, int N, bool kShared>
+inline void PrepareLanes(const CpuArgs& a, CpuJob* job) {
+  constexpr int64_t kEnoughTasks = 192;
+  constexpr int64_t kLeastWork = 100000;  // multiply-adds of vectors
+  constexpr int64_t kTaskRows = 8;
+  const Problem& p = a.problem;
+  ChannelsState s{};
+  s.args = a;
+  s.lanes = N;
+  s.block_groups =
+      N / (p.in_channels > p.out_channels ? p.in_channels : p.out_channels);
+  if (s.block_groups > p.groups) s.block_groups = p.groups;
+  s.blocks = CeilDiv(p.groups, s.block_groups);
+  s.task_blocks = s.blocks;
+  s.task_rows = p.axis[1].in < kTaskRows ? p.axis[1].in : kTaskRows;
+  const int64_t taps = p.axis[0].win * p.axis[1].win * p.axis[2].win;
+  while (true) {
+    s.row_tasks = CeilDiv(p.axis[1].in, s.task_rows);
+    s.block_tasks = CeilDiv(s.blocks, s.task_blocks);
+    const int64_t tasks = p.batch * p.axis[0].in * s.row_tasks * s.block_tasks;
+    const int64_t work = s.task_rows * s.task_blocks * p.axis[2].in * p.out_channels *
+                         (4 + taps / a.phase_count[2] / a.phase_count[1]);
+    if (tasks >= kEnoughTasks || work < 2 * kLeastWork) break;
+    if (s.task_blocks > 2) {
+      s.task_blocks = CeilDiv(s.task_blocks, 2);
+    } else if (s.task_rows > 1) {
+      s.task_rows = CeilDiv(s.task_rows, 2);
+    } else {
+      break;
+    }
+  }
+  // The last block overlaps its predecessor, so they belong in one task.
+  if (s.task_blocks == 1 && s.blocks > 1 && p.groups % s.block_groups != 0) {
+    s.task_blocks = 2;
+  }
+  if (s.task_blocks > 1 && s.blocks % s.task_blocks == 1 &&
+      p.groups % s.block_groups != 0) {
+    s.task_blocks = s.blocks;
+  }
+  s.block_tasks = CeilDiv(s.blocks, s.task_blocks);
+  s.row_tasks = CeilDiv(p.axis[1].in, s.task_rows);
+  SetState(job, s);
+  job->stages = 2;
+  job->stage[0] = {s.blocks, ChannelsPackTask<T>};
+  job->stage[1] = {p.batch * p.axis[0].in * s.row_tasks * s.block_tasks,
+                   ChannelsTask<T, N, kShared>};
+}
+
+// The widest vectors that the problem can fill; the planner has made sure of one.
+template <typename T>
+void PrepareChannels(const CpuArgs& a, CpuJob* job) {
+  using A = Acc<T>;
+  const Problem& p = a.problem;
+  constexpr int kNative = kLanes<A>;
+  if (p.in_channels == 1 && p.out_channels == 1) {
+    if (p.groups >= kNative) return PrepareLanes<T, kNative, false>(a, job);
+    if constexpr (kNative > 4) {
+      if (p.groups >= 4) return PrepareLanes<T, 4, false>(a, job);
+    }
+    return PrepareLanes<T, 1, false>(a, job);
+  }
+  // A vector has to hold a whole group.
+  constexpr int kWide = kNative < kMaxSharedGroup ? kMaxSharedGroup : kNative;
+  if (p.groups * p.out_channels >= kWide) return PrepareLanes<T, kWide, true>(a, job);
+  PrepareLanes<T, 4, true>(a, job);
+}
+
+}  // namespace
+}  // namespace CONVGRAD_ISA
+}  // namespace convgrad

@@ -1,0 +1,98 @@
+// What kernel_cpu.cc, compiled for the baseline processor, hands to the kernels,
+// which are compiled once per instruction set (kernels.cc), and what it gets back.
+//
+// The rule that keeps the library running on an old processor: a translation unit
+// compiled for AVX must not emit an inline or template function with external
+// linkage, because the linker keeps one copy of those for the whole library and may
+// keep the AVX one. So nothing of the standard library crosses this boundary, the
+// phases arrive as tables, and the kernels live in unnamed namespaces.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../kernel.h"
+#include "../phase.h"
+
+namespace convgrad {
+
+// The tile of dX, rows x width pixels of one plane, that a task of the planes kernel
+// makes, and the columns of dY that it reads, over-reads of whole vectors included.
+// rows = 0 if no tile is small enough.
+struct PlaneTile {
+  int64_t rows, width, cols;
+};
+
+struct CpuArgs {
+  Problem problem;
+  const void* dy;
+  const void* w;
+  void* dx;
+
+  // Along axis a: phase[a][0 .. phase_count[a]). Phases beyond the input are left
+  // out, so phase_count is at most axis[a].in and every phase has a position.
+  const Phase* phase[kAxes];
+  int64_t phase_count[kAxes];
+
+  // Parts of the workspace; which of them exist depends on the kernel.
+  void* filter;          // the packed filter, in the accumulation type
+  unsigned char* taint;  // a byte per filter packing task: it met an Inf or a NaN
+  void* zeros;           // out_channels zeros, in the accumulation type
+  void* packed_dy;       // channels-last dY in the accumulation type, or null: read dY
+  PlaneTile plane_tile;  // of the planes kernel
+};
+
+// task(0) .. task(count - 1) of a stage may run in any order on any threads; a stage
+// starts when the one before it has finished.
+struct CpuStage {
+  int64_t count;
+  void (*task)(const void* state, int64_t index);
+};
+
+constexpr int kMaxStages = 3;
+constexpr int kStateBytes = 1024;
+
+struct CpuJob {
+  int stages = 0;
+  CpuStage stage[kMaxStages];
+  alignas(64) unsigned char state[kStateBytes];  // the kernel's own, trivially copyable
+};
+
+template <typename State>
+inline __attribute__((always_inline)) void SetState(CpuJob* job, const State& state) {
+  static_assert(sizeof(State) <= kStateBytes, "enlarge kStateBytes");
+  __builtin_memcpy(job->state, &state, sizeof(state));
+}
+
+// The kernels of one instruction set. Each fills in the job and computes nothing.
+struct CpuKernels {
+  void (*direct)(const CpuArgs& args, CpuJob* job);
+  void (*gemm)(const CpuArgs& args, CpuJob* job);
+  void (*channels)(const CpuArgs& args, CpuJob* job);  // lanes hold channels
+  void (*planes)(const CpuArgs& args, CpuJob* job);    // lanes hold pixels
+};
+
+// Limits that the planner and the kernels share, whatever the instruction set.
+
+// gemm: filter columns are padded to at most this many.
+constexpr int64_t kMaxPanelColumns = 64;
+constexpr int64_t kMinPanelColumns = 4;
+constexpr int64_t kFilterPackChannels = 64;  // out channels that one packing task takes
+
+// channels: the largest group (in or out channels) that a vector is shared by, and
+// the most filter rows (taps of the two leading axes) that one output row sees.
+constexpr int64_t kMaxSharedGroup = 8;
+constexpr int64_t kMaxFilterRows = 1024;
+constexpr int64_t kMaxLanes = 16;
+
+// planes: the window of dY that one task keeps on its stack, and the longest row of
+// dX that it makes at a time, both in the accumulation type.
+constexpr int64_t kWindowBytes = 48 * 1024;
+constexpr int64_t kRowBytes = 2 * 1024;
+constexpr int64_t kMaxRowPhases = 16;
+constexpr int64_t kPlaneChannels = 4;  // channels of dX made at a time
+
+// Always inlined, for the reason above.
+__attribute__((always_inline)) constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace convgrad

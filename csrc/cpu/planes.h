@@ -1,0 +1,377 @@
+// Pixels in lanes: depthwise and small groups channels-first, and few channels in any
+// layout.
+//
+// A task makes a tile of dX, `rows` x `width` pixels of every channel of a group, from
+// a window of dY that it first copies to its stack: [k][p0][p1][column] in the
+// accumulation type, whatever dY's layout, with columns outside dY set to zero. Then for
+// one row, one phase along it and one block of channels
+//
+//   dX[c, i] += dY[k, p - t*p_per_r + i] * W[k, t, c]      i in lanes,
+//
+// a register tile of kChannels x kVecs accumulators that shares the loads of dY among
+// channels and each filter scalar among vectors. The phases of a row are put together in
+// a row buffer and stored contiguously. Taps that miss dY along axes 0 and 1 are skipped.
+//
+// Zero columns are exact unless the filter holds an Inf or a NaN: such a group is
+// computed by the definition.
+//
+// Limits: p_per_h = 1 along the row (lhs_dilation divides stride), at most kMaxRowPhases
+// phases, and a window that fits: ChoosePlaneTile in kernel_cpu.cc.
+
+#pragma once
+
+#include "direct.h"
+#include "job.h"
+#include "vec.h"
+
+namespace convgrad {
+namespace CONVGRAD_ISA {
+namespace {
+
+struct PlanesState {
+  CpuArgs args;
+  PlaneTile tile;
+  int64_t row_tasks, column_tasks;
+  int64_t filter_channels;  // in_channels rounded up
+};
+
+// The packed filter is [group][k][r0][r1][r2][c].
+template <typename T>
+void PlanesPackTask(const void* state, int64_t g) {
+  using A = Acc<T>;
+  const PlanesState& s = *static_cast<const PlanesState*>(state);
+  const Problem& p = s.args.problem;
+  const int64_t taps = p.axis[0].win * p.axis[1].win * p.axis[2].win;
+  A* to = static_cast<A*>(s.args.filter) + g * p.out_channels * taps * s.filter_channels;
+  const T* w = static_cast<const T*>(s.args.w) + g * p.w.group;
+  A taint = 0;
+  for (int64_t k = 0; k < p.out_channels; ++k) {
+    for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
+      for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
+        for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
+          const T* from = w + k * p.w.out_channel + r0 * p.w.axis[0] +
+                          r1 * p.w.axis[1] + r2 * p.w.axis[2];
+          for (int64_t c = 0; c < s.filter_channels; ++c) {
+            const A value = c < p.in_channels ? LoadOne(from + c * p.w.in_channel) : 0;
+            taint += value * 0;
+            *to++ = value;
+          }
+        }
+      }
+    }
+  }
+  s.args.taint[g] = IsTainted(taint);
+}
+
+CONVGRAD_INLINE int64_t FloorDiv(int64_t a, int64_t b) {
+  return a >= 0 ? a / b : -((-a + b - 1) / b);
+}
+
+// Positions [lo, hi) of dY that inputs [h_lo, h_hi) read along an axis, unclipped.
+struct Reach {
+  int64_t lo, hi;
+};
+
+CONVGRAD_INLINE Reach ReachOf(const Axis& x, int64_t h_lo, int64_t h_hi) {
+  const int64_t least = h_lo * x.lhs_dilation + x.pad_lo - (x.win - 1) * x.rhs_dilation;
+  const int64_t most = (h_hi - 1) * x.lhs_dilation + x.pad_lo;
+  return {-FloorDiv(-least, x.stride), FloorDiv(most, x.stride) + 1};
+}
+
+CONVGRAD_INLINE Reach Clip(Reach r, int64_t out) {
+  if (r.lo < 0) r.lo = 0;
+  if (r.hi > out) r.hi = out;
+  if (r.hi < r.lo) r.hi = r.lo;
+  return r;
+}
+
+// The window of dY on the stack.
+template <typename A>
+struct Window {
+  A* data;
+  Reach p0, p1;    // clipped to dY
+  int64_t column;  // which position of dY column 0 is
+  int64_t cols;    // elements from row to row
+  int64_t k_step;  // from channel to channel
+};
+
+// Copies the window in.
+template <typename T>
+inline void FillWindow(const Problem& p, const T* dy, const Window<Acc<T>>& win) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  // Columns [lo, hi) of the window are inside dY.
+  int64_t lo = -win.column, hi = p.axis[2].out - win.column;
+  if (lo < 0) lo = 0;
+  if (hi > win.cols) hi = win.cols;
+  if (lo > win.cols) lo = win.cols;
+  if (hi < lo) hi = lo;
+  const int64_t step = p.dy.axis[2];
+  A* to = win.data;
+  for (int64_t q0 = win.p0.lo; q0 < win.p0.hi; ++q0) {
+    for (int64_t q1 = win.p1.lo; q1 < win.p1.hi; ++q1, to += win.cols) {
+      const T* row = dy + q0 * p.dy.axis[0] + q1 * p.dy.axis[1] + win.column * step;
+      int64_t k = 0;
+      if (step != 1 && p.dy.channel == 1) {
+        for (; k + L <= p.out_channels; k += L) {  // channels-last: transpose squares
+          A* out = to + k * win.k_step;
+          int64_t i = lo;
+          for (; i + L <= hi; i += L) {
+            Vec<A, L> square[L];
+            for (int j = 0; j < L; ++j) square[j] = Load<L>(row + (i + j) * step + k);
+            Transpose<A, L>(square);
+            for (int j = 0; j < L; ++j) Store<L>(out + j * win.k_step + i, square[j]);
+          }
+          for (; i < hi; ++i) {
+            const Vec<A, L> v = Load<L>(row + i * step + k);
+            for (int j = 0; j < L; ++j) out[j * win.k_step + i] = v[j];
+          }
+        }
+      }
+      for (; k < p.out_channels; ++k) {
+        const T* from = row + k * p.dy.channel;
+        A* out = to + k * win.k_step;
+        int64_t i = lo;
+        if (step == 1) {
+          for (; i + L <= hi; i += L) Store<L>(out + i, Load<L>(from + i));
+        }
+        for (; i < hi; ++i) out[i] = LoadOne(from + i * step);
+      }
+      for (k = 0; k < p.out_channels; ++k) {
+        A* out = to + k * win.k_step;
+        for (int64_t i = 0; i < lo; ++i) out[i] = 0;
+        for (int64_t i = hi; i < win.cols; ++i) out[i] = 0;
+      }
+    }
+  }
+}
+
+// One phase of one row: where tap (0, 0, 0) of position 0 reads in the window, and the
+// taps along each axis as steps back in the window and forward in the filter.
+template <typename A>
+struct PlaneTaps {
+  const A* dy;
+  const A* filter;
+  int64_t out_channels, dy_k_step, filter_k_step;
+  TapRange taps[kAxes];
+  int64_t back[kAxes], forward[kAxes];
+};
+
+// kVecs vectors of positions from i on, of kChannels channels; stored in the row buffer,
+// whose channels are c_step apart.
+template <typename A, int kChannels, int kVecs>
+__attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& f, int64_t i, A* to,
+                                             int64_t c_step) {
+  constexpr int L = kLanes<A>;
+  using V = Vec<A, L>;
+  V sum[kChannels][kVecs] = {};
+  for (int64_t k = 0; k < f.out_channels; ++k) {
+    for (int64_t t0 = f.taps[0].lo; t0 < f.taps[0].hi; ++t0) {
+      for (int64_t t1 = f.taps[1].lo; t1 < f.taps[1].hi; ++t1) {
+        const A* x = f.dy + k * f.dy_k_step - t0 * f.back[0] - t1 * f.back[1] + i;
+        const A* w =
+            f.filter + k * f.filter_k_step + t0 * f.forward[0] + t1 * f.forward[1];
+        for (int64_t t2 = 0; t2 < f.taps[2].hi; ++t2) {
+          V in[kVecs];
+#pragma GCC unroll 8
+          for (int v = 0; v < kVecs; ++v) in[v] = Load<L>(x + v * L);
+#pragma GCC unroll 4
+          for (int c = 0; c < kChannels; ++c) {
+#pragma GCC unroll 8
+            for (int v = 0; v < kVecs; ++v) sum[c][v] += in[v] * w[c];
+          }
+          x -= f.back[2];
+          w += f.forward[2];
+        }
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < kChannels; ++c) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVecs; ++v) Store<L>(to + c * c_step + i + v * L, sum[c][v]);
+  }
+}
+
+// All vectors of a phase of a row.
+template <typename A, int kChannels>
+inline void PlanePhase(const PlaneTaps<A>& f, int64_t vectors, A* to, int64_t c_step) {
+  constexpr int L = kLanes<A>;
+  constexpr int kMost = kVectorRegisters == 32 ? (kChannels == 1 ? 8 : 4)
+                                               : (kChannels > 2 ? 2 : 4);
+  int64_t v = 0;
+  for (; v + kMost <= vectors; v += kMost) {
+    PlaneMultiply<A, kChannels, kMost>(f, v * L, to, c_step);
+  }
+  if constexpr (kMost > 4) {
+    if (v + 4 <= vectors) {
+      PlaneMultiply<A, kChannels, 4>(f, v * L, to, c_step);
+      v += 4;
+    }
+  }
+  if constexpr (kMost > 2) {
+    if (v + 2 <= vectors) {
+      PlaneMultiply<A, kChannels, 2>(f, v * L, to, c_step);
+      v += 2;
+    }
+  }
+  if (v < vectors) PlaneMultiply<A, kChannels, 1>(f, v * L, to, c_step);
+}
+
+// The largest row buffer: kPlaneChannels rows, every phase rounded up to whole vectors.
+template <typename A>
+constexpr int64_t kRowBuffer =
+    kPlaneChannels * (kRowBytes + kMaxRowPhases * 64) / static_cast<int64_t>(sizeof(A));
+
+// Stores `width` pixels of one channel, pixel w from buffer[w % phases][w / phases].
+template <typename T>
+inline void StoreRow(const Acc<T>* buffer, int64_t phases, int64_t phase_step,
+                     int64_t width, int64_t dx_step, T* dx) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  int64_t w = 0;
+  if (dx_step == 1 && phases == 1) return StoreRun(dx, buffer, width);
+  if (dx_step == 1 && phases == 2) {
+    for (; w + 2 * L <= width; w += 2 * L) {
+      const auto even = Load<L>(buffer + w / 2);
+      const auto odd = Load<L>(buffer + phase_step + w / 2);
+      Store<L>(dx + w, Interleave<A, L, 0>(even, odd));
+      Store<L>(dx + w + L, Interleave<A, L, L>(even, odd));
+    }
+  }
+  for (int64_t i = w / phases; w < width; ++i) {
+    for (int64_t x = 0; x < phases && w < width; ++x, ++w) {
+      StoreOne(dx + w * dx_step, buffer[x * phase_step + i]);
+    }
+  }
+}
+
+template <typename T>
+void PlanesTask(const void* state, int64_t index) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const PlanesState& s = *static_cast<const PlanesState*>(state);
+  const CpuArgs& a = s.args;
+  const Problem& p = a.problem;
+  const int64_t column_task = index % s.column_tasks;
+  index /= s.column_tasks;
+  const int64_t row_task = index % s.row_tasks;
+  index /= s.row_tasks;
+  int64_t h[kAxes];
+  h[0] = index % p.axis[0].in;
+  index /= p.axis[0].in;
+  const int64_t g = index % p.groups;
+  const int64_t n = index / p.groups;
+
+  const int64_t h1_lo = row_task * s.tile.rows, w_lo = column_task * s.tile.width;
+  const int64_t h1_hi =
+      h1_lo + s.tile.rows < p.axis[1].in ? h1_lo + s.tile.rows : p.axis[1].in;
+  const int64_t w_hi =
+      w_lo + s.tile.width < p.axis[2].in ? w_lo + s.tile.width : p.axis[2].in;
+
+  if (a.taint[g]) {
+    for (h[1] = h1_lo; h[1] < h1_hi; ++h[1]) {
+      for (h[2] = w_lo; h[2] < w_hi; ++h[2]) {
+        for (int64_t c = 0; c < p.in_channels; ++c) {
+          StoreOne(OutputAt<T>(a, n, g, c, h), DirectOne<T>(a, n, g, c, h));
+        }
+      }
+    }
+    return;
+  }
+
+  alignas(64) A data[kWindowBytes / sizeof(A)];
+  alignas(64) A buffer[kRowBuffer<A>];
+  Window<A> win;
+  win.data = data;
+  win.p0 = Clip(ReachOf(p.axis[0], h[0], h[0] + 1), p.axis[0].out);
+  win.p1 = Clip(ReachOf(p.axis[1], h1_lo, h1_hi), p.axis[1].out);
+  win.column = ReachOf(p.axis[2], w_lo, w_hi).lo;
+  win.cols = s.tile.cols;
+  const int64_t box1 = win.p1.hi - win.p1.lo;
+  win.k_step = (win.p0.hi - win.p0.lo) * box1 * win.cols;
+  FillWindow<T>(p, static_cast<const T*>(a.dy) + n * p.dy.batch + g * p.dy.group, win);
+
+  const int64_t phases = a.phase_count[2];
+  const int64_t phase_step = CeilDiv(CeilDiv(w_hi - w_lo, phases), L) * L;
+  const int64_t c_step = phases * phase_step;
+  const Axis* x = p.axis;
+  const Phase& f0 = a.phase[0][h[0] % a.phase_count[0]];
+  const int64_t i0 = h[0] / a.phase_count[0];
+  const int64_t filter_row = x[2].win * s.filter_channels;
+  const int64_t filter_k = x[0].win * x[1].win * filter_row;
+
+  PlaneTaps<A> f;
+  f.out_channels = p.out_channels;
+  f.dy_k_step = win.k_step;
+  f.filter_k_step = filter_k;
+  f.taps[0] = ValidTaps(f0, x[0].out, i0);
+  f.back[0] = f0.p_per_r * box1 * win.cols;
+  f.forward[0] = f0.r_step * x[1].win * filter_row;
+  for (h[1] = h1_lo; h[1] < h1_hi; ++h[1]) {
+    const Phase& f1 = a.phase[1][h[1] % a.phase_count[1]];
+    const int64_t i1 = h[1] / a.phase_count[1];
+    f.taps[1] = ValidTaps(f1, x[1].out, i1);
+    f.back[1] = f1.p_per_r * win.cols;
+    f.forward[1] = f1.r_step * filter_row;
+    const int64_t row = (f0.p0 + i0 * f0.p_per_h - win.p0.lo) * box1 +
+                        (f1.p0 + i1 * f1.p_per_h - win.p1.lo);
+    for (int64_t c0 = 0; c0 < p.in_channels; c0 += kPlaneChannels) {
+      const int64_t channels =
+          p.in_channels - c0 < kPlaneChannels ? p.in_channels - c0 : kPlaneChannels;
+      for (int64_t y = 0; y < phases; ++y) {
+        const Phase& f2 = a.phase[2][y];
+        // The tile starts at position w_lo / phases of every phase, by its width.
+        const int64_t count = CeilDiv(w_hi - w_lo - y, phases);
+        if (count <= 0) continue;
+        f.taps[2] = {0, f2.r_count};
+        f.back[2] = f2.p_per_r;
+        f.forward[2] = f2.r_step * s.filter_channels;
+        f.dy = data + row * win.cols + (f2.p0 + w_lo / phases - win.column);
+        f.filter = static_cast<const A*>(a.filter) + g * p.out_channels * filter_k +
+                   (f0.r0 * x[1].win + f1.r0) * filter_row +
+                   f2.r0 * s.filter_channels + c0;
+        A* to = buffer + y * phase_step;
+        const int64_t vectors = CeilDiv(count, L);
+        switch (channels) {
+          case 1:
+            PlanePhase<A, 1>(f, vectors, to, c_step);
+            break;
+          case 2:
+            PlanePhase<A, 2>(f, vectors, to, c_step);
+            break;
+          case 3:
+            PlanePhase<A, 3>(f, vectors, to, c_step);
+            break;
+          default:
+            PlanePhase<A, 4>(f, vectors, to, c_step);
+        }
+      }
+      h[2] = w_lo;
+      for (int64_t c = 0; c < channels; ++c) {
+        StoreRow<T>(buffer + c * c_step, phases, phase_step, w_hi - w_lo,
+                    p.dx.axis[2], OutputAt<T>(a, n, g, c0 + c, h));
+      }
+    }
+  }
+}
+
+template <typename T>
+void PreparePlanes(const CpuArgs& a, CpuJob* job) {
+  const Problem& p = a.problem;
+  PlanesState s{};
+  s.args = a;
+  s.tile = a.plane_tile;
+  s.row_tasks = CeilDiv(p.axis[1].in, s.tile.rows);
+  s.column_tasks = CeilDiv(p.axis[2].in, s.tile.width);
+  s.filter_channels = CeilDiv(p.in_channels, kPlaneChannels) * kPlaneChannels;
+  SetState(job, s);
+  job->stages = 2;
+  job->stage[0] = {p.groups, PlanesPackTask<T>};
+  job->stage[1] = {p.batch * p.groups * p.axis[0].in * s.row_tasks * s.column_tasks,
+                   PlanesTask<T>};
+}
+
+}  // namespace
+}  // namespace CONVGRAD_ISA
+}  // namespace convgrad

@@ -1,0 +1,275 @@
+// Vectors of the instruction set that this file is compiled for, and the four element
+// types: loads that widen to the accumulation type, stores that round from it (to
+// nearest even, NaN stays NaN), and an in-register transpose.
+//
+// GCC/Clang vector extensions: one source for AVX-512, AVX2, SSE2 and NEON. A vector
+// wider than the machine's is correct, and split by the compiler.
+
+#pragma once
+
+#include <cstdint>
+
+#include "../kernel.h"
+
+// Vectors wider than the machine's are passed in memory; nothing here is an interface.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+#define CONVGRAD_INLINE inline __attribute__((always_inline))
+
+namespace convgrad {
+namespace CONVGRAD_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVectorRegisters = 32;
+#else
+constexpr int kVectorRegisters = 16;
+#endif
+
+template <typename A>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(A));
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+// The accumulation type of an element type.
+template <typename T>
+struct AccOf {
+  using type = float;
+};
+template <>
+struct AccOf<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename AccOf<T>::type;
+
+template <typename E, int N>
+struct VecOf {
+  typedef E type __attribute__((vector_size(N * sizeof(E))));
+};
+template <typename E, int N>
+using Vec = typename VecOf<E, N>::type;
+
+// The integer type of the same width.
+template <typename E>
+struct IntOf {
+  using type = int32_t;
+};
+template <>
+struct IntOf<double> {
+  using type = int64_t;
+};
+
+template <typename E, int N>
+CONVGRAD_INLINE Vec<E, N> LoadRaw(const void* p) {
+  Vec<E, N> v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// mask lanes are all ones or all zeros.
+template <typename V>
+CONVGRAD_INLINE V Select(const V& mask, const V& a, const V& b) {
+  return (mask & a) | (~mask & b);
+}
+
+template <int N>
+CONVGRAD_INLINE Vec<float, N> Load(const float* p) {
+  return LoadRaw<float, N>(p);
+}
+
+template <int N>
+CONVGRAD_INLINE Vec<double, N> Load(const double* p) {
+  return LoadRaw<double, N>(p);
+}
+
+template <int N>
+CONVGRAD_INLINE Vec<float, N> Load(const BF16* p) {
+  using U = Vec<uint32_t, N>;
+  return (Vec<float, N>)(__builtin_convertvector(LoadRaw<uint16_t, N>(p), U) << 16);
+}
+
+// No step makes a float32 subnormal: XLA runs with those flushed to zero.
+template <int N>
+CONVGRAD_INLINE Vec<float, N> Load(const F16* p) {
+  using I = Vec<int32_t, N>;
+  using U = Vec<uint32_t, N>;
+  using F = Vec<float, N>;
+  const I h = (I)__builtin_convertvector(LoadRaw<uint16_t, N>(p), U);
+  const I magnitude = h & 0x7fff;
+  const I normal = (magnitude << 13) + ((127 - 15) << 23);
+  const I special = (magnitude << 13) | 0x7f800000;
+  const I tiny = (I)(__builtin_convertvector(magnitude, F) * 0x1p-24f);
+  I bits = Select<I>(magnitude >= 0x7c00, special, normal);
+  bits = Select<I>(magnitude < 0x0400, tiny, bits);
+  return (F)(bits | ((h & 0x8000) << 16));
+}
+
+template <int N>
+CONVGRAD_INLINE void Store(float* p, const Vec<float, N>& v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+template <int N>
+CONVGRAD_INLINE void Store(double* p, const Vec<double, N>& v) {
+  __builtin_memcpy(p, &v, sizeof(v));
+}
+
+template <int N>
+CONVGRAD_INLINE void Store(BF16* p, const Vec<float, N>& v) {
+  using I = Vec<int32_t, N>;
+  const I bits = (I)v;
+  const I rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const I nan = bits | 0x00400000;
+  const I out = Select<I>((bits & 0x7fffffff) > 0x7f800000, nan, rounded);
+  const auto half = __builtin_convertvector((Vec<uint32_t, N>)out >> 16,
+                                            Vec<uint16_t, N>);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+template <int N>
+CONVGRAD_INLINE void Store(F16* p, const Vec<float, N>& v) {
+  using I = Vec<int32_t, N>;
+  using F = Vec<float, N>;
+  const I bits = (I)v;
+  const I magnitude = bits & 0x7fffffff;
+  // Adding 1/2 leaves multiples of 2^-24, a half subnormal's unit, in the low bits.
+  const I tiny = (I)((F)magnitude + 0.5f) - 0x3f000000;
+  const I normal =
+      (magnitude - ((127 - 15) << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  I out = Select<I>(magnitude < ((127 - 14) << 23), tiny, normal);
+  // 65520 is the least magnitude that rounds to infinity.
+  out = Select<I>(magnitude >= 0x477ff000, I{} + 0x7c00, out);
+  out = Select<I>(magnitude > 0x7f800000, I{} + 0x7e00, out);
+  out |= (bits >> 16) & 0x8000;
+  const auto half = __builtin_convertvector((Vec<uint32_t, N>)out, Vec<uint16_t, N>);
+  __builtin_memcpy(p, &half, sizeof(half));
+}
+
+template <typename T>
+CONVGRAD_INLINE Acc<T> LoadOne(const T* p) {
+  return Load<1>(p)[0];
+}
+template <>
+CONVGRAD_INLINE float LoadOne<float>(const float* p) {
+  return *p;
+}
+template <>
+CONVGRAD_INLINE double LoadOne<double>(const double* p) {
+  return *p;
+}
+
+template <typename T>
+CONVGRAD_INLINE void StoreOne(T* p, Acc<T> value) {
+  Store<1>(p, Vec<Acc<T>, 1>{value});
+}
+template <>
+CONVGRAD_INLINE void StoreOne<float>(float* p, float value) {
+  *p = value;
+}
+template <>
+CONVGRAD_INLINE void StoreOne<double>(double* p, double value) {
+  *p = value;
+}
+
+// values[0 .. count) to contiguous elements.
+template <typename T>
+CONVGRAD_INLINE void StoreRun(T* p, const Acc<T>* values, int64_t count) {
+  constexpr int N = kLanes<Acc<T>>;
+  int64_t i = 0;
+  for (; i + N <= count; i += N) Store<N>(p + i, Load<N>(values + i));
+  for (; i < count; ++i) StoreOne(p + i, values[i]);
+}
+
+// a[0] b[0] a[1] b[1] ... : the first N of the 2N values, or the last N.
+template <typename E, int N, int kFirst>
+CONVGRAD_INLINE Vec<E, N> Interleave(const Vec<E, N>& a, const Vec<E, N>& b) {
+  Vec<typename IntOf<E>::type, N> index;
+  for (int i = 0; i < N; ++i) index[i] = (i % 2) * N + (i + kFirst) / 2;
+#if defined(__clang__)
+  Vec<E, N> out;
+  for (int i = 0; i < N; ++i) {
+    out[i] = (i % 2) ? b[(i + kFirst) / 2] : a[(i + kFirst) / 2];
+  }
+  return out;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
+// v[index[i]] in lane i.
+template <typename E, int N>
+CONVGRAD_INLINE Vec<E, N> Permute(const Vec<E, N>& v,
+                                  const Vec<typename IntOf<E>::type, N>& index) {
+#if defined(__clang__)
+  Vec<E, N> out;
+  for (int i = 0; i < N; ++i) out[i] = v[index[i]];
+  return out;
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
+
+// Transposes N rows of N lanes: log2(N) rounds, each interleaving row i with row
+// i + N/2 (a perfect shuffle of the 2*log2(N) index bits, one bit a round).
+template <typename E, int N>
+CONVGRAD_INLINE void Transpose(Vec<E, N>* rows) {
+  static_assert((N & (N - 1)) == 0, "lanes come in powers of two");
+#pragma GCC unroll 4
+  for (int round = 1; round < N; round *= 2) {
+    Vec<E, N> next[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) {
+      next[2 * i] = Interleave<E, N, 0>(rows[i], rows[i + N / 2]);
+      next[2 * i + 1] = Interleave<E, N, N>(rows[i], rows[i + N / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) rows[i] = next[i];
+  }
+}
+
+// ---- geometry -------------------------------------------------------------------
+
+// Taps t in [lo, hi) of a phase that read inside [0, out) at phase position i.
+struct TapRange {
+  int64_t lo, hi;
+};
+
+CONVGRAD_INLINE TapRange ValidTaps(const Phase& f, int64_t out, int64_t i) {
+  const int64_t p = f.p0 + i * f.p_per_h;  // what tap 0 reads; tap t reads p - t*p_per_r
+  if (f.r_count == 0 || p < 0) return {0, 0};
+  const int64_t d = f.p_per_r;
+  int64_t lo, hi;
+  if (d == 1) {
+    lo = p < out ? 0 : p - out + 1;
+    hi = p + 1;
+  } else {
+    lo = p < out ? 0 : (p - out) / d + 1;
+    hi = p / d + 1;
+  }
+  if (hi > f.r_count) hi = f.r_count;
+  if (lo > hi) lo = hi;
+  return {lo, hi};
+}
+
+// True if the value is an infinity or a NaN; `sum` collected value * 0.
+template <typename A>
+CONVGRAD_INLINE bool IsTainted(A sum) {
+  return !(sum == 0);
+}
+
+}  // namespace
+}  // namespace CONVGRAD_ISA
+}  // namespace convgrad

@@ -1,0 +1,310 @@
+// The XLA FFI handlers and their pybind11 module. One file, compiled once into
+// each module: `_cpu`, and `_cuda` with CONVGRAD_CUDA defined. Handlers check,
+// translate and delegate; the arithmetic is behind kernel.h.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "kernel.h"
+#include "problem.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace convgrad {
+namespace {
+
+using IntSpan = ffi::Span<const int64_t>;
+
+// What the custom call carries, decoded from its backend_config by member name.
+struct CallAttributes {
+  IntSpan window_strides, padding, lhs_dilation, rhs_dilation;
+  IntSpan lhs_spec, rhs_spec, out_spec, lhs_layout, rhs_layout, out_layout;
+  int64_t feature_group_count, batch_group_count;
+  bool allow_tf32;
+  std::string_view kernel;  // "auto", or one by name
+};
+
+}  // namespace
+}  // namespace convgrad
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    ::convgrad::CallAttributes, ::xla::ffi::StructMember<::convgrad::IntSpan>("window_strides"),
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("padding"),
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("lhs_dilation"),
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("rhs_dilation"),
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("lhs_spec"),
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("rhs_spec"),
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("out_spec"),
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("lhs_layout"),
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("rhs_layout"),
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("out_layout"),
+    ::xla::ffi::StructMember<int64_t>("feature_group_count"),
+    ::xla::ffi::StructMember<int64_t>("batch_group_count"),
+    ::xla::ffi::StructMember<bool>("allow_tf32"),
+    ::xla::ffi::StructMember<std::string_view>("kernel"));
+
+namespace convgrad {
+namespace {
+
+#ifdef CONVGRAD_CUDA
+constexpr auto& MakePlan = PlanCuda;
+constexpr auto& KernelNames = CudaKernelNames;
+#else
+constexpr auto& MakePlan = PlanCpu;
+constexpr auto& KernelNames = CpuKernelNames;
+#endif
+
+Ints ToInts(IntSpan span) { return Ints(span.begin(), span.end()); }
+
+std::optional<DType> ToDType(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::F64: return DType::kF64;
+    case ffi::DataType::F32: return DType::kF32;
+    case ffi::DataType::BF16: return DType::kBF16;
+    case ffi::DataType::F16: return DType::kF16;
+    default: return std::nullopt;
+  }
+}
+
+std::string PlanProblem(const Problem& problem, const std::string& kernel, Plan* plan) {
+  if (MakePlan(problem, kernel.c_str(), plan)) return "";
+  return "kernel must be 'auto' or the name of a kernel that takes this geometry, got '" +
+         kernel + "'";
+}
+
+// Everything that both platforms check before a kernel sees a pointer.
+std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
+                    const ffi::AnyBuffer& w, const ffi::AnyBuffer& dx,
+                    int64_t workspace_bytes, Problem* problem, Plan* plan) {
+  const std::optional<DType> dtype = ToDType(dx.element_type());
+  if (!dtype || dy.element_type() != dx.element_type() ||
+      w.element_type() != dx.element_type()) {
+    return "dy, w and dx must share one dtype of f64, f32, bf16 and f16";
+  }
+  const Attributes attributes{
+      ToInts(call.window_strides), ToInts(call.padding),    ToInts(call.lhs_dilation),
+      ToInts(call.rhs_dilation),   ToInts(call.lhs_spec),   ToInts(call.rhs_spec),
+      ToInts(call.out_spec),       ToInts(call.lhs_layout), ToInts(call.rhs_layout),
+      ToInts(call.out_layout),     call.feature_group_count, call.batch_group_count};
+  if (std::string error =
+          MakeProblem(ToInts(dx.dimensions()), ToInts(w.dimensions()),
+                      ToInts(dy.dimensions()), attributes, problem);
+      !error.empty()) {
+    return error;
+  }
+  problem->dtype = *dtype;
+  problem->allow_tf32 = call.allow_tf32;
+  if (std::string error = PlanProblem(*problem, std::string(call.kernel), plan);
+      !error.empty()) {
+    return error;
+  }
+  if (workspace_bytes < plan->workspace_bytes) {
+    return "workspace must have " + std::to_string(plan->workspace_bytes) + " bytes, got " +
+           std::to_string(workspace_bytes);
+  }
+  return "";
+}
+
+ffi::Error Invalid(const std::string& what) {
+  return ffi::Error::InvalidArgument("convgrad_input_grad: " + what);
+}
+
+#ifdef CONVGRAD_CUDA
+
+ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy,
+                     ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> dx,
+                     ffi::Result<ffi::Buffer<ffi::U8>> workspace) {
+  Problem problem;
+  Plan plan;
+  if (std::string error = Prepare(call, dy, w, *dx,
+                                  static_cast<int64_t>(workspace->element_count()), &problem, &plan);
+      !error.empty()) {
+    return Invalid(error);
+  }
+  if (dx->element_count() == 0) return ffi::Error::Success();
+  const char* error = LaunchCuda(stream, problem, plan, dy.untyped_data(), w.untyped_data(),
+                                 dx->untyped_data(), workspace->untyped_data());
+  if (error != nullptr) {
+    return ffi::Error(ffi::ErrorCode::kInternal, std::string("convgrad_input_grad: ") + error);
+  }
+  return ffi::Error::Success();
+}
+
+#else
+
+// A parallel loop over XLA's own pool. The calling thread takes tasks like every
+// other and never only waits: it may itself be a thread of the pool, and the pool
+// may be busy (a loop body inside lax.scan), so helpers that start late find the
+// counter exhausted and leave.
+class PooledLoop {
+ public:
+  PooledLoop(int64_t count, const std::function<void(int64_t)>& task)
+      : count_(count), task_(&task) {}
+
+  void TakeTasks() {
+    for (;;) {
+      const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
+      if (i >= count_) return;
+      (*task_)(i);  // alive: the caller of Wait cannot return before this task is counted
+      if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        all_done_.notify_all();
+      }
+    }
+  }
+
+  void Wait() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    all_done_.wait(lock, [this] { return done_.load(std::memory_order_acquire) == count_; });
+  }
+
+ private:
+  const int64_t count_;
+  const std::function<void(int64_t)>* task_;
+  std::atomic<int64_t> next_{0}, done_{0};
+  std::mutex mutex_;
+  std::condition_variable all_done_;
+};
+
+void RunInPool(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+  const int64_t threads = std::min<int64_t>(pool.num_threads(), count);
+  if (threads <= 1) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+    return;
+  }
+  // Shared with the helpers, which may outlive this call.
+  auto loop = std::make_shared<PooledLoop>(count, task);
+  try {
+    for (int64_t i = 1; i < threads; ++i) {
+      pool.Schedule([loop] { loop->TakeTasks(); });
+    }
+  } catch (const std::bad_alloc&) {
+    // Fewer helpers then; leaving now would pull `task` from under those that started.
+  }
+  loop->TakeTasks();
+  loop->Wait();
+}
+
+ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer dy,
+                     ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> dx,
+                     ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
+  Problem problem;
+  Plan plan;
+  if (std::string error = Prepare(call, dy, w, *dx,
+                                  static_cast<int64_t>(workspace->element_count()), &problem, &plan);
+      !error.empty()) {
+    return Invalid(error);
+  }
+  if (dx->element_count() == 0) return ffi::Error::Success();
+  RunCpu(problem, plan, dy.untyped_data(), w.untyped_data(), dx->untyped_data(),
+         workspace->untyped_data(),
+         [&pool](int64_t count, const std::function<void(int64_t)>& task) {
+           RunInPool(pool, count, task);
+         });
+  return ffi::Error::Success();
+} catch (const std::exception& e) {  // out of memory: no exception may reach XLA
+  return ffi::Error(ffi::ErrorCode::kInternal,
+                    std::string("convgrad_input_grad: ") + e.what());
+}
+
+#endif
+
+}  // namespace
+}  // namespace convgrad
+
+#ifdef CONVGRAD_CUDA
+XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGrad,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
+                           .Attrs<convgrad::CallAttributes>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::Buffer<ffi::U8>>(),
+                       {ffi::Traits::kCmdBufferCompatible});
+#else
+XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGrad,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .Attrs<convgrad::CallAttributes>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::Buffer<ffi::U8>>());
+#endif
+
+namespace convgrad {
+namespace {
+
+namespace py = pybind11;
+
+DType DTypeByName(const std::string& name) {
+  if (name == "float64") return DType::kF64;
+  if (name == "float32") return DType::kF32;
+  if (name == "bfloat16") return DType::kBF16;
+  if (name == "float16") return DType::kF16;
+  throw py::value_error("dtype must be float64, float32, bfloat16 or float16, got " + name);
+}
+
+// The planner, for dispatch.py: the kernel and workspace of a request that it
+// describes by the same words as the custom call.
+std::pair<std::string, int64_t> PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
+                                                 const Ints& rhs_shape, const Ints& out_shape,
+                                                 const py::dict& call) {
+  const auto ints = [&call](const char* name) { return call[name].cast<Ints>(); };
+  const Attributes attributes{
+      ints("window_strides"), ints("padding"),    ints("lhs_dilation"), ints("rhs_dilation"),
+      ints("lhs_spec"),       ints("rhs_spec"),   ints("out_spec"),     ints("lhs_layout"),
+      ints("rhs_layout"),     ints("out_layout"), call["feature_group_count"].cast<int64_t>(),
+      call["batch_group_count"].cast<int64_t>()};
+  Problem problem;
+  std::string error = MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, &problem);
+  problem.dtype = DTypeByName(dtype);
+  problem.allow_tf32 = call["allow_tf32"].cast<bool>();
+  Plan plan{};
+  if (error.empty()) error = PlanProblem(problem, call["kernel"].cast<std::string>(), &plan);
+  if (!error.empty()) throw py::value_error(error);
+  return {plan.kernel, plan.workspace_bytes};
+}
+
+PYBIND11_MODULE(CONVGRAD_MODULE, m) {
+  m.doc() = "FFI handlers of jax_convgrad. Private: use the jax_convgrad package.";
+  m.attr("version") = CONVGRAD_VERSION;
+  m.attr("ffi_api_version") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+  m.def("targets", [] {
+    py::dict targets;
+    targets["convgrad_input_grad"] = py::capsule(reinterpret_cast<void*>(kInputGrad));
+    return targets;
+  });
+  m.def("plan", &PlanByAttributes, py::arg("dtype"), py::arg("lhs_shape"),
+        py::arg("rhs_shape"), py::arg("out_shape"), py::arg("attributes"));
+  m.def("kernel_names", [] {
+    std::vector<std::string> names;
+    for (const char* const* name = KernelNames(); *name != nullptr; ++name) {
+      names.emplace_back(*name);
+    }
+    return names;
+  });
+#ifndef CONVGRAD_CUDA
+  m.def("isa", &CpuIsa);
+#endif
+}
+
+}  // namespace
+}  // namespace convgrad

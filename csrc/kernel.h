@@ -1,0 +1,96 @@
+// The contract between ffi.cc, which knows XLA and Python, and the kernels,
+// which know neither. Plain structs, sizes in elements unless a name says bytes.
+//
+// What is computed (docs/mathematics.md), for every image n, group g, input
+// channel c of the group and input position h:
+//
+//   dX[n,g,c,h] = sum over k, r  dY[n,g,k,p] * W[g,k,c,r]
+//   where, on every spatial axis,  h*lhs_dilation = p*stride - pad_lo + r*rhs_dilation
+//   has a solution 0 <= p < out.
+
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace convgrad {
+
+enum class DType : int32_t { kF64, kF32, kBF16, kF16 };
+
+constexpr int64_t SizeInBytes(DType t) {
+  return t == DType::kF64 ? 8 : t == DType::kF32 ? 4 : 2;
+}
+
+// Every problem has three spatial axes; the leading ones of a 1-D or 2-D
+// convolution have size one, stride one and no padding.
+constexpr int kAxes = 3;
+
+struct Axis {
+  int64_t in = 1;   // size of x along this axis
+  int64_t out = 1;  // size of y
+  int64_t win = 1;  // taps of the filter
+  int64_t stride = 1, lhs_dilation = 1, rhs_dilation = 1;
+  int64_t pad_lo = 0;  // either sign
+};
+
+// Element strides, so that every layout and both kinds of group are the same
+// code: with batch groups, `group` is a stride over slices of the batch.
+struct ActivationStrides {
+  int64_t batch, group, channel, axis[kAxes];
+};
+struct FilterStrides {
+  int64_t group, out_channel, in_channel, axis[kAxes];
+};
+
+struct Problem {
+  DType dtype;            // of dY, W and dX alike; f16 and bf16 accumulate in f32
+  bool allow_tf32;        // CUDA only: precision DEFAULT and HIGH
+  int64_t batch;          // images per batch group
+  int64_t groups;         // feature groups or batch groups, 1 if none
+  int64_t in_channels;    // C of one group
+  int64_t out_channels;   // K of one group
+  Axis axis[kAxes];
+  ActivationStrides dx, dy;
+  FilterStrides w;
+};
+
+// A kernel and the scratch bytes that it wants. The bytes depend on the problem
+// alone, never on the processor, so that an exported program runs elsewhere.
+struct Plan {
+  const char* kernel;
+  int64_t workspace_bytes;
+};
+
+// Runs task(0) .. task(count - 1), each exactly once, in any order and on any
+// threads, and returns when all have finished.
+using ParallelFor =
+    std::function<void(int64_t count, const std::function<void(int64_t)>& task)>;
+
+// `kernel` is "auto" or a name that Cpu/CudaKernelNames() lists. Returns false if
+// there is no such kernel or if it does not take this problem.
+bool PlanCpu(const Problem& problem, const char* kernel, Plan* plan);
+const char* const* CpuKernelNames();  // null-terminated
+
+// Computes dX. `plan` comes from PlanCpu for the same problem; `workspace` holds
+// plan.workspace_bytes bytes, aligned to 64. All of dX is written, including the
+// zeros that no tap reaches. dX has at least one element; dY and W may be empty.
+void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void* w,
+            void* dx, void* workspace, const ParallelFor& parallel_for);
+
+// "avx512", "avx2" or "portable": what RunCpu uses on this machine.
+const char* CpuIsa();
+
+}  // namespace convgrad
+
+struct CUstream_st;  // cudaStream_t is a pointer to it
+
+namespace convgrad {
+
+bool PlanCuda(const Problem& problem, const char* kernel, Plan* plan);
+const char* const* CudaKernelNames();  // null-terminated
+
+// Enqueues the kernel on `stream` and returns null, or a static error text.
+const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& plan,
+                       const void* dy, const void* w, void* dx, void* workspace);
+
+}  // namespace convgrad

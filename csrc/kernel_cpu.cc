@@ -1,0 +1,290 @@
+// The CPU planner and entry points: which kernel takes a problem, how much workspace it
+// wants, and which instruction set runs it. Compiled for the baseline processor; the
+// kernels themselves are in cpu/.
+//
+//   direct        any problem, by the definition                       cpu/direct.h
+//   gemm          dense, and groups with enough channels               cpu/gemm.h
+//   depthwise     few channels a group: channels-last with channels    cpu/channels.h
+//                 in lanes, channels-first with pixels in lanes        cpu/planes.h
+//   few_channels  few input channels, any layout: pixels in lanes      cpu/planes.h
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/job.h"
+#include "kernel.h"
+#include "phase.h"
+
+namespace convgrad {
+
+#if defined(__x86_64__)
+namespace avx512 {
+extern const CpuKernels kKernels;
+}
+namespace avx2 {
+extern const CpuKernels kKernels;
+}
+#endif
+namespace portable {
+extern const CpuKernels kKernels;
+}
+
+namespace {
+
+// ---- instruction sets -------------------------------------------------------------
+
+struct Isa {
+  const char* name;
+  const CpuKernels* kernels;
+};
+
+Isa ChooseIsa() {
+  const char* wish = std::getenv("JAX_CONVGRAD_CPU_ISA");
+  const auto allowed = [wish](const char* name) {
+    return wish == nullptr || std::strcmp(wish, name) == 0;
+  };
+  const Isa portable = {"portable", &portable::kKernels};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq");
+  const Isa avx2 = {"avx2", &avx2::kKernels}, avx512 = {"avx512", &avx512::kKernels};
+  if (has_avx512 && allowed("avx512")) return avx512;
+  if (has_avx2 && allowed("avx2")) return avx2;
+  if (wish != nullptr && allowed("portable")) return portable;
+  // A wish that cannot be granted is ignored.
+  if (has_avx512) return avx512;
+  if (has_avx2) return avx2;
+#else
+  (void)allowed;
+#endif
+  return portable;
+}
+
+const Isa& ChosenIsa() {
+  static const Isa isa = ChooseIsa();
+  return isa;
+}
+
+// ---- planning ---------------------------------------------------------------------
+
+enum class Kernel { kDirect, kGemm, kChannels, kPlanes };
+
+constexpr const char* kNames[] = {"direct", "gemm", "depthwise", "few_channels", nullptr};
+
+int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
+
+int64_t Taps(const Problem& p) {
+  return p.axis[0].win * p.axis[1].win * p.axis[2].win;
+}
+
+bool IsEmpty(const Problem& p) {
+  return p.batch * p.groups * p.out_channels * Taps(p) == 0 ||
+         p.axis[0].out * p.axis[1].out * p.axis[2].out == 0;
+}
+
+bool GemmTakes(const Problem& p) { return !IsEmpty(p); }
+
+// Channels of the groups side by side, and vectors that whole groups can fill.
+bool ChannelsTakes(const Problem& p) {
+  const int64_t k = p.out_channels, c = p.in_channels;
+  if (IsEmpty(p) || p.axis[0].win * p.axis[1].win > kMaxFilterRows) return false;
+  if ((k > 1 && p.dy.channel != 1) || (c > 1 && p.dx.channel != 1)) return false;
+  if (p.groups > 1 && (p.dy.group != k || p.dx.group != c)) return false;
+  if (k == 1 && c == 1) return true;
+  const int64_t largest = std::max(k, c);
+  return largest <= kMaxSharedGroup &&
+         (p.groups * k >= kMaxLanes || (largest <= 4 && p.groups * k >= 4));
+}
+
+// Positions of dY that `inputs` neighbouring positions of dX can reach.
+int64_t ReachedBy(const Axis& x, int64_t inputs) {
+  return ((inputs - 1) * x.lhs_dilation + (x.win - 1) * x.rhs_dilation) / x.stride + 1;
+}
+
+PlaneTile ChoosePlaneTile(const Problem& p) {
+  const PlaneTile none = {0, 0, 0};
+  const Axis& row = p.axis[2];
+  const int64_t phases = PhaseCount(row);
+  if (IsEmpty(p) || row.stride % row.lhs_dilation != 0 || phases > kMaxRowPhases) {
+    return none;
+  }
+  const int64_t lanes = 64 / AccBytes(p);  // of the widest vectors
+  const int64_t budget = kWindowBytes / AccBytes(p);
+  const int64_t box0 = std::min(ReachedBy(p.axis[0], 1), p.axis[0].out);
+  for (int64_t width = kRowBytes / AccBytes(p) / phases / lanes * lanes * phases;
+       width > 0; width = width / phases / lanes / 2 * lanes * phases) {
+    // A narrower tile is only another tile if the row is wider than it.
+    const int64_t whole = CeilDiv(CeilDiv(row.in, phases), lanes) * lanes * phases;
+    if (width > whole) width = whole;
+    PlaneTile tile;
+    tile.width = width;
+    tile.cols = ReachedBy(row, width);
+    const auto fits = [&](int64_t rows) {
+      const int64_t box1 = std::min(ReachedBy(p.axis[1], rows), p.axis[1].out);
+      return p.out_channels * box0 * box1 * tile.cols <= budget;
+    };
+    if (!fits(1)) continue;
+    tile.rows = 1;
+    while (tile.rows < p.axis[1].in && fits(tile.rows + 1)) ++tile.rows;
+    return tile;
+  }
+  return none;
+}
+
+bool PlanesTakes(const Problem& p) { return ChoosePlaneTile(p).rows > 0; }
+
+constexpr int64_t kFewChannels = 4;  // fewer than that waste a gemm's lanes
+constexpr int64_t kMaxFewChannels = 16;
+
+bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* kernel) {
+  const auto pick = [&](int index, Kernel k) {
+    *chosen = kNames[index];
+    *kernel = k;
+    return true;
+  };
+  const bool any = std::strcmp(name, "auto") == 0;
+  const auto asked = [&](int index) { return std::strcmp(name, kNames[index]) == 0; };
+  if (asked(0) || (any && IsEmpty(p))) return pick(0, Kernel::kDirect);
+  if (asked(2) || (any && p.groups > 1)) {
+    if (ChannelsTakes(p)) return pick(2, Kernel::kChannels);
+    const bool small = std::max(p.in_channels, p.out_channels) <= kMaxFewChannels;
+    const bool planes = p.dx.axis[2] == 1 && p.dy.axis[2] == 1;
+    if (small && (planes || asked(2)) && PlanesTakes(p)) return pick(2, Kernel::kPlanes);
+  }
+  if (asked(3) || (any && p.in_channels <= kFewChannels)) {
+    if (p.in_channels <= kMaxFewChannels && PlanesTakes(p)) {
+      return pick(3, Kernel::kPlanes);
+    }
+  }
+  if ((asked(1) || any) && GemmTakes(p)) return pick(1, Kernel::kGemm);
+  return false;
+}
+
+// ---- the workspace ----------------------------------------------------------------
+
+// Offsets in bytes; sizes are bounds over all instruction sets.
+struct Workspace {
+  int64_t phases[kAxes];
+  int64_t filter, taint, zeros, packed_dy;
+  bool pack_dy;
+  int64_t bytes;
+};
+
+int64_t StoredPhases(const Axis& x) { return std::min(PhaseCount(x), x.in); }
+
+Workspace LayOut(const Problem& p, Kernel kernel) {
+  Workspace out{};
+  const int64_t acc = AccBytes(p);
+  const auto take = [&out](int64_t bytes) {
+    const int64_t at = out.bytes;
+    out.bytes += CeilDiv(bytes, 64) * 64;
+    return at;
+  };
+  for (int x = 0; x < kAxes; ++x) {
+    out.phases[x] = take(StoredPhases(p.axis[x]) * sizeof(Phase));
+  }
+  const int64_t filter = p.out_channels * Taps(p) * acc;  // of one input channel
+  if (kernel == Kernel::kGemm) {
+    const int64_t columns = CeilDiv(p.in_channels, kMaxLanes) * kMaxLanes;
+    out.filter = take(p.groups * columns * filter);
+    out.taint = take(p.groups * CeilDiv(p.in_channels, kMinPanelColumns) *
+                     CeilDiv(p.out_channels, kFilterPackChannels));
+    out.zeros = take(p.out_channels * acc);
+    out.pack_dy = p.dtype == DType::kBF16 || p.dtype == DType::kF16 ||
+                  (p.dy.channel != 1 && p.out_channels != 1);
+    if (out.pack_dy) {
+      out.packed_dy = take(p.batch * p.groups * p.axis[0].out * p.axis[1].out *
+                           p.axis[2].out * p.out_channels * acc);
+    }
+  } else if (kernel == Kernel::kChannels) {
+    const int64_t largest = std::max(p.in_channels, p.out_channels);
+    int64_t lanes = 0, blocks = 0;
+    for (const int64_t n : {1, 2, 4, 8, 16}) {
+      if (n < largest) continue;
+      const int64_t in_block = std::min(n / largest, p.groups);
+      lanes = std::max(lanes, CeilDiv(p.groups, in_block) * n);
+      blocks = std::max(blocks, CeilDiv(p.groups, in_block));
+    }
+    out.filter = take(lanes * filter);
+    out.taint = take(blocks);
+  } else if (kernel == Kernel::kPlanes) {
+    const int64_t channels = CeilDiv(p.in_channels, kPlaneChannels) * kPlaneChannels;
+    out.filter = take(p.groups * channels * filter);
+    out.taint = take(p.groups);
+  }
+  return out;
+}
+
+}  // namespace
+
+// ---- entry points -----------------------------------------------------------------
+
+const char* const* CpuKernelNames() { return kNames; }
+
+const char* CpuIsa() { return ChosenIsa().name; }
+
+bool PlanCpu(const Problem& problem, const char* kernel, Plan* plan) {
+  const char* name;
+  Kernel chosen;
+  if (!Choose(problem, kernel, &name, &chosen)) return false;
+  plan->kernel = name;
+  plan->workspace_bytes = LayOut(problem, chosen).bytes;
+  return true;
+}
+
+void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void* w,
+            void* dx, void* workspace, const ParallelFor& parallel_for) {
+  const char* name;
+  Kernel kernel;
+  if (!Choose(problem, plan.kernel, &name, &kernel)) return;
+  const Workspace at = LayOut(problem, kernel);
+  unsigned char* base = static_cast<unsigned char*>(workspace);
+
+  CpuArgs args{};
+  args.problem = problem;
+  args.dy = dy;
+  args.w = w;
+  args.dx = dx;
+  for (int x = 0; x < kAxes; ++x) {
+    args.phase_count[x] = StoredPhases(problem.axis[x]);
+    Phase* phases = reinterpret_cast<Phase*>(base + at.phases[x]);
+    for (int64_t i = 0; i < args.phase_count[x]; ++i) {
+      phases[i] = MakePhase(problem.axis[x], i);
+    }
+    args.phase[x] = phases;
+  }
+  args.filter = base + at.filter;
+  args.taint = base + at.taint;
+  args.zeros = base + at.zeros;
+  args.packed_dy = at.pack_dy ? base + at.packed_dy : nullptr;
+  if (kernel == Kernel::kPlanes) args.plane_tile = ChoosePlaneTile(problem);
+
+  const CpuKernels& kernels = *ChosenIsa().kernels;
+  CpuJob job;
+  switch (kernel) {
+    case Kernel::kDirect:
+      kernels.direct(args, &job);
+      break;
+    case Kernel::kGemm:
+      kernels.gemm(args, &job);
+      break;
+    case Kernel::kChannels:
+      kernels.channels(args, &job);
+      break;
+    case Kernel::kPlanes:
+      kernels.planes(args, &job);
+      break;
+  }
+  for (int i = 0; i < job.stages; ++i) {
+    const CpuStage& stage = job.stage[i];
+    parallel_for(stage.count,
+                 [&](int64_t index) { stage.task(job.state, index); });
+  }
+}
+
+}  // namespace convgrad

@@ -1,0 +1,33 @@
+// From shapes and attributes to a Problem, every disagreement named. Nothing that
+// a caller passes is trusted: these checks are what stands between a malformed
+// custom call and a wild pointer.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernel.h"
+
+namespace convgrad {
+
+using Ints = std::vector<int64_t>;
+
+// The attributes of the custom call, named as lax names them. `lhs` is x (here dX),
+// `rhs` the filter and `out` is y (here dY).
+struct Attributes {
+  Ints window_strides;
+  Ints padding;  // low and high of the first axis, then of the next
+  Ints lhs_dilation, rhs_dilation;
+  Ints lhs_spec, rhs_spec, out_spec;        // as in lax.ConvDimensionNumbers
+  Ints lhs_layout, rhs_layout, out_layout;  // dimensions from major to minor
+  int64_t feature_group_count, batch_group_count;
+};
+
+// Fills `problem` (but for dtype and allow_tf32) and returns the empty string, or
+// says what is wrong with the request.
+std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape, const Ints& out_shape,
+                        const Attributes& attributes, Problem* problem);
+
+}  // namespace convgrad

@@ -1,0 +1,117 @@
+"""The command line: `python -m jax_convgrad {info,check,demo,bench}`."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import runpy
+import sys
+from collections.abc import Sequence
+
+from .tools import DTYPES, ToolError
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m jax_convgrad", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is installed and compiled, and what would run")
+
+    check = commands.add_parser("check", help="compare with float64 lax over many geometries")
+    check.add_argument("--count", type=int, default=500, help="random geometries (default 500)")
+    check.add_argument("--dtype", choices=("all", *DTYPES), default="all")
+    check.add_argument("--kernel", help="one kernel by name, on the geometries that it takes")
+    check.add_argument("--seed", type=int, default=0)
+    check.add_argument("--precision", choices=("default", "highest"), default="default")
+    check.add_argument(
+        "--require-native", action="store_true", help="fail if a case ran through lax"
+    )
+
+    demo = commands.add_parser(
+        "demo", help="train a small net on handwritten digits, with and without the kernel",
+        add_help=False,
+    )  # fmt: skip
+    demo.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the example")
+
+    bench = commands.add_parser("bench", help="time the gradient beside lax and PyTorch")
+    _add_bench_options(bench)
+    return parser
+
+
+def _add_bench_options(bench: argparse.ArgumentParser) -> None:
+    add = bench.add_argument
+    add(
+        "--layers",
+        type=pathlib.Path,
+        dest="layers_path",
+        metavar="FILE",
+        help="layers.json (default: the checkout's)",
+    )
+    add("--dtype", choices=tuple(DTYPES), default="f32")
+    add("--layout", choices=("NHWC", "NCHW"), default="NHWC",
+        help="channels last with HWIO filters, or channels first with OIHW")  # fmt: skip
+    add("--peers", default="lax", help="comma-separated: lax,torch (default lax)")
+    add("--class", dest="classes", action="append", metavar="NAME",
+        help="only this class of layers; may be repeated")  # fmt: skip
+    add("--batch-budget", type=float, metavar="MFLOP",
+        help="shrink the batch N of each layer until one gradient costs at most this many "
+        "MFLOP, a byte of least memory traffic counting as 16 FLOP; N is at least 1")  # fmt: skip
+    add("--implementation", choices=("auto", "native", "xla"), default="auto",
+        help="native measures the kernel even where dispatch takes lax (default auto)")  # fmt: skip
+    add("--precision", choices=("default", "highest"), default="default",
+        help="on a GPU, default lets float32 be TF32, for every peer")  # fmt: skip
+    add("--row-seconds", type=float, default=2.0, help="time to measure one row (default 2)")
+    add("--limit", type=int, help="only the first LIMIT rows")
+    add("--seed", type=int, default=0)
+    add("--json", type=pathlib.Path, dest="json_path", help="write the results here")
+    add("--png", type=pathlib.Path, dest="png_path", help="draw them here")
+
+
+def _run_demo(arguments: list[str]) -> int:
+    package = pathlib.Path(__file__).resolve().parent
+    # The wheel brings the examples inside the package; a checkout has them beside it.
+    for folder in (package / "examples", package.parent / "examples"):
+        script = folder / "train_digits.py"
+        if script.is_file():
+            sys.argv = [str(script), *arguments]
+            try:
+                runpy.run_path(str(script), run_name="__main__")
+            except ModuleNotFoundError as e:
+                raise ToolError(
+                    f"demo needs {e.name}, which is not installed: pip install 'jax-convgrad[demo]'"
+                ) from None
+            return 0
+    raise ToolError("demo needs examples/train_digits.py, which this installation lacks")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: arguments, None for those of the process.
+
+    Returns:
+        The exit status: 0, 1 for a wrong result, 2 for a request that cannot be served.
+    """
+    options = vars(_parser().parse_args(argv))
+    command = options.pop("command")
+    try:
+        if command == "info":
+            from .tools import info
+
+            return info.main()
+        if command == "check":
+            from .tools import check
+
+            return check.main(**options)
+        if command == "bench":
+            from .tools import bench
+
+            return bench.main(**options)
+        return _run_demo(options["arguments"])
+    except ToolError as e:
+        print(f"python -m jax_convgrad {command}: error: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

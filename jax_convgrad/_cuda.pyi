@@ -1,0 +1,15 @@
+from collections.abc import Sequence
+from typing import Any
+
+version: str
+ffi_api_version: tuple[int, int]
+
+def targets() -> dict[str, Any]: ...
+def plan(
+    dtype: str,
+    lhs_shape: Sequence[int],
+    rhs_shape: Sequence[int],
+    out_shape: Sequence[int],
+    attributes: dict[str, Any],
+) -> tuple[str, int]: ...
+def kernel_names() -> list[str]: ...

@@ -1,0 +1,80 @@
+"""Every branch on a JAX version and every name that JAX does not promise to keep.
+
+Supported: JAX 0.10 and newer. Each entry says why it is needed and what it was
+checked with; nothing elsewhere in the package touches a private name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+
+# Turns a PrecisionLike and the default_matmul_precision in force into what a
+# convolution's lowering takes; jax.lax has no public spelling of it.
+from jax._src.lax.lax import canonicalize_precision as canonicalize_precision
+from jax.interpreters import ad
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """The manual mesh axes (inside `shard_map`) over which an array varies.
+
+    `aval.manual_axis_type` since JAX 0.10 (`aval.vma` before it).
+    """
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def match_varying_axes(*arrays: Any) -> tuple[Any, ...]:
+    """Casts arrays to vary over the same manual axes, as every lax function does.
+
+    A primitive's operands must agree; the cast's transpose is the psum that makes the
+    cotangent of a replicated operand right.
+    """
+    axes = [varying_axes(x) for x in arrays]
+    union = frozenset().union(*axes)
+    return tuple(
+        lax.pcast(x, tuple(sorted(union - own)), to="varying") if union - own else x
+        for x, own in zip(arrays, axes, strict=True)
+    )
+
+
+def has_explicit_sharding(*avals: Any) -> bool:
+    """Whether any of these types lives on a mesh with explicit axes (sharding in types)."""
+    for aval in avals:
+        mesh = aval.sharding.mesh
+        if any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
+            return True
+    return False
+
+
+def partitioned_automatically(lowering_context: Any) -> bool:
+    """Whether XLA's partitioner will split the module being lowered over devices.
+
+    It cannot look inside a custom call and would gather the operands on every device.
+    `ModuleContext.axis_context` is not documented: a sharding context counts its
+    devices, a `shard_map` context lists the axes that are manual.
+    """
+    axis_context = lowering_context.module_context.axis_context
+    devices = getattr(axis_context, "num_devices", None)
+    if devices is not None:
+        return bool(devices > 1)
+    mesh = getattr(axis_context, "mesh", None)
+    manual: frozenset[str] = getattr(axis_context, "manual_axes", frozenset())
+    if mesh is None:
+        return False
+    return any(size > 1 for name, size in dict(mesh.shape).items() if name not in manual)
+
+
+@functools.cache
+def lax_transpose_rules() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The transpose rules of the convolution that lax registers, for lhs and for rhs.
+
+    `ad.defbilinear` keeps them as the arguments of a partial. Must be called before
+    anything is registered in their place.
+    """
+    registered: Any = ad.primitive_transposes[lax.conv_general_dilated_p]
+    lhs_rule, rhs_rule = registered.args
+    return lhs_rule, rhs_rule

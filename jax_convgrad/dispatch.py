@@ -1,0 +1,147 @@
+"""Which implementation computes an input gradient, and why.
+
+One function decides (`choose`); the primitive's lowering obeys it and `explain`
+prints it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from . import custom_call, native
+from .geometry import ConvGeometry
+
+Implementation: TypeAlias = Literal["native", "xla"] | None
+
+KILL_SWITCH = "JAX_CONVGRAD"
+NATIVE_DTYPES = ("float64", "float32", "bfloat16", "float16")
+MAX_AXES = 3
+
+
+@functools.cache
+def switched_off() -> bool:
+    """Whether the environment variable JAX_CONVGRAD turns the kernels off.
+
+    Read once: a value that changed while functions are compiled could not reach them.
+    """
+    value = os.environ.get(KILL_SWITCH, "on").lower()
+    if value not in ("on", "off"):
+        raise ValueError(f"{KILL_SWITCH} must be 'on' or 'off', got {value!r}.")
+    return value == "off"
+
+
+def check_implementation(implementation: Any, function: str) -> None:
+    """Raises unless `implementation` is one that the public functions document."""
+    if implementation not in (None, "native", "xla"):
+        raise ValueError(
+            f"{function} implementation must be None, 'native' or 'xla', got {implementation!r}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What runs: "native" with a kernel and its scratch memory, or "xla"; and why."""
+
+    implementation: Literal["native", "xla"]
+    reason: str
+    kernel: str | None = None
+    workspace_bytes: int = 0
+
+
+def unsupported_dtype(dtype: Any) -> str | None:
+    """Why no kernel takes this dtype, or None if one does."""
+    if np.dtype(dtype).name in NATIVE_DTYPES:
+        return None
+    return f"dtype {np.dtype(dtype).name} is not one of {', '.join(NATIVE_DTYPES)}"
+
+
+def unsupported(geometry: ConvGeometry, dtype: Any) -> str | None:
+    """Why no kernel takes this problem on any platform, or None if one may."""
+    if (reason := unsupported_dtype(dtype)) is not None:
+        return reason
+    if not 1 <= geometry.axes <= MAX_AXES:
+        return f"{geometry.axes} spatial axes, the kernels take 1 to {MAX_AXES}"
+    return None
+
+
+def require_not_native(implementation: Implementation, reason: str) -> None:
+    """Raises a ValueError with the reason if the kernel was insisted on."""
+    if implementation == "native":
+        raise ValueError(f"implementation='native' is not available here: {reason}.")
+
+
+def plan(
+    geometry: ConvGeometry, dtype: Any, platform: str, precision: Any = None
+) -> tuple[str, int]:
+    """The native planner's word: a kernel's name and the bytes of scratch it wants."""
+    module = native.module_for(platform)
+    assert module is not None, platform
+    attributes = custom_call.attributes(geometry, platform, precision)
+    kernel, workspace_bytes = module.plan(
+        np.dtype(dtype).name,
+        geometry.lhs_shape,
+        geometry.rhs_shape,
+        geometry.out_shape,
+        attributes,
+    )
+    return kernel, workspace_bytes
+
+
+def choose(
+    geometry: ConvGeometry,
+    dtype: Any,
+    platform: str,
+    implementation: Implementation = None,
+    precision: Any = None,
+    *,
+    partitioned: bool = False,
+) -> Choice:
+    """Decides what computes one input gradient on one platform.
+
+    Args:
+        geometry: the convolution.
+        dtype: dtype of dy, rhs and dX.
+        platform: lowering platform: "cpu", "cuda" or another.
+        implementation: "native" insists on the kernel, "xla" on lax, None prefers the
+            kernel where it is no slower.
+        precision: canonical lax precision.
+        partitioned: whether XLA's partitioner will split the program over devices.
+
+    Returns:
+        The choice.
+
+    Raises:
+        ValueError: "native" was asked for and no kernel can serve; says why.
+    """
+    if implementation == "xla":
+        return Choice("xla", "implementation='xla'")
+    reason = unsupported(geometry, dtype)
+    if reason is None and switched_off():
+        reason = f"{KILL_SWITCH}=off"
+    if reason is None and platform not in ("cpu", "cuda"):
+        reason = f"no kernel for platform {platform}"
+    if reason is None and native.module_for(platform) is None:
+        reason = f"the {platform} module was not built"
+    if reason is not None:
+        require_not_native(implementation, reason)
+        return Choice("xla", reason)
+    kernel, workspace_bytes = plan(geometry, dtype, platform, precision)
+    if implementation == "native":
+        return Choice("native", "implementation='native'", kernel, workspace_bytes)
+    if partitioned:
+        return Choice("xla", "the program is partitioned over devices by XLA")
+    slower = _slower_than_xla(geometry, dtype, platform, kernel)
+    if slower is not None:
+        return Choice("xla", slower)
+    return Choice("native", f"the {kernel} kernel covers it", kernel, workspace_bytes)
+
+
+def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: str) -> str | None:
+    """Where the published table has the kernel behind XLA, the reason; else None."""
+    del geometry, dtype, platform, kernel
+    return None

@@ -1,0 +1,157 @@
+"""explain(): which implementation would compute a gradient, why, and how fast at best."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from . import compat, dispatch, roofline
+from .conv import check_dtypes
+from .dispatch import Implementation
+from .geometry import ConvGeometry, DimensionNumbers, Padding, shape_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What computes one input gradient. Prints as a short paragraph.
+
+    Attributes:
+        geometry: the convolution.
+        dtype: name of the dtype that the gradient is computed in.
+        platform: the lowering platform asked about.
+        implementation: "native" or "xla".
+        kernel: name of the kernel, None for "xla".
+        reason: why this implementation.
+        workspace_bytes: scratch memory of the kernel.
+        flops: floating-point operations, products with padding and zeros not counted.
+        bytes_moved: least memory traffic: dy and rhs read, dX written, once each.
+        roofline_us: least time in microseconds on this machine's default device, from
+            rates that were measured on it; None for a platform that it is not.
+        roofs: those rates.
+    """
+
+    geometry: ConvGeometry
+    dtype: str
+    platform: str
+    implementation: str
+    kernel: str | None
+    reason: str
+    workspace_bytes: int
+    flops: int
+    bytes_moved: int
+    roofline_us: float | None
+    roofs: roofline.Roofs | None
+
+    def __str__(self) -> str:
+        name = self.implementation if self.kernel is None else f"native, kernel {self.kernel}"
+        lines = [
+            f"input gradient of {self.geometry} in {self.dtype} on {self.platform}",
+            f"  runs as   {name}: {self.reason}",
+            f"  work      {self.flops / 1e6:.6g} MFLOP, {self.bytes_moved / 1e6:.6g} MB, "
+            f"workspace {self.workspace_bytes / 1e6:.6g} MB",
+        ]
+        if self.roofs is not None and self.roofline_us is not None:
+            lines.append(
+                f"  roofline  {self.roofline_us:.4g} us at {self.roofs.flops_per_s / 1e9:.4g} "
+                f"GFLOP/s and {self.roofs.bytes_per_s / 1e9:.4g} GB/s ({self.roofs.source})"
+            )
+        return "\n".join(lines)
+
+
+def explain(
+    lhs: jax.Array | jax.ShapeDtypeStruct,
+    rhs: jax.Array | jax.ShapeDtypeStruct,
+    window_strides: Sequence[int],
+    padding: Padding,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: DimensionNumbers = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    *,
+    implementation: Implementation = None,
+    platform: str | None = None,
+) -> Explanation:
+    """Says what the input gradient of `conv_general_dilated(lhs, rhs, ...)` would run.
+
+    Takes the arguments of `conv_general_dilated`; nothing is computed but, once per
+    process, the rates of the default device (about a second).
+
+    Args:
+        lhs: input, an array or a `jax.ShapeDtypeStruct`.
+        rhs: filter, likewise.
+        window_strides: as in `conv_general_dilated`, like all that follow.
+        padding: see there.
+        lhs_dilation: see there.
+        rhs_dilation: see there.
+        dimension_numbers: see there.
+        feature_group_count: see there.
+        batch_group_count: see there.
+        precision: see there.
+        preferred_element_type: see there.
+        out_sharding: see there.
+        implementation: see there.
+        platform: "cpu", "cuda" or another; None means that of the default device.
+
+    Returns:
+        An `Explanation`.
+
+    Raises:
+        ValueError: as `conv_general_dilated` does.
+        TypeError: as `conv_general_dilated` does.
+
+    Example:
+        >>> import jax, jax_convgrad
+        >>> x = jax.ShapeDtypeStruct((8, 64, 32, 32), "float32")
+        >>> w = jax.ShapeDtypeStruct((64, 1, 3, 3), "float32")
+        >>> e = jax_convgrad.explain(x, w, (1, 1), "SAME", feature_group_count=64)
+        >>> e.flops
+        9048064
+    """
+    function = "explain"
+    dispatch.check_implementation(implementation, function)
+    check_dtypes(lhs, rhs, function)
+    geometry = ConvGeometry.parse(
+        shape_of(lhs, "lhs", function),
+        shape_of(rhs, "rhs", function),
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+        function=function,
+    )
+    del out_sharding
+    dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
+    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    platform = here if platform is None else platform
+    choice = dispatch.choose(
+        geometry, dtype, platform, implementation, compat.canonicalize_precision(precision)
+    )
+    roofs = None
+    if platform == here and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2:
+        roofs = roofline.measure(dtype.name)
+    bytes_moved = geometry.bytes_moved(dtype.itemsize)
+    return Explanation(
+        geometry=geometry,
+        dtype=dtype.name,
+        platform=platform,
+        implementation=choice.implementation,
+        kernel=choice.kernel,
+        reason=choice.reason,
+        workspace_bytes=choice.workspace_bytes,
+        flops=geometry.flops,
+        bytes_moved=bytes_moved,
+        roofline_us=None if roofs is None else roofs.time_us(geometry.flops, bytes_moved),
+        roofs=roofs,
+    )

@@ -1,0 +1,144 @@
+"""The input and filter gradients as plain lax convolutions.
+
+What runs where no kernel does, and what the other transposes are made of. Each is
+one explicit convolution. `jax.linear_transpose` over a bare shape would be shorter
+and wrong inside `shard_map`: its template is unvarying, so it inserts a psum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .geometry import ConvGeometry, dilated_size
+
+
+def forward(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    geometry: ConvGeometry,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """The convolution itself."""
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        **geometry.conv_params(),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+
+
+def input_grad(
+    dy: jax.Array,
+    rhs: jax.Array,
+    geometry: ConvGeometry,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """The map dX of a convolution: dy, dilated by the stride, convolved with the flipped filter."""
+    g = geometry
+    lhs_spec, rhs_spec, out_spec = g.dimension_numbers
+    if g.groups > 1:
+        # The group axis moves from the filter's output to its input features, which
+        # are the output features of this convolution.
+        rhs = _split(rhs, rhs_spec[0], g.groups)
+        rhs = _merge(rhs, rhs_spec[0], rhs_spec[1])
+    padding = []
+    for axis in range(g.axes):
+        window = dilated_size(g.window_sizes[axis], g.rhs_dilation[axis])
+        low = window - 1 - g.padding[axis][0]
+        total = (
+            dilated_size(g.in_sizes[axis], g.lhs_dilation[axis])
+            + window
+            - 1
+            - dilated_size(g.out_sizes[axis], g.window_strides[axis])
+        )
+        padding.append((low, total - low))
+    out = lax.conv_general_dilated(
+        dy,
+        lax.rev(rhs, rhs_spec[2:]),
+        window_strides=g.lhs_dilation,
+        padding=padding,
+        lhs_dilation=g.window_strides,
+        rhs_dilation=g.rhs_dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(out_spec, _swap(rhs_spec), lhs_spec),
+        feature_group_count=g.groups,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+    if g.batch_group_count > 1:
+        out = _split(out, lhs_spec[1], g.batch_group_count)
+        out = _merge(out, lhs_spec[1], lhs_spec[0])
+    return out
+
+
+def filter_grad(
+    lhs: jax.Array,
+    dy: jax.Array,
+    geometry: ConvGeometry,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+) -> jax.Array:
+    """The map dW of a convolution: lhs convolved with dy, batch and features exchanged."""
+    g = geometry
+    lhs_spec, rhs_spec, out_spec = g.dimension_numbers
+    if dy.size == 0:  # a window of size zero is no convolution
+        dtype = dy.dtype if preferred_element_type is None else preferred_element_type
+        return jnp.zeros_like(dy, dtype, shape=g.rhs_shape)
+    padding = []
+    for axis in range(g.axes):
+        low = g.padding[axis][0]
+        high = (
+            dilated_size(g.out_sizes[axis], g.window_strides[axis])
+            - dilated_size(g.in_sizes[axis], g.lhs_dilation[axis])
+            + dilated_size(g.window_sizes[axis], g.rhs_dilation[axis])
+            - 1
+            - low
+        )
+        padding.append((low, high))
+    return lax.conv_general_dilated(
+        lhs,
+        dy,
+        window_strides=g.rhs_dilation,
+        padding=padding,
+        lhs_dilation=g.lhs_dilation,
+        rhs_dilation=g.window_strides,
+        dimension_numbers=lax.ConvDimensionNumbers(
+            _swap(lhs_spec), _swap(out_spec), _swap(rhs_spec)
+        ),
+        feature_group_count=g.batch_group_count,
+        batch_group_count=g.feature_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
+
+
+def _swap(spec: Sequence[int]) -> tuple[int, ...]:
+    """A layout with its first two roles (batch and feature, or out and in) exchanged."""
+    return (spec[1], spec[0], *spec[2:])
+
+
+def _split(x: jax.Array, dim: int, count: int) -> jax.Array:
+    """Splits a dimension into `count` major parts: (..., count, size // count, ...)."""
+    return x.reshape(*x.shape[:dim], count, x.shape[dim] // count, *x.shape[dim + 1 :])
+
+
+def _merge(x: jax.Array, src: int, dst: int) -> jax.Array:
+    """Merges dimension `src` into `dst` as its major part; `dst` counts without `src`."""
+    x = jnp.moveaxis(x, src, dst)
+    return x.reshape(*x.shape[:dst], x.shape[dst] * x.shape[dst + 1], *x.shape[dst + 2 :])

@@ -1,0 +1,121 @@
+"""Transposed convolutions as the input gradients that they are: shapes and padding only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax import lax
+
+from .geometry import ConvGeometry, DimensionNumbers, Padding, dilated_size, explicit_padding
+
+_FUNCTION = "conv_transpose"
+
+
+def transposed_geometry(
+    lhs_shape: tuple[int, ...],
+    rhs_shape: tuple[int, ...],
+    strides: Sequence[int],
+    padding: Padding,
+    rhs_dilation: Sequence[int] | None,
+    dimension_numbers: DimensionNumbers,
+    transpose_kernel: bool,
+    use_consistent_padding: bool,
+) -> ConvGeometry:
+    """Returns the convolution whose input gradient is the transposed convolution asked for.
+
+    With m the dilated extent of the filter and (a, b) the padding of the dilated input,
+    output o of the transposed convolution meets input p and tap r where
+    o = p*stride + a - (m - 1) + r*dilation, r counted on the flipped filter: the input
+    gradient of a convolution with that stride and pad_low = m - 1 - a.
+
+    Args:
+        lhs_shape: shape of conv_transpose's input, which is dy of that convolution.
+        rhs_shape: shape of its filter.
+        strides: the fractional stride.
+        padding: as conv_transpose takes it.
+        rhs_dilation: dilation of the filter, or None.
+        dimension_numbers: layouts of lhs, rhs and the result.
+        transpose_kernel: whether the filter comes flipped, its channel axes swapped.
+        use_consistent_padding: whether integer padding is the forward convolution's.
+
+    Returns:
+        The geometry, with the transposed convolution's result in the place of x.
+
+    Raises:
+        ValueError: an argument's value is out of range or contradicts another.
+        TypeError: an argument is of the wrong kind.
+    """
+    axes = len(lhs_shape) - 2
+    dnums = lax.conv_dimension_numbers(lhs_shape, rhs_shape, dimension_numbers)
+    out_feature, in_feature = dnums.rhs_spec[:2]
+    if transpose_kernel:
+        out_feature, in_feature = in_feature, out_feature
+    # Checks all but the padding, with the messages that every function has.
+    probe = ConvGeometry.parse(
+        lhs_shape,
+        rhs_shape,
+        strides,
+        [(0, 0)] * axes,
+        None,
+        rhs_dilation,
+        lax.ConvDimensionNumbers(
+            dnums.lhs_spec, (out_feature, in_feature, *dnums.rhs_spec[2:]), dnums.out_spec
+        ),
+        function=_FUNCTION,
+    )
+    windows = [
+        dilated_size(size, dilation)
+        for size, dilation in zip(probe.window_sizes, probe.rhs_dilation, strict=True)
+    ]
+    pads = _input_pads(windows, probe.window_strides, padding, use_consistent_padding)
+    out_shape = [0] * len(lhs_shape)
+    out_shape[dnums.out_spec[0]] = lhs_shape[dnums.lhs_spec[0]]
+    out_shape[dnums.out_spec[1]] = rhs_shape[out_feature]
+    forward_padding = []
+    for axis, dim in enumerate(dnums.out_spec[2:]):
+        low, high = pads[axis]
+        dilated = dilated_size(probe.in_sizes[axis], probe.window_strides[axis])
+        if dilated + low + high < 0:
+            raise ValueError(
+                "Negative padding is larger than the size of the corresponding dimension: got "
+                f"{_FUNCTION} padding={pads} for spatial axis {axis} of lhs shape {lhs_shape}."
+            )
+        out_shape[dim] = max(0, dilated + low + high - windows[axis] + 1)
+        # The high side is what makes the forward convolution's sizes come out exactly.
+        forward_low = windows[axis] - 1 - low
+        forward_high = dilated + windows[axis] - 1 - forward_low - out_shape[dim]
+        forward_padding.append((forward_low, forward_high))
+    return ConvGeometry(
+        lhs_shape=tuple(out_shape),
+        rhs_shape=rhs_shape,
+        window_strides=probe.window_strides,
+        padding=tuple(forward_padding),
+        lhs_dilation=(1,) * axes,
+        rhs_dilation=probe.rhs_dilation,
+        # In the forward convolution the filter's output features are our input features.
+        dimension_numbers=lax.ConvDimensionNumbers(
+            dnums.out_spec, (in_feature, out_feature, *dnums.rhs_spec[2:]), dnums.lhs_spec
+        ),
+    )
+
+
+def _input_pads(
+    windows: list[int], strides: tuple[int, ...], padding: Any, use_consistent_padding: bool
+) -> tuple[tuple[int, int], ...]:
+    """Padding of the dilated input, low and high of each axis, read as lax reads it."""
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(
+                f"{_FUNCTION} padding must be 'SAME', 'VALID' or a sequence of (low, high) pairs, "
+                f"got {padding!r}."
+            )
+        sizes = list(zip(windows, strides, strict=True))
+        if padding == "VALID":
+            return tuple((m - 1, max(m, s) - 1) for m, s in sizes)
+        lows = [m - 1 if s > m - 1 else (m + s - 1) // 2 for m, s in sizes]
+        return tuple((low, m + s - 2 - low) for low, (m, s) in zip(lows, sizes, strict=True))
+    pairs = explicit_padding(padding, _FUNCTION, len(strides))
+    if not use_consistent_padding:
+        return pairs
+    return tuple((m - 1 - low, m - 1 - high) for m, (low, high) in zip(windows, pairs, strict=True))
