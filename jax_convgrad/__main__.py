@@ -11,26 +11,35 @@ from collections.abc import Sequence
 from .tools import DTYPES, ToolError
 
 
+def _natural(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jax_convgrad", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed and compiled, and what would run")
 
     check = commands.add_parser("check", help="compare with float64 lax over many geometries")
-    check.add_argument("--count", type=int, default=500, help="random geometries (default 500)")
+    check.add_argument(
+        "--count", type=_natural, default=500, help="random geometries (default 500)"
+    )
     check.add_argument("--dtype", choices=("all", *DTYPES), default="all")
     check.add_argument("--kernel", help="one kernel by name, on the geometries that it takes")
-    check.add_argument("--seed", type=int, default=0)
+    check.add_argument("--seed", type=_natural, default=0)
     check.add_argument("--precision", choices=("default", "highest"), default="default")
     check.add_argument(
         "--require-native", action="store_true", help="fail if a case ran through lax"
     )
 
-    demo = commands.add_parser(
-        "demo", help="train a small net on handwritten digits, with and without the kernel",
-        add_help=False,
-    )  # fmt: skip
-    demo.add_argument("arguments", nargs=argparse.REMAINDER, help="options of the example")
+    commands.add_parser(
+        "demo",
+        help="train a small net on handwritten digits; takes the options of "
+        "examples/train_digits.py",
+    )
 
     bench = commands.add_parser("bench", help="time the gradient beside lax and PyTorch")
     _add_bench_options(bench)
@@ -52,6 +61,7 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     add("--peers", default="lax", help="comma-separated: lax,torch (default lax)")
     add("--class", dest="classes", action="append", metavar="NAME",
         help="only this class of layers; may be repeated")  # fmt: skip
+    add("--per-class", type=_natural, metavar="COUNT", help="at most COUNT layers of each class")
     add("--batch-budget", type=float, metavar="MFLOP",
         help="shrink the batch N of each layer until one gradient costs at most this many "
         "MFLOP, a byte of least memory traffic counting as 16 FLOP; N is at least 1")  # fmt: skip
@@ -60,8 +70,8 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     add("--precision", choices=("default", "highest"), default="default",
         help="on a GPU, default lets float32 be TF32, for every peer")  # fmt: skip
     add("--row-seconds", type=float, default=2.0, help="time to measure one row (default 2)")
-    add("--limit", type=int, help="only the first LIMIT rows")
-    add("--seed", type=int, default=0)
+    add("--limit", type=_natural, help="only the first LIMIT rows")
+    add("--seed", type=_natural, default=0)
     add("--json", type=pathlib.Path, dest="json_path", help="write the results here")
     add("--png", type=pathlib.Path, dest="png_path", help="draw them here")
 
@@ -92,7 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for a wrong result, 2 for a request that cannot be served.
     """
-    options = vars(_parser().parse_args(argv))
+    argv = sys.argv[1:] if argv is None else list(argv)
+    # The example parses its own options, --help among them.
+    options = {"command": "demo"} if argv[:1] == ["demo"] else vars(_parser().parse_args(argv))
     command = options.pop("command")
     try:
         if command == "info":
@@ -107,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .tools import bench
 
             return bench.main(**options)
-        return _run_demo(options["arguments"])
+        return _run_demo(argv[1:])
     except ToolError as e:
         print(f"python -m jax_convgrad {command}: error: {e}", file=sys.stderr)
         return 2

@@ -18,21 +18,28 @@ from .geometry import ConvGeometry
 
 Implementation: TypeAlias = Literal["native", "xla"] | None
 
-KILL_SWITCH = "JAX_CONVGRAD"
+SWITCH = "JAX_CONVGRAD"
 NATIVE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 MAX_AXES = 3
 
 
 @functools.cache
-def switched_off() -> bool:
-    """Whether the environment variable JAX_CONVGRAD turns the kernels off.
+def switch() -> Literal["on", "off"] | None:
+    """The value of the environment variable JAX_CONVGRAD.
 
-    Read once: a value that changed while functions are compiled could not reach them.
+    "off" sends everything to lax, "on" runs a kernel wherever one covers the case, also
+    where it is known or feared to be slower; unset, the table of `_slower_than_xla` holds.
+    Read once: a value that changed later could not reach functions already compiled.
     """
-    value = os.environ.get(KILL_SWITCH, "on").lower()
-    if value not in ("on", "off"):
-        raise ValueError(f"{KILL_SWITCH} must be 'on' or 'off', got {value!r}.")
-    return value == "off"
+    value = os.environ.get(SWITCH)
+    if value is None:
+        return None
+    match value.lower():
+        case "on":
+            return "on"
+        case "off":
+            return "off"
+    raise ValueError(f"{SWITCH} must be 'on' or 'off', got {value!r}.")
 
 
 def check_implementation(implementation: Any, function: str) -> None:
@@ -121,8 +128,8 @@ def choose(
     if implementation == "xla":
         return Choice("xla", "implementation='xla'")
     reason = unsupported(geometry, dtype)
-    if reason is None and switched_off():
-        reason = f"{KILL_SWITCH}=off"
+    if reason is None and switch() == "off":
+        reason = f"{SWITCH}=off"
     if reason is None and platform not in ("cpu", "cuda"):
         reason = f"no kernel for platform {platform}"
     if reason is None and native.module_for(platform) is None:
@@ -135,6 +142,8 @@ def choose(
         return Choice("native", "implementation='native'", kernel, workspace_bytes)
     if partitioned:
         return Choice("xla", "the program is partitioned over devices by XLA")
+    if switch() == "on":
+        return Choice("native", f"{SWITCH}=on", kernel, workspace_bytes)
     slower = _slower_than_xla(geometry, dtype, platform, kernel)
     if slower is not None:
         return Choice("xla", slower)
@@ -142,6 +151,12 @@ def choose(
 
 
 def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: str) -> str | None:
-    """Where the published table has the kernel behind XLA, the reason; else None."""
-    del geometry, dtype, platform, kernel
+    """Why lax is preferred where the kernel could run, or None.
+
+    Every rule here rests on a file under benchmarks/results/.
+    """
+    del geometry, dtype, kernel
+    if platform == "cuda":
+        # Wrong in some cases, but a promise: never slower than lax without being asked.
+        return f"no GPU measurements yet; {SWITCH}=on or implementation='native' run the kernel"
     return None

@@ -78,7 +78,7 @@ def _register() -> None:
 
 def _covered(lhs_type: Any, rhs: jax.Array, dy: jax.Array) -> bool:
     """Whether the primitive takes this convolution; lax's own rule has the rest."""
-    if dispatch.switched_off() or not is_static(lhs_type.shape) or not is_static(rhs.shape):
+    if dispatch.switch() == "off" or not is_static(lhs_type.shape) or not is_static(rhs.shape):
         return False
     if dispatch.unsupported_dtype(dy.dtype) is not None:
         return False

@@ -1,0 +1,39 @@
+"""What the command line runs, and the lists that tests and benchmarks share.
+
+Nothing here is imported by the library itself. rich, matplotlib and torch are imported
+where they are used and nowhere else, so the rest works without them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# As the command line spells them.
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64"}
+
+
+class ToolError(Exception):
+    """A message for the user of the command line, printed as one line without a trace."""
+
+
+def require(module: str, purpose: str, install: str = "pip install 'jax-convgrad[bench]'") -> Any:
+    """Imports an optional dependency, or says in one line how to get it.
+
+    Args:
+        module: its import name.
+        purpose: what needs it, for the message.
+        install: the command that installs it.
+
+    Returns:
+        The module.
+
+    Raises:
+        ToolError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name != module.partition(".")[0]:
+            raise
+        raise ToolError(f"{purpose} needs {e.name}, which is not installed: {install}") from None

@@ -1,0 +1,306 @@
+"""`bench`: the gradient beside its peers, on the layers of real nets.
+
+Every result is checked before it is timed. Peers are timed in turns within one run
+(`timing`), on operands that rotate through a pool, several instances to a call. On a GPU
+times are device times: JAX's as the wall time of many instances issued back to back,
+PyTorch's by events around a CUDA graph. Every row is printed, losses and failures
+included. `results` documents the JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from .. import roofline
+from ..dispatch import Implementation
+from . import DTYPES, ToolError, layers, machine, require, results, timing
+from .console import Console, table
+from .results import PEERS, Row
+from .workloads import JaxPeer, Workload, distance, make_pool, reference, workloads
+
+_IMPLEMENTATIONS: dict[str, Implementation] = {"auto": None, "native": "native", "xla": "xla"}
+
+
+class _RowFailureError(Exception):
+    """A peer that cannot be timed; `kind` as in the JSON."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def _empty_row(workload: Workload) -> Row:
+    layer = workload.layer
+    return {
+        "index": layer.index,
+        "name": workload.name,
+        "class": workload.class_name,
+        "direction": workload.direction,
+        "source": layer.source,
+        "geometry": layers.short(layer.geometry),
+        "batch": layer.batch,
+        "batch_in_file": layer.batch_in_file,
+        "flops": layer.geometry.flops,
+        "bytes": workload.bytes_moved,
+        "implementation": None,
+        "kernel": None,
+        "reason": None,
+        "reference": None,
+        "bound": None,
+        "errors": {},
+        "working_set_bytes": None,
+        "cache": "unknown",
+        "times_us": {},
+        "ratios": {},
+        "gflop_per_s": None,
+        "gbyte_per_s": None,
+        "failures": [],
+    }
+
+
+def measure_row(
+    workload: Workload,
+    implementation: Implementation,
+    peers: Sequence[str],
+    *,
+    seed: int,
+    row_seconds: float,
+    cache_bytes: int | None,
+) -> Row:
+    """Checks and times one row.
+
+    Args:
+        workload: what to compute.
+        implementation: of ours.
+        peers: names from `results.PEERS`.
+        seed: of the operands.
+        row_seconds: time to spend on timing.
+        cache_bytes: size of the last-level cache, if known.
+
+    Returns:
+        The row, as `results` documents it. Failures are recorded, not raised.
+    """
+    row = _empty_row(workload)
+    pool = make_pool(workload, seed)
+    row["working_set_bytes"] = len(pool) * workload.bytes_moved
+    if cache_bytes:
+        row["cache"] = "cold" if row["working_set_bytes"] > 2 * cache_bytes else "warm"
+    try:
+        choice = workload.choice(implementation)
+    except ValueError as e:
+        row["failures"].append({"peer": "ours", "kind": "unsupported", "message": str(e)})
+        return row
+    row.update(implementation=choice.implementation, kernel=choice.kernel, reason=choice.reason)
+    trusted = reference(workload, pool[0])
+    row.update(reference=trusted.dtype, bound=trusted.bound)
+    on_device = [(jax.device_put(a), jax.device_put(b)) for a, b in pool]
+
+    def prepare(name: str) -> Any:
+        if name == "ours":
+            return JaxPeer(name, workload.our_function(implementation), on_device)
+        if name == "lax":
+            return JaxPeer(name, workload.lax_function(), on_device)
+        from . import torch_peer
+
+        try:
+            return torch_peer.TorchPeer(torch_peer.load(workload.precision), workload, pool)
+        except torch_peer.UnsupportedError as e:
+            raise _RowFailureError("unsupported", str(e)) from None
+
+    ready: list[timing.Peer] = []
+    whole: dict[str, Any] = {}
+    for name in ("ours", *peers):
+        try:
+            peer = prepare(name)
+            out = peer.result()
+            row["errors"][name] = error = trusted.error(out)
+            if not error <= trusted.bound:
+                raise _RowFailureError(
+                    "mismatch", f"normwise error {error:.3e} above {trusted.bound:.3e}"
+                )
+            whole[name] = jax.device_put(out)
+            # The reference has some images; peers that agree on all of them have the rest.
+            if name != "ours" and "ours" in whole:
+                apart = float(distance(whole["ours"], whole.pop(name)))
+                if not apart <= 2 * trusted.bound:
+                    raise _RowFailureError(
+                        "mismatch",
+                        f"whole result {apart:.3e} away from ours, above {2 * trusted.bound:.3e}",
+                    )
+            ready.append(peer)
+        except _RowFailureError as e:
+            row["failures"].append({"peer": name, "kind": e.kind, "message": str(e)})
+        except ToolError:
+            raise
+        except Exception as e:  # a peer that breaks on a layer must not hide the others
+            message = f"{type(e).__name__}: {e}".splitlines()[0]
+            row["failures"].append({"peer": name, "kind": "error", "message": message})
+    whole.clear()
+    if any(peer.name == "ours" for peer in ready):
+        try:
+            timings = timing.measure(
+                ready, pool=len(pool), batched=machine.is_gpu(), row_seconds=row_seconds
+            )
+        except Exception as e:  # out of memory, mostly
+            message = f"{type(e).__name__}: {e}".splitlines()[0]
+            row["failures"].append({"peer": "timing", "kind": "error", "message": message})
+        else:
+            results.time_fields(row, timings)
+    return row
+
+
+def _parse_peers(text: str) -> list[str]:
+    peers = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in peers if name not in PEERS]:
+        raise ToolError(f"--peers must be among {', '.join(PEERS)}, got {', '.join(unknown)}")
+    if len(set(peers)) != len(peers):
+        raise ToolError(f"--peers names a peer twice: {text}")
+    return peers
+
+
+def _select(
+    chosen: Sequence[layers.Layer], classes: Sequence[str] | None, per_class: int | None
+) -> list[layers.Layer]:
+    """The layers of some classes, and of each at most so many, spread over the list."""
+    by_class: dict[str, list[layers.Layer]] = {}
+    for layer in chosen:
+        by_class.setdefault(layer.class_name, []).append(layer)
+    if unknown := [name for name in classes or () if name not in by_class]:
+        raise ToolError(f"--class must be one of {', '.join(sorted(by_class))}, got {unknown[0]}")
+    if per_class == 0:
+        raise ToolError("--per-class must be positive, got 0")
+    picked: list[layers.Layer] = []
+    for name in classes or by_class:
+        members = by_class[name]
+        count = len(members) if per_class is None else min(per_class, len(members))
+        picked += [members[i * len(members) // count] for i in range(count)]
+    return sorted(picked, key=lambda layer: layer.index)
+
+
+def _writable(path: pathlib.Path | None) -> None:
+    """Raises before the measurement rather than after it."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ToolError(f"cannot write {path}: {e.strerror}") from None
+
+
+def main(
+    *,
+    layers_path: pathlib.Path | None,
+    dtype: str,
+    layout: str,
+    peers: str,
+    classes: list[str] | None,
+    per_class: int | None,
+    batch_budget: float | None,
+    implementation: str,
+    precision: str,
+    row_seconds: float,
+    limit: int | None,
+    seed: int,
+    json_path: pathlib.Path | None,
+    png_path: pathlib.Path | None,
+) -> int:
+    """Runs the benchmark; the arguments are the command's options.
+
+    Returns:
+        The exit status: 1 if a result of ours was wrong or did not come.
+    """
+    options = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in locals().items()}
+    if png_path is not None:
+        require("matplotlib", "--png")
+    _writable(json_path)
+    _writable(png_path)
+    names = _parse_peers(peers)
+    torch_settings = None
+    if "torch" in names:
+        from . import torch_peer
+
+        try:
+            torch_settings = torch_peer.settings(torch_peer.load(precision))
+        except torch_peer.UnsupportedError as e:
+            raise ToolError(f"--peers torch: {e}") from None
+    dtype_name = DTYPES[dtype]
+    listed = layers.load(layers_path or layers.default_path(), layout, batch_budget)
+    selected = _select(listed, classes, per_class)
+    todo = [w for layer in selected for w in workloads(layer, dtype_name, precision)][:limit]
+    console = Console()
+    with jax.enable_x64(True) if dtype == "f64" else contextlib.nullcontext():
+        report = machine.describe() | {
+            "options": options,
+            "torch": torch_settings,
+            "complete": False,
+            "roofs": dataclasses.asdict(roofline.measure(dtype_name)),
+        }
+
+        def save(rows: Sequence[Row], complete: bool) -> None:
+            report.update(
+                complete=complete,
+                rows=rows,
+                classes=results.summarize(rows),
+                failures=results.count_failures(rows),
+            )
+            if json_path is not None:
+                json_path.write_text(json.dumps(report, indent=1) + "\n")
+
+        _run(console, todo, _IMPLEMENTATIONS[implementation], names, seed, row_seconds, save)
+    if png_path is not None:
+        from . import plots
+
+        plots.draw(report, png_path)
+    return _conclude(console, report)
+
+
+def _run(
+    console: Console,
+    todo: Sequence[Workload],
+    implementation: Implementation,
+    peers: Sequence[str],
+    seed: int,
+    row_seconds: float,
+    save: Callable[[Sequence[Row], bool], None],
+) -> None:
+    """Measures, prints and saves every row; a run that is stopped leaves what it has."""
+    cache_bytes = machine.last_level_cache_bytes()
+    console.line(results.header(peers), "bold")
+    rows: list[Row] = []
+    with console.progress(len(todo), "bench", plain=False):
+        for workload in todo:
+            row = measure_row(
+                workload,
+                implementation,
+                peers,
+                seed=seed,
+                row_seconds=row_seconds,
+                cache_bytes=cache_bytes,
+            )
+            rows.append(row)
+            bad = row["failures"] or any(ratio["loss"] for ratio in row["ratios"].values())
+            console.line(results.line(row, peers), "red" if bad else "")
+            for failure in row["failures"]:
+                console.line(f"    {failure['peer']} {failure['kind']}: {failure['message']}")
+            save(rows, len(rows) == len(todo))
+            console.advance()
+
+
+def _conclude(console: Console, report: dict[str, Any]) -> int:
+    """Prints the summary and returns the exit status."""
+    console.line()
+    if cells := results.summary_rows(report["classes"]):
+        console.line(table(results.SUMMARY_HEADERS, cells))
+    failures = report["failures"]
+    counted = ", ".join(f"{number} {name}" for name, number in sorted(failures.items()))
+    console.line(f"{len(report['rows'])} rows; failures: {counted or 'none'}")
+    # A peer's failure says nothing about this package; ours, or no time at all, does.
+    broken = ("ours mismatch", "ours error", "timing error")
+    return 1 if any(failures.get(kind) for kind in broken) else 0

@@ -1,0 +1,236 @@
+"""`check`: the gradient against float64 lax on this machine, over many geometries.
+
+Every geometry runs in every dtype through the public function, on the kernel wherever
+one takes it, on fresh random data. The reference is lax's convolution in float64 on the
+CPU, of the same operands after rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from .. import custom_call, dispatch, lax_maps, native
+from ..compat import canonicalize_precision
+from ..geometry import ConvGeometry
+from ..input_grad import conv_input_grad
+from . import DTYPES, ToolError, machine
+from .console import Console, table
+from .geometries import (
+    Case,
+    classify,
+    named_cases,
+    normwise_error,
+    random_cases,
+    reduction_taps,
+    tolerance,
+)
+
+# Compiled programs are not used again after their case; without this they would pile up.
+_CASES_PER_CACHE = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """One case in one dtype: what ran, how far off it was, how far off it may be."""
+
+    case: Case
+    dtype: str
+    kernel: str | None  # None where lax ran
+    error: float
+    bound: float
+    failure: str | None = None  # an exception, where nothing was computed
+
+    @property
+    def passed(self) -> bool:
+        """Whether a result came out and is within its bound."""
+        return self.failure is None and self.error <= self.bound
+
+
+def input_grad_params(geometry: ConvGeometry) -> dict[str, Any]:
+    """Keyword arguments of `conv_input_grad` for a geometry."""
+    return {"lhs_shape": geometry.lhs_shape, **geometry.conv_params()}
+
+
+def _forced(geometry: ConvGeometry, dtype: str, platform: str, kernel: str, precision: Any) -> Any:
+    """The custom call with one kernel by name, or None if that kernel does not take it."""
+    attributes = custom_call.attributes(geometry, platform, precision, kernel)
+    module = native.module_for(platform)
+    if module is None:
+        raise ToolError(f"--kernel needs compiled kernels: the {platform} module was not built")
+    if kernel not in module.kernel_names():
+        names = ", ".join(module.kernel_names())
+        raise ToolError(f"--kernel must be one of {names} on {platform}, got {kernel!r}")
+    try:
+        _, workspace_bytes = module.plan(
+            dtype, geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape, attributes
+        )
+    except ValueError:
+        return None
+    lhs, rhs, out = custom_call.layouts(geometry, platform)
+    struct: Any = jax.ShapeDtypeStruct
+    call: Any = jax.ffi.ffi_call(
+        native.TARGET,
+        (struct(geometry.lhs_shape, dtype), struct((workspace_bytes,), np.uint8)),
+        input_layouts=(out, rhs),
+        output_layouts=(lhs, (0,)),
+    )
+    return lambda dy, w: call(dy, w, **attributes)[0]
+
+
+def _run_case(
+    case: Case,
+    dtypes: Sequence[str],
+    platform: str,
+    rng: np.random.Generator,
+    kernel: str | None,
+    precision: str,
+) -> list[Outcome]:
+    geometry = case.geometry
+    cpu = jax.local_devices(backend="cpu")[0]
+    reference = jax.jit(lambda dy, w: lax_maps.input_grad(dy, w, geometry))
+    outcomes = []
+    for dtype in dtypes:
+        tf32 = platform == "cuda" and dtype == "float32" and precision != "highest"
+        bound = tolerance("tf32" if tf32 else dtype, reduction_taps(geometry))
+        name: str | None = kernel
+        function: Callable[..., Any] | None
+        if kernel is not None:
+            function = _forced(geometry, dtype, platform, kernel, canonicalize_precision(precision))
+            if function is None:
+                continue
+        else:
+            name, function = _public(geometry, dtype, platform, precision)
+        dy = rng.standard_normal(geometry.out_shape).astype(dtype)
+        w = rng.standard_normal(geometry.rhs_shape).astype(dtype)
+        failure, error = None, float("nan")
+        try:
+            out = jax.jit(function)(dy, w)
+            with jax.default_device(cpu):
+                expected = reference(dy.astype(np.float64), w.astype(np.float64))
+            error = normwise_error(out, expected)
+        except Exception as e:  # a tool that stops at the first failure hides the others
+            failure = f"{type(e).__name__}: {e}".splitlines()[0]
+        outcomes.append(Outcome(case, dtype, name, error, bound, failure))
+    return outcomes
+
+
+def _public(
+    geometry: ConvGeometry, dtype: str, platform: str, precision: str
+) -> tuple[str | None, Callable[..., Any]]:
+    """The kernel's name and the public function, insisting on the kernel if there is one."""
+    try:
+        choice = dispatch.choose(
+            geometry, dtype, platform, "native", canonicalize_precision(precision)
+        )
+    except ValueError:
+        choice = dispatch.choose(geometry, dtype, platform, "xla")
+    params = input_grad_params(geometry)
+
+    def function(dy: jax.Array, w: jax.Array) -> jax.Array:
+        return conv_input_grad(
+            dy, w, **params, precision=precision, implementation=choice.implementation
+        )
+
+    return choice.kernel, function
+
+
+def summarize(outcomes: Sequence[Outcome]) -> str:
+    """The table: one line per dtype and class, the worst case of each."""
+    groups: dict[tuple[str, str], list[Outcome]] = {}
+    for outcome in outcomes:
+        key = (outcome.dtype, classify(outcome.case.geometry))
+        groups.setdefault(key, []).append(outcome)
+    rows = []
+    for (dtype, class_name), members in sorted(groups.items()):
+        computed = [o for o in members if o.failure is None]
+        worst = max(computed, key=lambda o: o.error / o.bound, default=None)
+        native_count = sum(o.kernel is not None for o in members)
+        failed = sum(not o.passed for o in members)
+        rows.append(
+            (
+                f"{dtype} {class_name}",
+                str(len(members)),
+                str(native_count),
+                "-" if worst is None else f"{worst.error:.2e}",
+                "-" if worst is None else f"{worst.bound:.2e}",
+                "pass" if not failed else f"FAIL {failed}",
+            )
+        )
+    headers = ("dtype and class", "cases", "native", "worst error", "its bound", "result")
+    return table(headers, rows)
+
+
+def main(
+    *,
+    count: int,
+    dtype: str,
+    seed: int,
+    kernel: str | None,
+    precision: str,
+    require_native: bool,
+) -> int:
+    """Runs the check and prints its table.
+
+    Args:
+        count: random geometries, besides the named ones.
+        dtype: "all" or a key of `DTYPES`.
+        seed: of the geometries and of the data.
+        kernel: one kernel by name, on the geometries that it takes; None for the planner's.
+        precision: "default" or "highest"; on a GPU the former lets float32 be TF32.
+        require_native: fail if anything ran through lax.
+
+    Returns:
+        The exit status: 1 if a result was wrong or missing.
+    """
+    console = Console()
+    platform = machine.lowering_platform()
+    dtypes = list(DTYPES.values()) if dtype == "all" else [DTYPES[dtype]]
+    cases = [*named_cases(), *random_cases(count, seed)]
+    try:
+        jax.local_devices(backend="cpu")
+    except RuntimeError as e:
+        raise ToolError(f"the reference needs JAX's CPU backend: {e}") from None
+    outcomes: list[Outcome] = []
+    clear_caches: Callable[[], None] = jax.clear_caches
+    start = time.perf_counter()
+    console.line(
+        f"check: {len(cases)} geometries in {', '.join(dtypes)} on {platform} "
+        f"({jax.devices()[0].device_kind}), seed {seed}"
+    )
+    with jax.enable_x64(True), console.progress(len(cases), "check"):
+        for index, case in enumerate(cases):
+            rng = np.random.default_rng([seed, index])
+            outcomes += _run_case(case, dtypes, platform, rng, kernel, precision)
+            if index % _CASES_PER_CACHE == _CASES_PER_CACHE - 1:
+                clear_caches()
+            console.advance()
+    console.line(summarize(outcomes))
+    failures = [o for o in outcomes if not o.passed]
+    for o in failures:
+        what = o.failure or f"error {o.error:.3e} above {o.bound:.3e}"
+        ran = "lax" if o.kernel is None else f"kernel {o.kernel}"
+        console.line(f"FAIL {o.dtype} {o.case.name} ({ran}): {what}\n  {o.case.geometry}", "red")
+    native_count = sum(o.kernel is not None for o in outcomes)
+    used: dict[str, int] = {}
+    for o in outcomes:
+        used[o.kernel or "lax"] = used.get(o.kernel or "lax", 0) + 1
+    console.line(
+        f"{len(outcomes)} results, {native_count} native, {len(failures)} failed, "
+        f"{time.perf_counter() - start:.0f} s; "
+        + ", ".join(f"{name}: {number}" for name, number in sorted(used.items()))
+    )
+    if not outcomes:
+        console.line(f"FAIL kernel {kernel} took none of the geometries", "red")
+        return 1
+    if native_count == 0:
+        console.line("note: no kernel ran, so this compared lax with itself", "yellow")
+    if require_native and native_count < len(outcomes):
+        console.line("FAIL --require-native: not every case ran on a kernel", "red")
+        return 1
+    return 1 if failures else 0
