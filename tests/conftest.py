@@ -1,0 +1,130 @@
+"""Fresh random data with a seed that is printed, and skips that CI turns into failures."""
+
+import os
+import secrets
+import subprocess
+import sys
+import zlib
+
+# In the environment, so that the workers of a parallel run draw the same geometries.
+os.environ.setdefault("JAX_CONVGRAD_TEST_SEED", str(secrets.randbits(31)))
+SEED = int(os.environ["JAX_CONVGRAD_TEST_SEED"])
+# The kernel wherever it covers a case, also where lax is preferred for its speed.
+os.environ["JAX_CONVGRAD"] = "on"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+import jax_convgrad  # noqa: E402
+from jax_convgrad import native  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "convgrad", database=None, deadline=None, print_blob=True, max_examples=60
+)
+hypothesis.settings.load_profile("convgrad")
+
+# marker: the variable that turns its skips into failures
+MODULES = {"native": "JAX_CONVGRAD_REQUIRE_NATIVE", "cuda": "JAX_CONVGRAD_REQUIRE_CUDA"}
+
+
+def missing(marker):
+    """What a marked test lacks on this machine, or None."""
+    if marker == "native":
+        return "the CPU module was not built" if native.cpu is None else None
+    if native.cuda is None:
+        return "the CUDA module was not built"
+    try:
+        jax.devices("cuda")
+    except RuntimeError as e:
+        return f"no GPU: {e}"
+    return None
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "native: needs the compiled CPU module")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" in config.option.markexpr:
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in set(slow)]
+
+
+def pytest_report_header():
+    kernels = "not built" if native.cpu is None else f"{native.cpu.isa()}"
+    return [
+        f"jax {jax.__version__}, jax_convgrad {jax_convgrad.__version__}, CPU module {kernels}, "
+        f"CUDA module {'not built' if native.cuda is None else 'built'}",
+        f"JAX_CONVGRAD_TEST_SEED={SEED}",
+    ]
+
+
+def pytest_runtest_setup(item):
+    for marker, variable in MODULES.items():
+        if item.get_closest_marker(marker) is None or (reason := missing(marker)) is None:
+            continue
+        if os.environ.get(variable) == "1":
+            pytest.fail(f"{reason}, and {variable}=1", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if report.failed:
+        report.sections.append(("random data", f"reproduce with JAX_CONVGRAD_TEST_SEED={SEED}"))
+    return report
+
+
+@pytest.fixture
+def rng(request):
+    """A generator of its own for every test, of this run's seed."""
+    return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture
+def x64():
+    """64-bit types inside this test only."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """Each platform's first device, made the default one."""
+    found = jax.devices(request.param)[0]
+    with jax.default_device(found):
+        yield found
+
+
+@pytest.fixture
+def run_python():
+    """Runs code in a fresh interpreter that imports the package from where this one did."""
+
+    def run(*arguments, check=True, timeout_s=240, **environment):
+        env = {k: v for k, v in os.environ.items() if k not in ("JAX_CONVGRAD", "XLA_FLAGS")}
+        places = [os.path.dirname(path) for path in jax_convgrad.__path__]
+        places.append(os.path.dirname(__file__))
+        env["PYTHONPATH"] = os.pathsep.join(places)
+        env["JAX_PLATFORMS"] = "cpu"
+        env.update(environment)
+        result = subprocess.run(
+            [sys.executable, *arguments],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            # Away from a checkout, whose source tree would hide the installed package.
+            cwd=os.path.dirname(__file__),
+        )
+        if check:
+            assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+        return result
+
+    return run

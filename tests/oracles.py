@@ -1,0 +1,158 @@
+"""What the tests compare with: the literal sum, lax in float64, and a kernel by name."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jax_convgrad import ConvGeometry, custom_call, native
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+TARGET = f"@{native.TARGET}("
+
+
+def connected(g):
+    """All (h, p, r), as index tuples over the spatial axes, that the convolution connects.
+
+    The definition itself: h * lhs_dilation = p * stride - pad_low + r * rhs_dilation.
+    """
+    for p in itertools.product(*map(range, g.out_sizes)):
+        for r in itertools.product(*map(range, g.window_sizes)):
+            position = [
+                p[a] * g.window_strides[a] - g.padding[a][0] + r[a] * g.rhs_dilation[a]
+                for a in range(g.axes)
+            ]
+            h = tuple(x // d for x, d in zip(position, g.lhs_dilation, strict=True))
+            if all(
+                x % d == 0 and 0 <= i < size
+                for x, d, i, size in zip(position, g.lhs_dilation, h, g.in_sizes, strict=True)
+            ):
+                yield h, p, r
+
+
+def _literal(g, x, w, y, update):
+    """Calls update for every index tuple of the trilinear form, roles of dimensions undone."""
+    lhs_spec, rhs_spec, out_spec = g.dimension_numbers
+    x, w, y = x.transpose(lhs_spec), w.transpose(rhs_spec), y.transpose(out_spec)
+    per_group = w.shape[0] // g.groups
+    with np.errstate(invalid="ignore", over="ignore"):
+        for h, p, r in connected(g):
+            for n, k, c in itertools.product(range(y.shape[0]), *map(range, w.shape[:2])):
+                image, channel = n, c
+                if g.batch_group_count > 1:
+                    image += k // per_group * y.shape[0]
+                else:
+                    channel += k // per_group * w.shape[1]
+                update(x, w, y, (image, channel, *h), (k, c, *r), (n, k, *p))
+
+
+def literal_input_grad(dy, w, g):
+    """dX by one Python loop over the definition, in float64."""
+    dx = np.zeros(g.lhs_shape)
+
+    def update(x, w, y, i, j, k):
+        x[i] += y[k] * w[j]
+
+    _literal(g, dx, np.asarray(w, np.float64), np.asarray(dy, np.float64), update)
+    return dx
+
+
+def literal_forward(x, w, g):
+    """The convolution by the same loop, in float64."""
+    y = np.zeros(g.out_shape)
+
+    def update(x, w, y, i, j, k):
+        y[k] += x[i] * w[j]
+
+    _literal(g, np.asarray(x, np.float64), np.asarray(w, np.float64), y, update)
+    return y
+
+
+def literal_filter_grad(x, dy, g):
+    """dW by the same loop, in float64."""
+    dw = np.zeros(g.rhs_shape)
+
+    def update(x, w, y, i, j, k):
+        w[j] += x[i] * y[k]
+
+    _literal(g, np.asarray(x, np.float64), dw, np.asarray(dy, np.float64), update)
+    return dw
+
+
+def lax_conv(g, **kwargs):
+    """lax's own convolution of this geometry, as a function of (lhs, rhs)."""
+    return functools.partial(lax.conv_general_dilated, **g.conv_params(), **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames="g")
+def _lax_input_grad(dy, w, g):
+    x = jax.ShapeDtypeStruct(g.lhs_shape, w.dtype)
+    return jax.linear_transpose(lambda x: lax_conv(g)(x, w), x)(dy)[0]
+
+
+def lax_input_grad(dy, w, g):
+    """dX by lax's own transpose rule, in float64 on the CPU."""
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        dx = _lax_input_grad(
+            jnp.asarray(np.asarray(dy, np.float64)), jnp.asarray(np.asarray(w, np.float64)), g
+        )
+        return np.asarray(dx)
+
+
+def operands(rng, g, dtype="float64"):
+    """Standard normal dy and w as NumPy arrays, rounded to the dtype."""
+    dy, w = rng.standard_normal(g.out_shape), rng.standard_normal(g.rhs_shape)
+    return dy.astype(jnp.dtype(dtype)), w.astype(jnp.dtype(dtype))
+
+
+def geometry(*args, **kwargs):
+    """`ConvGeometry.parse`, by a short name for tables."""
+    return ConvGeometry.parse(*args, **kwargs)
+
+
+def plan(g, dtype, kernel="auto", platform="cpu", precision=None):
+    """The native planner's (kernel, workspace bytes), or None if the kernel does not fit."""
+    attributes = custom_call.attributes(g, platform, precision, kernel)
+    try:
+        return native.module_for(platform).plan(
+            dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes
+        )
+    except ValueError:
+        return None
+
+
+def kernels_for(g, dtype):
+    """Names of the CPU kernels that take this problem."""
+    return [name for name in native.cpu.kernel_names() if plan(g, dtype, name) is not None]
+
+
+def call_kernel(dy, w, g, kernel="auto", platform="cpu", precision=None):
+    """dX by one kernel, by name, through the FFI custom call and past dispatch."""
+    planned = plan(g, dy.dtype.name, kernel, platform, precision)
+    assert planned is not None, (kernel, g)
+    lhs, filter_, cotangent = custom_call.layouts(g, platform)
+    results = (
+        jax.ShapeDtypeStruct(g.lhs_shape, dy.dtype),
+        jax.ShapeDtypeStruct((planned[1],), np.uint8),
+    )
+    call = jax.ffi.ffi_call(
+        native.TARGET, results, input_layouts=[cotangent, filter_], output_layouts=[lhs, (0,)]
+    )
+    return call(dy, w, **custom_call.attributes(g, platform, precision, kernel))[0]
+
+
+def call_kernels(dy, w, g):
+    """dX by every CPU kernel that takes the problem, {name: dX}; one program, for its speed."""
+    # Freed at once, so that the results are likely to land on NaNs.
+    np.full((4, *g.lhs_shape), np.nan).astype(dy.dtype)
+    names = kernels_for(g, dy.dtype.name)
+    outs = jax.jit(lambda dy, w: [call_kernel(dy, w, g, name) for name in names])(dy, w)
+    return {name: np.asarray(out) for name, out in zip(names, outs, strict=True)}
+
+
+def custom_calls(function, *args):
+    """How many of this package's custom calls the lowered function holds."""
+    return jax.jit(function).lower(*args).as_text().count(TARGET)

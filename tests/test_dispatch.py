@@ -1,0 +1,269 @@
+"""What runs, why, and what the package does without its compiled modules."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import jax_convgrad
+from jax_convgrad import dispatch, native
+
+G = oracles.geometry((2, 3, 8, 8), (4, 3, 3, 3), (2, 2), "SAME")
+X, W = jnp.ones(G.lhs_shape), jnp.ones(G.rhs_shape)
+
+# Code for fresh interpreters: a gradient, checked, and the number of custom calls in it.
+GRADIENT = """
+import jax, jax.numpy as jnp, numpy as np, oracles, jax_convgrad
+from jax_convgrad import native
+x, w = jnp.ones((2, 3, 8, 8)), jnp.arange(108.0).reshape(4, 3, 3, 3)
+def loss(conv):
+    return lambda x: (conv(x, w, (2, 2), "SAME") ** 2).sum()
+gradient = jax.grad(loss(jax_convgrad.conv_general_dilated))
+expected = jax.grad(loss(jax.lax.conv_general_dilated))(x)
+np.testing.assert_allclose(gradient(x), expected, rtol=1e-5)
+with jax_convgrad.installed():
+    installed = jax.grad(loss(jax.lax.conv_general_dilated))
+    np.testing.assert_allclose(installed(x), expected, rtol=1e-5)
+    calls = oracles.custom_calls(installed, x)
+print(oracles.custom_calls(gradient, x), calls)
+"""
+
+# Makes the compiled modules impossible to import.
+HIDE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("jax_convgrad._cpu", "jax_convgrad._cuda"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hide())
+"""
+
+
+@pytest.mark.native
+def test_kernel_is_chosen_with_its_name_and_reason():
+    choice = dispatch.choose(G, "float32", "cpu")
+    assert choice.implementation == "native"
+    assert choice.kernel in native.cpu.kernel_names()
+    assert choice.kernel in choice.reason
+    assert dispatch.choose(G, "float32", "cpu", "native").kernel == choice.kernel
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm"])
+def test_xla_is_always_available(platform):
+    choice = dispatch.choose(G, "float32", platform, "xla")
+    assert (choice.implementation, choice.kernel, choice.workspace_bytes) == ("xla", None, 0)
+
+
+FOUR_AXES = oracles.geometry((1, 1, 3, 3, 3, 3), (1, 1, 2, 2, 2, 2), None, "VALID")
+NO_AXES = oracles.geometry((1, 1), (1, 1), None, ())
+REASONS = [
+    (G, "int32", "cpu", "int32"),
+    (G, "complex64", "cpu", "complex64"),
+    (G, jnp.float8_e4m3fn, "cpu", "float8_e4m3fn"),
+    (G, "float32", "tpu", "tpu"),
+    (FOUR_AXES, "float32", "cpu", "4 spatial axes"),
+    (NO_AXES, "float32", "cpu", "0 spatial axes"),
+]
+
+
+@pytest.mark.parametrize(("g", "dtype", "platform", "reason"), REASONS)
+def test_what_no_kernel_takes_goes_to_lax_with_a_reason(g, dtype, platform, reason):
+    choice = dispatch.choose(g, dtype, platform)
+    assert choice.implementation == "xla"
+    assert reason in choice.reason
+    with pytest.raises(ValueError, match=f"implementation='native'.*{reason}"):
+        dispatch.choose(g, dtype, platform, "native")
+
+
+def test_missing_module_is_a_reason(monkeypatch):
+    monkeypatch.setattr(native, "cpu", None)
+    assert "not built" in dispatch.choose(G, "float32", "cpu").reason
+    with pytest.raises(ValueError, match="the cpu module was not built"):
+        dispatch.choose(G, "float32", "cpu", "native")
+
+
+@pytest.mark.native
+def test_partitioned_program_goes_to_lax_unless_native_was_asked_for():
+    assert "partitioned" in dispatch.choose(G, "float32", "cpu", partitioned=True).reason
+    choice = dispatch.choose(G, "float32", "cpu", "native", partitioned=True)
+    assert choice.implementation == "native"
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64", "float8_e4m3fn"])
+def test_native_with_an_unsupported_dtype_raises_in_every_function(dtype):
+    x, w = X.astype(dtype), W.astype(dtype)
+    dy = jnp.ones(G.out_shape, dtype)
+    options = {"implementation": "native"}
+    for call in (
+        lambda: jax_convgrad.conv_general_dilated(x, w, (2, 2), "SAME", **options),
+        lambda: jax_convgrad.conv_input_grad(dy, w, G.lhs_shape, (2, 2), "SAME", **options),
+        lambda: jax_convgrad.conv_transpose(
+            x, w, (2, 2), "SAME", None, ("NCHW", "OIHW", "NCHW"), **options
+        ),
+        lambda: jax_convgrad.explain(x, w, (2, 2), "SAME", **options),
+    ):
+        with pytest.raises(ValueError, match=f"'native'.*{dtype}"):
+            call()
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64"])
+def test_unsupported_dtypes_run_through_lax_visibly(rng, dtype):
+    dy = jnp.asarray(rng.integers(-3, 4, G.out_shape), dtype)
+    w = jnp.asarray(rng.integers(-3, 4, G.rhs_shape), dtype)
+
+    def gradient(dy, w):
+        return jax_convgrad.conv_input_grad(dy, w, G.lhs_shape, (2, 2), "SAME")
+
+    np.testing.assert_array_equal(gradient(dy, w), oracles.lax_input_grad(dy.real, w.real, G))
+    assert oracles.custom_calls(gradient, dy, w) == 0
+    explanation = jax_convgrad.explain(X.astype(dtype), w, (2, 2), "SAME")
+    assert explanation.implementation == "xla"
+    assert dtype in explanation.reason
+
+
+@pytest.mark.parametrize("axes", [0, 4])
+def test_other_numbers_of_axes_run_through_lax(rng, axes):
+    g = oracles.geometry((2, 3) + (3,) * axes, (4, 3) + (2,) * axes, None, ((0, 0),) * axes)
+    dy, w = oracles.operands(rng, g, "float32")
+    dx = jax_convgrad.conv_input_grad(dy, w, g.lhs_shape, padding=g.padding)
+    np.testing.assert_allclose(dx, oracles.literal_input_grad(dy, w, g), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.native
+def test_implementation_decides_the_program():
+    dy = jnp.ones(G.out_shape)
+
+    def calls(implementation):
+        return oracles.custom_calls(
+            lambda dy, w: jax_convgrad.conv_input_grad(
+                dy, w, G.lhs_shape, (2, 2), "SAME", implementation=implementation
+            ),
+            dy,
+            W,
+        )
+
+    assert (calls("native"), calls("xla")) == (1, 0)
+    chosen = dispatch.choose(G, "float32", "cpu").implementation
+    assert calls(None) == calls(chosen)
+
+
+def test_explanation_says_what_runs():
+    explanation = jax_convgrad.explain(X, W, (2, 2), "SAME", implementation="xla")
+    assert explanation.geometry == G
+    assert (explanation.dtype, explanation.kernel) == ("float32", None)
+    assert explanation.flops == G.flops
+    assert explanation.bytes_moved == G.bytes_moved(4)
+    assert explanation.roofline_us > 0
+    for part in (str(G), "float32", "implementation='xla'", "MFLOP", "roofline"):
+        assert part in str(explanation)
+
+
+@pytest.mark.native
+def test_explanation_agrees_with_the_program():
+    w = jax.ShapeDtypeStruct(G.rhs_shape, "bfloat16")
+    x = jax.ShapeDtypeStruct(G.lhs_shape, "bfloat16")
+    explanation = jax_convgrad.explain(x, w, (2, 2), "SAME", implementation="native")
+    assert explanation.kernel == oracles.plan(G, "bfloat16")[0]
+    assert explanation.workspace_bytes == oracles.plan(G, "bfloat16")[1]
+    wide = jax_convgrad.explain(x, w, (2, 2), "SAME", preferred_element_type="float32")
+    assert wide.dtype == "float32"
+
+
+def test_explanation_for_another_platform_has_no_roofline():
+    explanation = jax_convgrad.explain(X, W, (2, 2), "SAME", platform="tpu")
+    assert (explanation.implementation, explanation.roofline_us) == ("xla", None)
+    assert "no kernel for platform tpu" in str(explanation)
+
+
+def test_kill_switch(run_python):
+    off = run_python("-c", GRADIENT, JAX_CONVGRAD="off")
+    assert off.stdout.split() == ["0", "0"]
+    code = f"{GRADIENT}\nprint(jax_convgrad.explain(x, w, (2, 2), 'SAME').reason)"
+    assert "JAX_CONVGRAD=off" in run_python("-c", code, JAX_CONVGRAD="OFF").stdout
+    native_code = (
+        "import jax_convgrad, jax.numpy as jnp\n"
+        "jax_convgrad.conv_input_grad(jnp.ones((1, 1, 3)), jnp.ones((1, 1, 1)), (1, 1, 3),"
+        " implementation='native')"
+    )
+    refused = run_python("-c", native_code, check=False, JAX_CONVGRAD="off")
+    assert refused.returncode == 1
+    assert "JAX_CONVGRAD=off" in refused.stderr
+
+
+@pytest.mark.native
+def test_kill_switch_is_on_by_default(run_python):
+    assert run_python("-c", GRADIENT).stdout.split() == ["1", "1"]
+    assert run_python("-c", GRADIENT, JAX_CONVGRAD="on").stdout.split() == ["1", "1"]
+
+
+def test_kill_switch_refuses_other_words(run_python):
+    refused = run_python("-c", GRADIENT, check=False, JAX_CONVGRAD="maybe")
+    assert refused.returncode == 1
+    assert "JAX_CONVGRAD must be 'on' or 'off', got 'maybe'" in refused.stderr
+
+
+def test_without_compiled_modules_everything_runs_through_lax(run_python):
+    code = f"{HIDE}\n{GRADIENT}\nassert native.cpu is None and native.cuda is None"
+    assert run_python("-c", code).stdout.split() == ["0", "0"]
+
+
+def test_a_broken_module_is_not_hidden(run_python):
+    """A module that lacks something it imports must not pass for one that was not built."""
+    code = HIDE.replace("name=name)", "name='another')") + "\nimport jax_convgrad"
+    result = run_python("-c", code, check=False)
+    assert result.returncode == 1
+    assert "ModuleNotFoundError" in result.stderr
+
+
+def test_module_with_newer_headers_is_refused():
+    major, minor = native.runtime_ffi_version()
+    version = native.__version__
+    native.check_module("m", version, (major, minor))
+    native.check_module("m", version, (major, 0))
+    for newer in ((major, minor + 1), (major + 1, 0)):
+        with pytest.raises(ImportError, match=rf"m was built with XLA FFI {newer[0]}.{newer[1]}"):
+            native.check_module("m", version, newer)
+
+
+def test_module_of_another_release_is_refused():
+    with pytest.raises(ImportError, match=r"built from jax-convgrad 0\.0\.1, but the package is"):
+        native.check_module("m", "0.0.1", native.runtime_ffi_version())
+
+
+@pytest.mark.native
+def test_module_says_what_it_is():
+    assert native.cpu.version == jax_convgrad.__version__
+    assert native.cpu.ffi_api_version <= native.runtime_ffi_version()
+    assert native.cpu.isa() in ("avx512", "avx2", "portable")
+    assert list(native.cpu.targets()) == [native.TARGET]
+
+
+def test_lowering_for_a_platform_without_a_kernel_uses_lax():
+    dy = jax.ShapeDtypeStruct(G.out_shape, "float32")
+    w = jax.ShapeDtypeStruct(G.rhs_shape, "float32")
+
+    @jax.jit
+    def gradient(dy, w):
+        return jax_convgrad.conv_input_grad(dy, w, G.lhs_shape, (2, 2), "SAME")
+
+    text = jax.export.export(gradient, platforms=["tpu"])(dy, w).mlir_module()
+    assert oracles.TARGET not in text
+    assert "stablehlo.convolution" in text
+
+
+@pytest.mark.native
+def test_precision_reaches_the_call():
+    def text(precision):
+        function = jax.jit(
+            lambda dy, w: jax_convgrad.conv_input_grad(
+                dy, w, G.lhs_shape, (2, 2), "SAME", precision=precision, implementation="native"
+            )
+        )
+        return function.lower(jnp.ones(G.out_shape), W).as_text()
+
+    assert "allow_tf32 = true" in text(None)
+    assert "allow_tf32 = true" in text("default")
+    assert "allow_tf32 = false" in text("highest")
+    with jax.default_matmul_precision("highest"):
+        assert "allow_tf32 = false" in text(None)

@@ -1,0 +1,223 @@
+"""install(): lax's own convolution takes the kernel, wherever the flag says so."""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax import lax
+
+import jax_convgrad
+
+PARAMS = {"window_strides": (2,), "padding": [(1, 1)]}
+
+
+@pytest.fixture
+def operands(rng):
+    shapes = (2, 3, 9), (4, 3, 3)
+    return [jnp.asarray(rng.standard_normal(shape), "float32") for shape in shapes]
+
+
+@pytest.fixture(autouse=True)
+def uninstalled():
+    yield
+    jax_convgrad.uninstall()
+
+
+def conv(x, w):
+    return lax.conv_general_dilated(x, w, **PARAMS)
+
+
+def loss(x, w):
+    return jnp.sum(jnp.sin(conv(x, w)))
+
+
+@functools.cache
+def fresh_gradient():
+    """One jitted gradient for all tests of this file: it must follow every change."""
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
+def calls(function, *args):
+    return oracles.custom_calls(function, *args)
+
+
+@pytest.mark.native
+def test_jitted_function_picks_it_up_and_reverts(operands):
+    gradient = jax.jit(jax.grad(loss))
+    counts = [gradient.lower(*operands).as_text().count(oracles.TARGET)]
+    before = gradient(*operands)
+    for switch in (jax_convgrad.install, jax_convgrad.install, jax_convgrad.uninstall):
+        switch()
+        counts.append(gradient.lower(*operands).as_text().count(oracles.TARGET))
+        np.testing.assert_allclose(gradient(*operands), before, rtol=1e-5, atol=1e-6)
+    assert counts == [0, 1, 1, 0]
+
+
+@pytest.mark.native
+def test_the_executed_program_changes_too(operands):
+    """Counting in `lower` could miss a stale entry of the cache that calls use."""
+    traced = []
+
+    @jax.jit
+    def gradient(x, w):
+        traced.append(None)
+        return jax.grad(loss)(x, w)
+
+    for switch in (None, jax_convgrad.install, jax_convgrad.uninstall, jax_convgrad.install):
+        if switch is not None:
+            switch()
+        gradient(*operands)
+        gradient(*operands)
+    assert len(traced) == 2, "once for each state of the flag, then from the cache"
+
+
+@pytest.mark.native
+def test_context_is_nested_and_can_turn_it_off(operands):
+    gradient = jax.grad(loss)
+    with jax_convgrad.installed():
+        assert calls(gradient, *operands) == 1
+        with jax_convgrad.installed(False):
+            assert calls(gradient, *operands) == 0
+        assert calls(gradient, *operands) == 1
+    assert calls(gradient, *operands) == 0
+    jax_convgrad.install()
+    with jax_convgrad.installed(False):
+        assert calls(gradient, *operands) == 0
+    assert calls(gradient, *operands) == 1
+
+
+@pytest.mark.native
+def test_context_ends_with_an_exception(operands):
+    def fail():
+        with jax_convgrad.installed():
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert calls(jax.grad(loss), *operands) == 0
+
+
+@pytest.mark.native
+def test_inner_jit_is_retraced(operands):
+    inner = jax.jit(conv)
+    gradient = jax.jit(jax.grad(lambda x, w: jnp.sum(jnp.sin(inner(x, w)))))
+    before = gradient(*operands)
+    with jax_convgrad.installed():
+        assert gradient.lower(*operands).as_text().count(oracles.TARGET) == 1
+        np.testing.assert_allclose(gradient(*operands), before, rtol=1e-5, atol=1e-6)
+    assert gradient.lower(*operands).as_text().count(oracles.TARGET) == 0
+
+
+@pytest.mark.native
+def test_other_threads_see_install_but_not_a_context(operands):
+    gradient = jax.grad(loss)
+
+    def counted_in_thread():
+        counts = []
+        thread = threading.Thread(target=lambda: counts.append(calls(gradient, *operands)))
+        thread.start()
+        thread.join()
+        return counts
+
+    with jax_convgrad.installed():
+        assert calls(gradient, *operands) == 1
+        assert counted_in_thread() == [0]
+    jax_convgrad.install()
+    assert counted_in_thread() == [1]
+
+
+TRANSFORMED = {
+    "grad": lambda x, w: jax.grad(loss, argnums=(0, 1))(x, w),
+    "jit of grad": lambda x, w: fresh_gradient()(x, w),
+    "jvp": lambda x, w: jax.jvp(conv, (x, w), (w.sum() * x, 2 * w)),
+    "linearize": lambda x, w: jax.linearize(lambda x: conv(x, w), x)[1](jnp.cos(x)),
+    "jvp of grad": lambda x, w: jax.jvp(lambda x: jax.grad(loss)(x, w), (x,), (jnp.sin(x),)),
+    "hessian": lambda x, w: jax.hessian(loss)(x[:1, :2, :5], w[:2, :2]),
+    "hessian in w": lambda x, w: jax.hessian(loss, argnums=1)(x[:1, :2, :5], w[:2, :2]),
+    "linear_transpose": lambda x, w: jax.linear_transpose(lambda x: conv(x, w), x)(conv(x, w)),
+    "linear_transpose in w": lambda x, w: jax.linear_transpose(lambda w: conv(x, w), w)(conv(x, w)),
+    "grad of grad": lambda x, w: jax.grad(lambda x: jnp.sum(jax.grad(loss)(x, w) ** 3))(x),
+    "vmap of grad": lambda x, w: jax.vmap(jax.grad(loss), (None, 0))(x, jnp.stack([w, 2 * w])),
+    "checkpoint": lambda x, w: jax.grad(jax.checkpoint(loss))(x, w),
+    "scan": lambda x, w: lax.scan(lambda c, _: (jax.grad(loss)(c, w), None), x, None, 3)[0],
+    "conv_transpose": lambda x, w: jax.grad(
+        lambda w: jnp.sum(
+            jnp.sin(lax.conv_transpose(x, w, (2,), "SAME", None, ("NCW", "OIW", "NCW")))
+        )
+    )(w),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_transformation_gives_the_same_numbers(operands, name):
+    function = TRANSFORMED[name]
+    expected = function(*operands)
+    with jax_convgrad.installed():
+        actual = function(*operands)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("grad", 1),
+        ("jvp of grad", 2),
+        ("linear_transpose", 1),
+        ("linear_transpose in w", 0),
+        ("jvp", 0),
+        ("vmap of grad", 1),
+        ("scan", 1),
+    ],
+)
+def test_kernel_is_reached_from_each_transformation(operands, name, expected):
+    with jax_convgrad.installed():
+        assert calls(TRANSFORMED[name], *operands) == expected
+
+
+def test_filter_gradient_stays_lax_own(operands):
+    gradient = jax.grad(loss, argnums=1)
+    before = jax.jit(gradient).lower(*operands).as_text()
+    with jax_convgrad.installed():
+        assert jax.jit(gradient).lower(*operands).as_text() == before
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex64", "float8_e4m3fn"])
+def test_other_dtypes_keep_lax_rule(operands, dtype):
+    x, w = (a.astype(dtype) for a in operands)
+    transpose = lambda dy: jax.linear_transpose(lambda x: conv(x, w), x)(dy)  # noqa: E731
+    with jax_convgrad.installed():
+        assert calls(transpose, conv(x, w)) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_preferred_element_type(operands, dtype):
+    x, w = (a.astype(dtype) for a in operands)
+
+    def wide(x, w):
+        y = lax.conv_general_dilated(x, w, **PARAMS, preferred_element_type="float32")
+        return jnp.sum(jnp.sin(y))
+
+    expected = jax.grad(wide, argnums=(0, 1))(x, w)
+    with jax_convgrad.installed():
+        actual = jax.grad(wide, argnums=(0, 1))(x, w)
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype == jnp.dtype(dtype)
+        np.testing.assert_allclose(a.astype("f4"), b.astype("f4"), rtol=2e-2, atol=2e-2)
+
+
+def test_shape_polymorphism_keeps_lax_rule(operands):
+    _, w = operands
+    shapes = jax.export.symbolic_shape("n, 3, 9")
+    with jax_convgrad.installed():
+        exported = jax.export.export(jax.jit(jax.grad(loss)))(
+            jax.ShapeDtypeStruct(shapes, "float32"), w
+        )
+    x = jnp.ones((5, 3, 9), "float32")
+    np.testing.assert_allclose(exported.call(x, w), jax.grad(loss)(x, w), rtol=1e-5, atol=1e-6)

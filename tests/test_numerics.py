@@ -1,0 +1,249 @@
+"""Every CPU kernel, by name, against float64 and against the definition."""
+
+import hashlib
+import itertools
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from conftest import SEED
+
+import jax_convgrad
+from jax_convgrad import native
+from jax_convgrad.tools.geometries import (
+    make_geometry,
+    named_cases,
+    normwise_error,
+    random_case,
+    reduction_taps,
+    tolerance,
+)
+
+NAMED = {case.name: case.geometry for case in named_cases()}
+KERNELS = native.cpu.kernel_names() if native.cpu else []
+RANDOM_COUNT = 25
+
+
+def check_kernels(rng, g, dtype):
+    """Compares every kernel that takes this geometry with float64; returns their names."""
+    dy, w = oracles.operands(rng, g, dtype)
+    reference = oracles.lax_input_grad(dy, w, g)
+    bound = tolerance(dtype, reduction_taps(g))
+    results = oracles.call_kernels(dy, w, g)
+    for name, out in results.items():
+        assert out.dtype == dy.dtype
+        error = normwise_error(out, reference)
+        assert error <= bound, f"{name}: {error:.3e} above {bound:.3e} for {dtype} {g}"
+    return list(results)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", NAMED)
+def test_named_geometry(rng, x64, name, dtype):
+    names = check_kernels(rng, NAMED[name], dtype)
+    assert oracles.plan(NAMED[name], dtype)[0] in names
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("index", range(RANDOM_COUNT))
+def test_random_geometry(rng, x64, index, dtype):
+    g = random_case(SEED, index).geometry
+    names = check_kernels(rng, g, dtype)
+    assert oracles.plan(g, dtype)[0] in names
+
+
+@pytest.mark.native
+@pytest.mark.slow
+@pytest.mark.parametrize("index", range(RANDOM_COUNT, 1000))
+def test_many_random_geometries(rng, x64, index):
+    for dtype in oracles.DTYPES:
+        check_kernels(rng, random_case(SEED, index).geometry, dtype)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_takes_some_named_geometry(kernel):
+    assert any(oracles.plan(g, "float32", kernel) is not None for g in NAMED.values())
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+def test_public_function_on_each_platform(device, rng, x64, dtype):
+    """Eager and jitted, through dispatch; on a GPU with float32 products kept."""
+    for name in ("dense_s2", "depthwise_3x3_nchw", "grouped_s2", "dense_1d"):
+        g = NAMED[name]
+        dy, w = (jnp.asarray(a) for a in oracles.operands(rng, g, dtype))
+
+        def gradient(dy, w, g=g):
+            params = g.conv_params()
+            return jax_convgrad.conv_input_grad(dy, w, g.lhs_shape, **params, precision="highest")
+
+        reference = oracles.lax_input_grad(dy, w, g)
+        for function in (gradient, jax.jit(gradient)):
+            out = function(dy, w)
+            assert out.devices() == {device}
+            assert normwise_error(out, reference) <= tolerance(dtype, reduction_taps(g))
+
+
+# Tiny, so that the definition can be looped over, with padding for a kernel to multiply.
+NONFINITE = {
+    "dense": make_geometry((5, 4), (3, 3), (3, 4), padding=1),
+    "strided": make_geometry((7, 6), (3, 2), (2, 5), stride=(2, 3), padding=2),
+    "pointwise": make_geometry((3, 4), (1, 1), (5, 6)),
+    "depthwise": make_geometry((6, 5), (3, 3), (4, 4), padding=2, feature_groups=4),
+    "depthwise, multiplier": make_geometry((9,), (3,), (3, 6), padding=1, feature_groups=3),
+    "grouped, channels first": make_geometry(
+        (6,), (3,), (6, 4), padding=1, feature_groups=2, dimension_numbers="first"
+    ),
+    "dilated": make_geometry((9,), (3,), (2, 3), rhs_dilation=2, lhs_dilation=2, padding=3),
+    "batch groups": make_geometry((5,), (3,), (2, 4), batch=4, padding=1, batch_groups=2),
+    "stride beyond the window": make_geometry((10,), (2,), (2, 2), stride=4, padding=1),
+}
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("operand", ["dy", "w"])
+@pytest.mark.parametrize("name", NONFINITE)
+def test_nonfinite_values_reach_connected_outputs_only(rng, x64, name, operand, value):
+    g = NONFINITE[name]
+    for dtype in ("float32", "bfloat16"):
+        dy, w = oracles.operands(rng, g, dtype)
+        target = dy if operand == "dy" else w
+        target[tuple(rng.integers(size) for size in target.shape)] = value
+        expected = oracles.literal_input_grad(dy, w, g)
+        for kernel, result in oracles.call_kernels(dy, w, g).items():
+            out = result.astype(np.float64)
+            np.testing.assert_array_equal(np.isnan(out), np.isnan(expected), err_msg=kernel)
+            infinite = np.isinf(expected)
+            np.testing.assert_array_equal(np.isinf(out), infinite, err_msg=kernel)
+            np.testing.assert_array_equal(out[infinite], expected[infinite], err_msg=kernel)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", ["no_output_channels", "window_beyond_input"])
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+def test_outputs_without_products_are_written_as_zeros(x64, name, dtype):
+    g = NAMED[name]
+    dy, w = np.ones(g.out_shape, jnp.dtype(dtype)), np.ones(g.rhs_shape, jnp.dtype(dtype))
+    results = oracles.call_kernels(dy, w, g)
+    assert results
+    for kernel, out in results.items():
+        np.testing.assert_array_equal(out, np.zeros(g.lhs_shape, out.dtype), err_msg=kernel)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "spatial"), [(0, (2, 3), (5,)), (2, (2, 0), (5,)), (2, (2, 3), (0,))]
+)
+def test_empty_operands_through_the_public_function(batch, channels, spatial):
+    g = make_geometry(spatial, (1,), channels, batch=batch)
+    dy, w = np.ones(g.out_shape, "f4"), np.ones(g.rhs_shape, "f4")
+    for implementation in (None, "xla"):
+        out = jax_convgrad.conv_input_grad(
+            dy, w, g.lhs_shape, **g.conv_params(), implementation=implementation
+        )
+        np.testing.assert_array_equal(out, np.zeros(g.lhs_shape))
+
+
+BITWISE = ("dense_3x3_wide", "dense_s2_nchw", "depthwise_7x7", "grouped", "dense_3d")
+
+
+def all_bits():
+    """Digests of every kernel's result on a few geometries, of data that a seed fixes."""
+    digests = []
+    for name, dtype in itertools.product(BITWISE, ("float32", "bfloat16")):
+        dy, w = oracles.operands(np.random.default_rng(0), NAMED[name], dtype)
+        results = oracles.call_kernels(dy, w, NAMED[name])
+        digests += [hashlib.sha256(out.tobytes()).hexdigest() for out in results.values()]
+    return digests
+
+
+@pytest.mark.native
+def test_the_same_bits_every_run():
+    assert all_bits() == all_bits()
+
+
+@pytest.mark.native
+@pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs two processors"
+)
+def test_the_same_bits_for_every_thread_count(run_python):
+    # XLA sizes its pool by the processors that the process may use.
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "import test_numerics; print(*test_numerics.all_bits())"
+    )
+    assert run_python("-c", code).stdout.split() == all_bits()
+
+
+SWEPT = (
+    "dense_3x3",
+    "dense_s2_nchw",
+    "stem_7x7_s2",
+    "gray_5x5",
+    "odd_channels",
+    "odd_depthwise",
+    "depthwise_3x3_nchw",
+    "depthwise_multiplier",
+    "depthwise_1d",
+    "grouped_s2",
+    "all_dilated",
+    "batch_groups",
+    "odd_layouts_3d",
+)
+
+
+def sweep():
+    """Some geometries of each class on this process's instruction set; prints its name."""
+    used = set()
+    for count, name in enumerate(SWEPT):
+        for dtype in ("float32", "bfloat16"):
+            used.update(check_kernels(np.random.default_rng([SEED, count]), NAMED[name], dtype))
+    assert used == set(KERNELS), used
+    for dtype in ("float64", "float16"):
+        check_kernels(np.random.default_rng(SEED), NAMED["odd_layouts"], dtype)
+    print(native.cpu.isa())
+
+
+def supported(isa):
+    needed = {"portable": set(), "avx2": {"avx2", "fma", "f16c"}}
+    needed["avx512"] = needed["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    try:
+        with open("/proc/cpuinfo") as f:
+            flags = next((line.split() for line in f if line.startswith("flags")), [])
+    except OSError:
+        flags = []
+    return needed[isa] <= set(flags)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(run_python, isa):
+    if not supported(isa):
+        pytest.skip(f"this processor has no {isa}")
+    code = "import test_numerics; test_numerics.sweep()"
+    code = "import jax; jax.config.update('jax_enable_x64', True)\n" + code
+    assert run_python("-c", code, JAX_CONVGRAD_CPU_ISA=isa).stdout.split() == [isa]
+
+
+@pytest.mark.native
+def test_kernel_inside_scan_and_map(rng):
+    """The handler shares XLA's threads with the loop that calls it."""
+    g = NAMED["dense_s2"]
+    dy, w = oracles.operands(rng, g, "float32")
+    steps = np.stack([dy * scale for scale in range(1, 9)])
+
+    @jax.jit
+    def total(steps):
+        def step(carry, dy):
+            return carry + oracles.call_kernel(dy, w, g), None
+
+        return jax.lax.scan(step, jnp.zeros(g.lhs_shape, "float32"), steps)[0]
+
+    expected = 36 * oracles.lax_input_grad(dy, w, g)
+    assert normwise_error(total(steps), expected) < 1e-6
