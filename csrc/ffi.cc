@@ -44,7 +44,8 @@ struct CallAttributes {
 }  // namespace convgrad
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    ::convgrad::CallAttributes, ::xla::ffi::StructMember<::convgrad::IntSpan>("window_strides"),
+    ::convgrad::CallAttributes,
+    ::xla::ffi::StructMember<::convgrad::IntSpan>("window_strides"),
     ::xla::ffi::StructMember<::convgrad::IntSpan>("padding"),
     ::xla::ffi::StructMember<::convgrad::IntSpan>("lhs_dilation"),
     ::xla::ffi::StructMember<::convgrad::IntSpan>("rhs_dilation"),
@@ -98,13 +99,12 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
     return "dy, w and dx must share one dtype of f64, f32, bf16 and f16";
   }
   const Attributes attributes{
-      ToInts(call.window_strides), ToInts(call.padding),    ToInts(call.lhs_dilation),
-      ToInts(call.rhs_dilation),   ToInts(call.lhs_spec),   ToInts(call.rhs_spec),
-      ToInts(call.out_spec),       ToInts(call.lhs_layout), ToInts(call.rhs_layout),
+      ToInts(call.window_strides), ToInts(call.padding),     ToInts(call.lhs_dilation),
+      ToInts(call.rhs_dilation),   ToInts(call.lhs_spec),    ToInts(call.rhs_spec),
+      ToInts(call.out_spec),       ToInts(call.lhs_layout),  ToInts(call.rhs_layout),
       ToInts(call.out_layout),     call.feature_group_count, call.batch_group_count};
-  if (std::string error =
-          MakeProblem(ToInts(dx.dimensions()), ToInts(w.dimensions()),
-                      ToInts(dy.dimensions()), attributes, problem);
+  if (std::string error = MakeProblem(ToInts(dx.dimensions()), ToInts(w.dimensions()),
+                                      ToInts(dy.dimensions()), attributes, problem);
       !error.empty()) {
     return error;
   }
@@ -115,8 +115,8 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
     return error;
   }
   if (workspace_bytes < plan->workspace_bytes) {
-    return "workspace must have " + std::to_string(plan->workspace_bytes) + " bytes, got " +
-           std::to_string(workspace_bytes);
+    return "workspace must have " + std::to_string(plan->workspace_bytes) +
+           " bytes, got " + std::to_string(workspace_bytes);
   }
   return "";
 }
@@ -132,16 +132,19 @@ ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy
                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) {
   Problem problem;
   Plan plan;
-  if (std::string error = Prepare(call, dy, w, *dx,
-                                  static_cast<int64_t>(workspace->element_count()), &problem, &plan);
+  if (std::string error =
+          Prepare(call, dy, w, *dx, static_cast<int64_t>(workspace->element_count()),
+                  &problem, &plan);
       !error.empty()) {
     return Invalid(error);
   }
   if (dx->element_count() == 0) return ffi::Error::Success();
-  const char* error = LaunchCuda(stream, problem, plan, dy.untyped_data(), w.untyped_data(),
-                                 dx->untyped_data(), workspace->untyped_data());
+  const char* error =
+      LaunchCuda(stream, problem, plan, dy.untyped_data(), w.untyped_data(),
+                 dx->untyped_data(), workspace->untyped_data());
   if (error != nullptr) {
-    return ffi::Error(ffi::ErrorCode::kInternal, std::string("convgrad_input_grad: ") + error);
+    return ffi::Error(ffi::ErrorCode::kInternal,
+                      std::string("convgrad_input_grad: ") + error);
   }
   return ffi::Error::Success();
 }
@@ -171,7 +174,8 @@ class PooledLoop {
 
   void Wait() {
     std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock, [this] { return done_.load(std::memory_order_acquire) == count_; });
+    all_done_.wait(lock,
+                   [this] { return done_.load(std::memory_order_acquire) == count_; });
   }
 
  private:
@@ -182,7 +186,8 @@ class PooledLoop {
   std::condition_variable all_done_;
 };
 
-void RunInPool(ffi::ThreadPool& pool, int64_t count, const std::function<void(int64_t)>& task) {
+void RunInPool(ffi::ThreadPool& pool, int64_t count,
+               const std::function<void(int64_t)>& task) {
   const int64_t threads = std::min<int64_t>(pool.num_threads(), count);
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) task(i);
@@ -206,8 +211,9 @@ ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer d
                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
   Problem problem;
   Plan plan;
-  if (std::string error = Prepare(call, dy, w, *dx,
-                                  static_cast<int64_t>(workspace->element_count()), &problem, &plan);
+  if (std::string error =
+          Prepare(call, dy, w, *dx, static_cast<int64_t>(workspace->element_count()),
+                  &problem, &plan);
       !error.empty()) {
     return Invalid(error);
   }
@@ -259,26 +265,37 @@ DType DTypeByName(const std::string& name) {
   if (name == "float32") return DType::kF32;
   if (name == "bfloat16") return DType::kBF16;
   if (name == "float16") return DType::kF16;
-  throw py::value_error("dtype must be float64, float32, bfloat16 or float16, got " + name);
+  throw py::value_error("dtype must be float64, float32, bfloat16 or float16, got " +
+                        name);
 }
 
 // The planner, for dispatch.py: the kernel and workspace of a request that it
 // describes by the same words as the custom call.
-std::pair<std::string, int64_t> PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
-                                                 const Ints& rhs_shape, const Ints& out_shape,
+std::pair<std::string, int64_t> PlanByAttributes(const std::string& dtype,
+                                                 const Ints& lhs_shape,
+                                                 const Ints& rhs_shape,
+                                                 const Ints& out_shape,
                                                  const py::dict& call) {
   const auto ints = [&call](const char* name) { return call[name].cast<Ints>(); };
-  const Attributes attributes{
-      ints("window_strides"), ints("padding"),    ints("lhs_dilation"), ints("rhs_dilation"),
-      ints("lhs_spec"),       ints("rhs_spec"),   ints("out_spec"),     ints("lhs_layout"),
-      ints("rhs_layout"),     ints("out_layout"), call["feature_group_count"].cast<int64_t>(),
-      call["batch_group_count"].cast<int64_t>()};
+  const Attributes attributes{ints("window_strides"),
+                              ints("padding"),
+                              ints("lhs_dilation"),
+                              ints("rhs_dilation"),
+                              ints("lhs_spec"),
+                              ints("rhs_spec"),
+                              ints("out_spec"),
+                              ints("lhs_layout"),
+                              ints("rhs_layout"),
+                              ints("out_layout"),
+                              call["feature_group_count"].cast<int64_t>(),
+                              call["batch_group_count"].cast<int64_t>()};
   Problem problem;
   std::string error = MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, &problem);
   problem.dtype = DTypeByName(dtype);
   problem.allow_tf32 = call["allow_tf32"].cast<bool>();
   Plan plan{};
-  if (error.empty()) error = PlanProblem(problem, call["kernel"].cast<std::string>(), &plan);
+  if (error.empty())
+    error = PlanProblem(problem, call["kernel"].cast<std::string>(), &plan);
   if (!error.empty()) throw py::value_error(error);
   return {plan.kernel, plan.workspace_bytes};
 }

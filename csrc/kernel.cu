@@ -88,18 +88,12 @@ const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& 
   if (!tiled && std::strcmp(plan.kernel, kDirect) != 0) return "no such CUDA kernel";
   cudaError_t status = cudaErrorInvalidValue;
   switch (problem.dtype) {
-    case DType::kF64:
-      status = Launch<double>(stream, problem, tiled, dy, w, dx);
-      break;
-    case DType::kF32:
-      status = Launch<float>(stream, problem, tiled, dy, w, dx);
-      break;
+    case DType::kF64: status = Launch<double>(stream, problem, tiled, dy, w, dx); break;
+    case DType::kF32: status = Launch<float>(stream, problem, tiled, dy, w, dx); break;
     case DType::kBF16:
       status = Launch<__nv_bfloat16>(stream, problem, tiled, dy, w, dx);
       break;
-    case DType::kF16:
-      status = Launch<__half>(stream, problem, tiled, dy, w, dx);
-      break;
+    case DType::kF16: status = Launch<__half>(stream, problem, tiled, dy, w, dx); break;
   }
   if (status == cudaSuccess) return nullptr;
   // A failed launch is also remembered as the thread's last error. The caller gets it

@@ -43,12 +43,12 @@ struct FilterStrides {
 };
 
 struct Problem {
-  DType dtype;            // of dY, W and dX alike; f16 and bf16 accumulate in f32
-  bool allow_tf32;        // CUDA only: precision DEFAULT and HIGH
-  int64_t batch;          // images per batch group
-  int64_t groups;         // feature groups or batch groups, 1 if none
-  int64_t in_channels;    // C of one group
-  int64_t out_channels;   // K of one group
+  DType dtype;           // of dY, W and dX alike; f16 and bf16 accumulate in f32
+  bool allow_tf32;       // CUDA only: precision DEFAULT and HIGH
+  int64_t batch;         // images per batch group
+  int64_t groups;        // feature groups or batch groups, 1 if none
+  int64_t in_channels;   // C of one group
+  int64_t out_channels;  // K of one group
   Axis axis[kAxes];
   ActivationStrides dx, dy;
   FilterStrides w;

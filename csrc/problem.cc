@@ -26,7 +26,8 @@ bool IsPermutation(const Ints& v, size_t rank) {
 }
 
 bool AllWithin(const Ints& v, int64_t low, int64_t high) {
-  return std::all_of(v.begin(), v.end(), [=](int64_t x) { return low <= x && x <= high; });
+  return std::all_of(v.begin(), v.end(),
+                     [=](int64_t x) { return low <= x && x <= high; });
 }
 
 // Element strides of a dense array, by logical dimension.
@@ -60,7 +61,8 @@ std::string CheckAttributes(const Attributes& a, size_t rank) {
   for (const auto& v : vectors) {
     if (v.value->size() != v.size || !AllWithin(*v.value, v.low, kMaxParameter)) {
       return std::string(v.name) + " must be " + std::to_string(v.size) +
-             " integers no smaller than " + std::to_string(v.low) + ", got " + Show(*v.value);
+             " integers no smaller than " + std::to_string(v.low) + ", got " +
+             Show(*v.value);
     }
   }
   struct {
@@ -71,27 +73,30 @@ std::string CheckAttributes(const Attributes& a, size_t rank) {
                             {"rhs_layout", &a.rhs_layout}, {"out_layout", &a.out_layout}};
   for (const auto& p : permutations) {
     if (!IsPermutation(*p.value, rank)) {
-      return std::string(p.name) + " must be a permutation of the " + std::to_string(rank) +
-             " dimensions, got " + Show(*p.value);
+      return std::string(p.name) + " must be a permutation of the " +
+             std::to_string(rank) + " dimensions, got " + Show(*p.value);
     }
   }
   if (a.feature_group_count < 1 || a.batch_group_count < 1 ||
       (a.feature_group_count > 1 && a.batch_group_count > 1)) {
-    return "feature_group_count and batch_group_count must be positive and at most one of "
+    return "feature_group_count and batch_group_count must be positive and at most one "
+           "of "
            "them more than 1, got " +
-           std::to_string(a.feature_group_count) + " and " + std::to_string(a.batch_group_count);
+           std::to_string(a.feature_group_count) + " and " +
+           std::to_string(a.batch_group_count);
   }
   return "";
 }
 
 }  // namespace
 
-std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape, const Ints& out_shape,
-                        const Attributes& a, Problem* problem) {
-  const std::string shapes = "lhs " + Show(lhs_shape) + ", rhs " + Show(rhs_shape) + ", out " +
-                             Show(out_shape);
+std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,
+                        const Ints& out_shape, const Attributes& a, Problem* problem) {
+  const std::string shapes =
+      "lhs " + Show(lhs_shape) + ", rhs " + Show(rhs_shape) + ", out " + Show(out_shape);
   const size_t rank = lhs_shape.size();
-  if (rhs_shape.size() != rank || out_shape.size() != rank || rank < 2 || rank > 2 + kAxes) {
+  if (rhs_shape.size() != rank || out_shape.size() != rank || rank < 2 ||
+      rank > 2 + kAxes) {
     return "operands must have one rank from 2 to 5, got " + shapes;
   }
   for (const Ints* shape : {&lhs_shape, &rhs_shape, &out_shape}) {
@@ -107,9 +112,11 @@ std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape, const Ints
   }
   if (std::string error = CheckAttributes(a, rank); !error.empty()) return error;
 
-  const int64_t lhs_batch = lhs_shape[a.lhs_spec[0]], lhs_feature = lhs_shape[a.lhs_spec[1]];
+  const int64_t lhs_batch = lhs_shape[a.lhs_spec[0]],
+                lhs_feature = lhs_shape[a.lhs_spec[1]];
   const int64_t rhs_out = rhs_shape[a.rhs_spec[0]], rhs_in = rhs_shape[a.rhs_spec[1]];
-  const int64_t out_batch = out_shape[a.out_spec[0]], out_feature = out_shape[a.out_spec[1]];
+  const int64_t out_batch = out_shape[a.out_spec[0]],
+                out_feature = out_shape[a.out_spec[1]];
   const int64_t groups = std::max(a.feature_group_count, a.batch_group_count);
   const bool batch_groups = a.batch_group_count > 1;
   if (lhs_feature != rhs_in * a.feature_group_count) {
@@ -161,8 +168,8 @@ std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape, const Ints
     if (axis.in > kMaxParameter || axis.win > kMaxParameter) {
       return "spatial sizes out of range, got " + shapes;
     }
-    const int64_t padded = DilatedSize(axis.in, axis.lhs_dilation) + a.padding[2 * i] +
-                           a.padding[2 * i + 1];
+    const int64_t padded =
+        DilatedSize(axis.in, axis.lhs_dilation) + a.padding[2 * i] + a.padding[2 * i + 1];
     const int64_t window = DilatedSize(axis.win, axis.rhs_dilation);
     const int64_t expected = padded < window ? 0 : (padded - window) / axis.stride + 1;
     if (axis.out != expected) {

@@ -27,7 +27,8 @@ struct Attributes {
 
 // Fills `problem` (but for dtype and allow_tf32) and returns the empty string, or
 // says what is wrong with the request.
-std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape, const Ints& out_shape,
-                        const Attributes& attributes, Problem* problem);
+std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,
+                        const Ints& out_shape, const Attributes& attributes,
+                        Problem* problem);
 
 }  // namespace convgrad
