@@ -92,6 +92,7 @@ def conv_general_dilated(
     lhs_shape = shape_of(lhs, "lhs", function)
     rhs_shape = shape_of(rhs, "rhs", function)
     if not is_static(lhs_shape) or not is_static(rhs_shape):
+        dispatch.require_not_native(implementation, "symbolic shapes")
         return lax.conv_general_dilated(
             lhs,
             rhs,
@@ -273,6 +274,7 @@ def conv_transpose(
         letters = "HWD"[:axes]
         dimension_numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
     if not is_static(lhs_shape) or not is_static(rhs_shape):
+        dispatch.require_not_native(implementation, "symbolic shapes")
         return lax.conv_transpose(
             lhs,
             rhs,
