@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
+from jax.lax import conv_general_dilated as lax_conv_general_dilated
+from jax.lax import conv_transpose as lax_conv_transpose
 
 from . import compat, dispatch, lax_maps
 from .dispatch import Implementation
@@ -93,7 +95,7 @@ def conv_general_dilated(
     rhs_shape = shape_of(rhs, "rhs", function)
     if not is_static(lhs_shape) or not is_static(rhs_shape):
         dispatch.require_not_native(implementation, "symbolic shapes")
-        return lax.conv_general_dilated(
+        return lax_conv_general_dilated(
             lhs,
             rhs,
             window_strides,
@@ -275,7 +277,7 @@ def conv_transpose(
         dimension_numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
     if not is_static(lhs_shape) or not is_static(rhs_shape):
         dispatch.require_not_native(implementation, "symbolic shapes")
-        return lax.conv_transpose(
+        return lax_conv_transpose(
             lhs,
             rhs,
             strides,
