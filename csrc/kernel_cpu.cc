@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #include "cpu/job.h"
 #include "kernel.h"
@@ -48,10 +49,10 @@ Isa ChooseIsa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 =
-      has_avx2 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512dq");
   const Isa avx2 = {"avx2", &avx2::kKernels}, avx512 = {"avx512", &avx512::kKernels};
   if (has_avx512 && allowed("avx512")) return avx512;
   if (has_avx2 && allowed("avx2")) return avx2;
@@ -78,9 +79,7 @@ constexpr const char* kNames[] = {"direct", "gemm", "depthwise", "few_channels",
 
 int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
 
-int64_t Taps(const Problem& p) {
-  return p.axis[0].win * p.axis[1].win * p.axis[2].win;
-}
+int64_t Taps(const Problem& p) { return p.axis[0].win * p.axis[1].win * p.axis[2].win; }
 
 bool IsEmpty(const Problem& p) {
   return p.batch * p.groups * p.out_channels * Taps(p) == 0 ||
@@ -116,14 +115,12 @@ PlaneTile ChoosePlaneTile(const Problem& p) {
   const int64_t lanes = 64 / AccBytes(p);  // of the widest vectors
   const int64_t budget = kWindowBytes / AccBytes(p);
   const int64_t box0 = std::min(ReachedBy(p.axis[0], 1), p.axis[0].out);
-  for (int64_t width = kRowBytes / AccBytes(p) / phases / lanes * lanes * phases;
-       width > 0; width = width / phases / lanes / 2 * lanes * phases) {
-    // A narrower tile is only another tile if the row is wider than it.
-    const int64_t whole = CeilDiv(CeilDiv(row.in, phases), lanes) * lanes * phases;
-    if (width > whole) width = whole;
+  const int64_t step = lanes * phases;  // a vector of every phase
+  const int64_t most = std::min(kRowBytes / AccBytes(p) / step, CeilDiv(row.in, step));
+  for (int64_t vectors = most; vectors > 0; --vectors) {
     PlaneTile tile;
-    tile.width = width;
-    tile.cols = ReachedBy(row, width);
+    tile.width = vectors * step;
+    tile.cols = ReachedBy(row, tile.width);
     const auto fits = [&](int64_t rows) {
       const int64_t box1 = std::min(ReachedBy(p.axis[1], rows), p.axis[1].out);
       return p.out_channels * box0 * box1 * tile.cols <= budget;
@@ -137,6 +134,59 @@ PlaneTile ChoosePlaneTile(const Problem& p) {
 }
 
 bool PlanesTakes(const Problem& p) { return ChoosePlaneTile(p).rows > 0; }
+
+// A patch embedding, where every input sees exactly one tap, is a matrix product whose
+// columns are the pairs (tap, input channel):
+//   dX[p*stride + r, c] = sum over k  dY[p, k] * W[k, (r, c)].
+// Its folded problem is a 1x1 convolution of that many channels over the positions p.
+bool IsFoldable(const Problem& p) {
+  bool strided = false;
+  for (const Axis& x : p.axis) {
+    if (x.lhs_dilation != 1 || (x.rhs_dilation != 1 && x.win > 1)) return false;
+    if (x.win != x.stride || x.pad_lo != 0 || x.in != x.out * x.stride) return false;
+    strided |= x.stride > 1;
+  }
+  return strided;
+}
+
+Problem Folded(Problem p) {
+  if (!IsFoldable(p)) return p;
+  for (int x = 0; x < kAxes; ++x) {
+    Axis& axis = p.axis[x];
+    p.in_channels *= axis.win;
+    p.dx.axis[x] *= axis.stride;
+    axis.in = axis.out;
+    axis.win = axis.stride = axis.rhs_dilation = 1;
+  }
+  return p;
+}
+
+struct Column {
+  int64_t w, dx;
+};
+
+// The columns of one group of the problem once folded, by increasing place in dX.
+std::vector<Column> Columns(const Problem& p) {
+  const bool fold = IsFoldable(p);
+  const int64_t taps = fold ? Taps(p) : 1;
+  std::vector<Column> out;
+  out.reserve(p.in_channels * taps);
+  for (int64_t c = 0; c < p.in_channels; ++c) {
+    for (int64_t r = 0; r < taps; ++r) {
+      Column column = {c * p.w.in_channel, c * p.dx.channel};
+      int64_t rest = r;
+      for (int x = kAxes - 1; fold && x >= 0; --x) {
+        column.w += rest % p.axis[x].win * p.w.axis[x];
+        column.dx += rest % p.axis[x].win * p.dx.axis[x];
+        rest /= p.axis[x].win;
+      }
+      out.push_back(column);
+    }
+  }
+  std::sort(out.begin(), out.end(),
+            [](const Column& a, const Column& b) { return a.dx < b.dx; });
+  return out;
+}
 
 constexpr int64_t kFewChannels = 4;  // fewer than that waste a gemm's lanes
 constexpr int64_t kMaxFewChannels = 16;
@@ -156,7 +206,8 @@ bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* ker
     const bool planes = p.dx.axis[2] == 1 && p.dy.axis[2] == 1;
     if (small && (planes || asked(2)) && PlanesTakes(p)) return pick(2, Kernel::kPlanes);
   }
-  if (asked(3) || (any && p.in_channels <= kFewChannels)) {
+  const int64_t columns = Folded(p).in_channels;
+  if (asked(3) || (any && columns <= kFewChannels)) {
     if (p.in_channels <= kMaxFewChannels && PlanesTakes(p)) {
       return pick(3, Kernel::kPlanes);
     }
@@ -170,13 +221,14 @@ bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* ker
 // Offsets in bytes; sizes are bounds over all instruction sets.
 struct Workspace {
   int64_t phases[kAxes];
-  int64_t filter, taint, zeros, packed_dy;
+  int64_t filter, taint, zeros, packed_dy, column_w, column_dx;
   bool pack_dy;
   int64_t bytes;
 };
 
 int64_t StoredPhases(const Axis& x) { return std::min(PhaseCount(x), x.in); }
 
+// `p` is folded already if it is to be.
 Workspace LayOut(const Problem& p, Kernel kernel) {
   Workspace out{};
   const int64_t acc = AccBytes(p);
@@ -197,6 +249,8 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
     out.zeros = take(p.out_channels * acc);
     out.pack_dy = p.dtype == DType::kBF16 || p.dtype == DType::kF16 ||
                   (p.dy.channel != 1 && p.out_channels != 1);
+    out.column_w = take(p.in_channels * sizeof(int64_t));
+    out.column_dx = take(p.in_channels * sizeof(int64_t));
     if (out.pack_dy) {
       out.packed_dy = take(p.batch * p.groups * p.axis[0].out * p.axis[1].out *
                            p.axis[2].out * p.out_channels * acc);
@@ -233,7 +287,8 @@ bool PlanCpu(const Problem& problem, const char* kernel, Plan* plan) {
   Kernel chosen;
   if (!Choose(problem, kernel, &name, &chosen)) return false;
   plan->kernel = name;
-  plan->workspace_bytes = LayOut(problem, chosen).bytes;
+  plan->workspace_bytes =
+      LayOut(chosen == Kernel::kGemm ? Folded(problem) : problem, chosen).bytes;
   return true;
 }
 
@@ -242,19 +297,19 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   const char* name;
   Kernel kernel;
   if (!Choose(problem, plan.kernel, &name, &kernel)) return;
-  const Workspace at = LayOut(problem, kernel);
-  unsigned char* base = static_cast<unsigned char*>(workspace);
 
   CpuArgs args{};
-  args.problem = problem;
+  args.problem = kernel == Kernel::kGemm ? Folded(problem) : problem;
+  const Workspace at = LayOut(args.problem, kernel);
+  unsigned char* base = static_cast<unsigned char*>(workspace);
   args.dy = dy;
   args.w = w;
   args.dx = dx;
   for (int x = 0; x < kAxes; ++x) {
-    args.phase_count[x] = StoredPhases(problem.axis[x]);
+    args.phase_count[x] = StoredPhases(args.problem.axis[x]);
     Phase* phases = reinterpret_cast<Phase*>(base + at.phases[x]);
     for (int64_t i = 0; i < args.phase_count[x]; ++i) {
-      phases[i] = MakePhase(problem.axis[x], i);
+      phases[i] = MakePhase(args.problem.axis[x], i);
     }
     args.phase[x] = phases;
   }
@@ -262,6 +317,16 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   args.taint = base + at.taint;
   args.zeros = base + at.zeros;
   args.packed_dy = at.pack_dy ? base + at.packed_dy : nullptr;
+  if (kernel == Kernel::kGemm) {
+    int64_t* column_w = reinterpret_cast<int64_t*>(base + at.column_w);
+    int64_t* column_dx = reinterpret_cast<int64_t*>(base + at.column_dx);
+    args.column_w = column_w;
+    args.column_dx = column_dx;
+    for (const Column& column : Columns(problem)) {
+      *column_w++ = column.w;
+      *column_dx++ = column.dx;
+    }
+  }
   if (kernel == Kernel::kPlanes) args.plane_tile = ChoosePlaneTile(problem);
 
   const CpuKernels& kernels = *ChosenIsa().kernels;
@@ -282,8 +347,7 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   }
   for (int i = 0; i < job.stages; ++i) {
     const CpuStage& stage = job.stage[i];
-    parallel_for(stage.count,
-                 [&](int64_t index) { stage.task(job.state, index); });
+    parallel_for(stage.count, [&](int64_t index) { stage.task(job.state, index); });
   }
 }
 

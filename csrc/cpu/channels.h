@@ -3,7 +3,8 @@
 // A vector covers a block of whole groups: lane l is channel l % C of the block's group
 // l / C. For one row of dX and one block,
 //
-//   dX[h, lane] = sum over taps t, k   dY[h*p_per_h - t*p_per_r, perm_k(lane)] * W[t][k][lane]
+//   dX[h, lane] = sum over taps t, k   dY[h*p_per_h - t*p_per_r, perm_k(lane)] *
+//   W[t][k][lane]
 //
 // where perm_k picks out channel k of the lane's own group (the identity if K = C = 1).
 //
@@ -85,9 +86,9 @@ template <typename T, int N>
 struct ChannelsRow {
   const ReadRow<T>* rows;
   int64_t row_count;
-  int64_t out;                 // size of dY along the row
-  int64_t p_per_h, p_per_r;    // of the phase
-  int64_t dy_step, tap_step;   // elements between positions of dY, taps of the filter
+  int64_t out;                // size of dY along the row
+  int64_t p_per_h, p_per_r;   // of the phase
+  int64_t dy_step, tap_step;  // elements between positions of dY, taps of the filter
   int64_t out_channels;
   T* dx;  // phase position 0
   int64_t dx_step;
@@ -96,6 +97,49 @@ struct ChannelsRow {
 };
 
 alignas(64) constexpr unsigned char kZeroLanes[64] = {};
+
+// One tap: x[j] is what position j reads.
+template <typename T, int N, int kWidth, bool kShared>
+CONVGRAD_INLINE void AddLanes(const T* const* x, const Acc<T>* filter,
+                              const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
+  using V = Vec<Acc<T>, N>;
+  if constexpr (kShared) {
+    for (int64_t k = 0; k < c.out_channels; ++k) {
+      const V w = Load<N>(filter + k * N);
+      const auto perm = c.perm[k];
+      CONVGRAD_UNROLL
+      for (int j = 0; j < kWidth; ++j) {
+        sum[j] += Permute<Acc<T>, N>(Load<N>(x[j]), perm) * w;
+      }
+    }
+  } else {
+    const V w = Load<N>(filter);
+    CONVGRAD_UNROLL
+    for (int j = 0; j < kWidth; ++j) sum[j] += Load<N>(x[j]) * w;
+  }
+}
+
+template <typename T, int N, int kWidth, bool kShared>
+CONVGRAD_INLINE void AddTap(const T* first, int64_t step, const Acc<T>* filter,
+                            const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
+  const T* x[kWidth];
+  CONVGRAD_UNROLL
+  for (int j = 0; j < kWidth; ++j) x[j] = first + j * step;
+  AddLanes<T, N, kWidth, kShared>(x, filter, c, sum);
+}
+
+template <typename T, int N, int kWidth, bool kShared>
+CONVGRAD_INLINE void AddBorderTap(const T* row, int64_t q, const Acc<T>* filter,
+                                  const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
+  const T* x[kWidth];
+  CONVGRAD_UNROLL
+  for (int j = 0; j < kWidth; ++j) {
+    const int64_t at = q + j * c.p_per_h;
+    const bool inside = static_cast<uint64_t>(at) < static_cast<uint64_t>(c.out);
+    x[j] = inside ? row + at * c.dy_step : reinterpret_cast<const T*>(kZeroLanes);
+  }
+  AddLanes<T, N, kWidth, kShared>(x, filter, c, sum);
+}
 
 // Positions [i, i + kWidth) of the phase, taps [t_lo, t_hi); tap 0 of i reads p.
 template <typename T, int N, int kWidth, bool kShared, bool kBorder>
@@ -110,36 +154,17 @@ __attribute__((noinline)) void ChannelsTile(const ChannelsRow<T, N>& c, int64_t 
     const A* filter = c.rows[r].filter + t_lo * c.tap_step;
     for (int64_t t = t_lo; t < t_hi; ++t) {
       const int64_t q = p - t * c.p_per_r;
-      const T* x[kWidth];
-#pragma GCC unroll 16
-      for (int j = 0; j < kWidth; ++j) {
-        if constexpr (kBorder) {
-          const int64_t at = q + j * c.p_per_h;
-          const bool inside = static_cast<uint64_t>(at) < static_cast<uint64_t>(c.out);
-          x[j] = inside ? row + at * c.dy_step : reinterpret_cast<const T*>(kZeroLanes);
-        } else {
-          x[j] = row + q * c.dy_step + j * step;
-        }
-      }
-      if constexpr (kShared) {
-        for (int64_t k = 0; k < c.out_channels; ++k) {
-          const V w = Load<N>(filter + k * N);
-          const auto perm = c.perm[k];
-#pragma GCC unroll 16
-          for (int j = 0; j < kWidth; ++j) {
-            sum[j] += Permute<A, N>(Load<N>(x[j]), perm) * w;
-          }
-        }
+      // Even in a border tile most taps are inside for every position.
+      if (!kBorder || (q >= 0 && q + (kWidth - 1) * c.p_per_h < c.out)) {
+        AddTap<T, N, kWidth, kShared>(row + q * c.dy_step, step, filter, c, sum);
       } else {
-        const V w = Load<N>(filter);
-#pragma GCC unroll 16
-        for (int j = 0; j < kWidth; ++j) sum[j] += Load<N>(x[j]) * w;
+        AddBorderTap<T, N, kWidth, kShared>(row, q, filter, c, sum);
       }
       filter += c.tap_step;
     }
   }
   T* dx = c.dx + i * c.dx_step;
-#pragma GCC unroll 16
+  CONVGRAD_UNROLL
   for (int j = 0; j < kWidth; ++j) {
     if (c.lanes == N) {
       Store<N>(dx + j * c.dx_step, sum[j]);
@@ -291,8 +316,7 @@ inline void PrepareLanes(const CpuArgs& a, CpuJob* job) {
   ChannelsState s{};
   s.args = a;
   s.lanes = N;
-  s.block_groups =
-      N / (p.in_channels > p.out_channels ? p.in_channels : p.out_channels);
+  s.block_groups = N / (p.in_channels > p.out_channels ? p.in_channels : p.out_channels);
   if (s.block_groups > p.groups) s.block_groups = p.groups;
   s.blocks = CeilDiv(p.groups, s.block_groups);
   s.task_blocks = s.blocks;

@@ -24,21 +24,12 @@
 #pragma once
 
 #include "gemm_pack.h"
+#include "gemm_rows.h"
 
 namespace convgrad {
 namespace CONVGRAD_ISA {
 namespace {
 
-// Rows of the register tile for a panel of so many vectors.
-CONVGRAD_INLINE constexpr int RowsFor(int vectors) {
-  return kVectorRegisters == 32
-             ? (vectors == 4 ? 6 : vectors == 3 ? 8 : vectors == 2 ? 12 : 14)
-             : (kVectorBytes == 32 ? (vectors == 2 ? 6 : 12) : (vectors == 2 ? 4 : 8));
-}
-
-constexpr int64_t kMaxTaskRows = 168;  // a multiple of every RowsFor
-static_assert(kMaxTaskRows % RowsFor(1) == 0 && kMaxTaskRows % RowsFor(2) == 0,
-              "a full task should have no partial register tile");
 constexpr int64_t kBlockBytes = 32 * 1024;
 constexpr int kBlockTaps = 16;  // pointer tables are on the stack
 static_assert(kMaxTaskRows * kVectorBytes * kPanelVectors<float> <= 48 * 1024,
@@ -53,14 +44,6 @@ struct GemmState {
   bool pack_dy;
 };
 
-// The rows of a task: where each reads and writes, and which taps it has.
-struct GemmRows {
-  int64_t count;
-  int64_t dy[kMaxTaskRows];  // of tap 0, in elements; may lie outside
-  int64_t dx[kMaxTaskRows];
-  int32_t lo[kAxes][kMaxTaskRows], hi[kAxes][kMaxTaskRows];
-};
-
 // A block of B: some taps of the phase, channels [k0, k0 + k_count) of each.
 struct GemmBlock {
   int taps;
@@ -70,47 +53,50 @@ struct GemmBlock {
   int64_t filter[kBlockTaps];   // the tap's place in the packed panel
 };
 
-// tile[kRows][kVecs vectors] += sum over taps, k of rows[t][i][k] * b[t][k][...].
+// tile[kRows][kVecs vectors] += sum over taps, k of rows[t][i][k] * b[t][k][...], where
+// a fresh tile counts as zeros whatever it holds.
 template <typename A, int kRows, int kVecs>
 __attribute__((noinline)) void Multiply(int taps, int64_t k_count,
-                                        const A* const (*rows)[kRows],
-                                        const A* const* b, A* tile, int64_t tile_step) {
+                                        const A* const (*rows)[kRows], const A* const* b,
+                                        bool fresh, A* tile, int64_t tile_step) {
   constexpr int L = kLanes<A>;
   using V = Vec<A, L>;
   V sum[kRows][kVecs];
-#pragma GCC unroll 16
+  CONVGRAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sum[i][v] = Load<L>(tile + i * tile_step + v * L);
+    CONVGRAD_UNROLL
+    for (int v = 0; v < kVecs; ++v) {
+      sum[i][v] = fresh ? V{} : Load<L>(tile + i * tile_step + v * L);
+    }
   }
   for (int t = 0; t < taps; ++t) {
     const A* row[kRows];
-#pragma GCC unroll 16
+    CONVGRAD_UNROLL
     for (int i = 0; i < kRows; ++i) row[i] = rows[t][i];
     const A* bk = b[t];
     for (int64_t k = 0; k < k_count; ++k) {
       V column[kVecs];
-#pragma GCC unroll 4
+      CONVGRAD_UNROLL
       for (int v = 0; v < kVecs; ++v) column[v] = Load<L>(bk + v * L);
-#pragma GCC unroll 16
+      CONVGRAD_UNROLL
       for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+        CONVGRAD_UNROLL
         for (int v = 0; v < kVecs; ++v) sum[i][v] += column[v] * row[i][k];
       }
       bk += kVecs * L;
     }
   }
-#pragma GCC unroll 16
+  CONVGRAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
+    CONVGRAD_UNROLL
     for (int v = 0; v < kVecs; ++v) Store<L>(tile + i * tile_step + v * L, sum[i][v]);
   }
 }
 
-// Adds one block of B to all rows of the task's tile.
+// Adds one block of B to all rows of the task's tile, which is fresh at the first one.
 template <typename A, int kVecs>
 inline void AddBlock(const GemmState& s, const GemmRows& rows, const GemmBlock& block,
-                     const A* dy, const A* panel, bool exact, A* tile) {
+                     const A* dy, const A* panel, bool exact, bool fresh, A* tile) {
   constexpr int kRows = RowsFor(kVecs);
   constexpr int64_t kStep = kVecs * kLanes<A>;
   const A* zeros = static_cast<const A*>(s.args.zeros);
@@ -135,23 +121,28 @@ inline void AddBlock(const GemmState& s, const GemmRows& rows, const GemmBlock& 
       mixed |= hits != kRows;
       filter[taps++] = panel + block.filter[t];
     }
-    if (taps == 0) continue;
     A* out = tile + m * kStep;
+    if (fresh && (taps == 0 || (exact && mixed))) {
+      for (int64_t i = 0; i < live * kStep; ++i) out[i] = 0;
+    }
+    if (taps == 0) continue;
     if (exact && mixed) {
       for (int i = 0; i < live; ++i) {
         for (int t = 0; t < taps; ++t) {
           if (row[t][i] == zeros) continue;
           const A* const one[1][1] = {{row[t][i]}};
-          Multiply<A, 1, kVecs>(1, block.k_count, one, filter + t, out + i * kStep, kStep);
+          Multiply<A, 1, kVecs>(1, block.k_count, one, filter + t, false, out + i * kStep,
+                                kStep);
         }
       }
     } else if (live == kRows) {
-      Multiply<A, kRows, kVecs>(taps, block.k_count, row, filter, out, kStep);
+      Multiply<A, kRows, kVecs>(taps, block.k_count, row, filter, fresh, out, kStep);
     } else {
       A spare[kRows * kStep];  // the tile ends before the register tile does
-      for (int64_t i = 0; i < live * kStep; ++i) spare[i] = out[i];
-      for (int64_t i = live * kStep; i < kRows * kStep; ++i) spare[i] = 0;
-      Multiply<A, kRows, kVecs>(taps, block.k_count, row, filter, spare, kStep);
+      for (int64_t i = 0; i < kRows * kStep; ++i) {
+        spare[i] = !fresh && i < live * kStep ? out[i] : 0;
+      }
+      Multiply<A, kRows, kVecs>(taps, block.k_count, row, filter, false, spare, kStep);
       for (int64_t i = 0; i < live * kStep; ++i) out[i] = spare[i];
     }
   }
@@ -169,6 +160,7 @@ inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
   int64_t taps_in_block = kBlockRows / k_step;
   if (taps_in_block > kBlockTaps) taps_in_block = kBlockTaps;
 
+  bool fresh = true;
   for (int64_t k0 = 0; k0 < p.out_channels; k0 += k_step) {
     GemmBlock block;
     block.taps = 0;
@@ -187,100 +179,19 @@ inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
           block.dy_back[block.taps] = back;
           block.filter[block.taps] = (r * p.out_channels + k0) * kWidth;
           if (++block.taps == taps_in_block) {
-            AddBlock<A, kVecs>(s, rows, block, dy, panel, exact, tile);
+            AddBlock<A, kVecs>(s, rows, block, dy, panel, exact, fresh, tile);
+            fresh = false;
             block.taps = 0;
           }
         }
       }
     }
-    if (block.taps > 0) AddBlock<A, kVecs>(s, rows, block, dy, panel, exact, tile);
-  }
-}
-
-// Rounds the tile [rows][width] and stores `columns` of it at dx (the panel's first
-// channel, plus rows.dx[m]).
-template <typename T>
-inline void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64_t width,
-                      int64_t columns, int64_t channel_step, T* dx) {
-  constexpr int L = kLanes<Acc<T>>;
-  if (channel_step == 1) {
-    for (int64_t m = 0; m < rows.count; ++m) {
-      StoreRun(dx + rows.dx[m], tile + m * width, columns);
-    }
-    return;
-  }
-  for (int64_t m = 0; m < rows.count;) {
-    // Channels-first: L rows that are neighbours in memory are stored as vectors.
-    bool neighbours = m + L <= rows.count;
-    for (int i = 1; i < L && neighbours; ++i) {
-      neighbours = rows.dx[m + i] == rows.dx[m] + i;
-    }
-    if (neighbours) {
-      for (int64_t c = 0; c < columns; c += L) {
-        Vec<Acc<T>, L> square[L];
-        for (int i = 0; i < L; ++i) square[i] = Load<L>(tile + (m + i) * width + c);
-        Transpose<Acc<T>, L>(square);
-        const int live = columns - c < L ? static_cast<int>(columns - c) : L;
-        T* to = dx + rows.dx[m] + c * channel_step;
-#pragma GCC unroll 16
-        for (int i = 0; i < L; ++i) {
-          if (i < live) Store<L>(to + i * channel_step, square[i]);
-        }
-      }
-      m += L;
-      continue;
-    }
-    for (int64_t c = 0; c < columns; ++c) {
-      StoreOne(dx + rows.dx[m] + c * channel_step, tile[m * width + c]);
-    }
-    ++m;
-  }
-}
-
-// Fills in rows [first, first + count) of the phase, m = ((n*c0 + i0)*c1 + i1)*c2 + i2.
-inline void LayOutRows(const GemmState& s, const Phase* const* phase, int64_t first,
-                       int64_t count, GemmRows* rows) {
-  const Problem& p = s.args.problem;
-  int64_t i[kAxes];
-  int64_t n = first;
-  for (int x = kAxes - 1; x >= 0; --x) {
-    i[x] = n % phase[x]->h_count;
-    n /= phase[x]->h_count;
-  }
-  rows->count = count;
-  TapRange taps[kAxes];
-  int64_t dy_base = 0, dx_base = 0;
-  bool moved = true;  // the two leading axes or n
-  for (int64_t m = 0; m < count; ++m) {
-    if (moved) {
-      dy_base = n * s.dy_at.batch;
-      dx_base = n * p.dx.batch;
-      for (int x = 0; x < 2; ++x) {
-        taps[x] = ValidTaps(*phase[x], p.axis[x].out, i[x]);
-        dy_base += (phase[x]->p0 + i[x] * phase[x]->p_per_h) * s.dy_at.axis[x];
-        dx_base += (phase[x]->h0 + i[x] * phase[x]->h_step) * p.dx.axis[x];
-      }
-      moved = false;
-    }
-    taps[2] = ValidTaps(*phase[2], p.axis[2].out, i[2]);
-    rows->dy[m] = dy_base + (phase[2]->p0 + i[2] * phase[2]->p_per_h) * s.dy_at.axis[2];
-    rows->dx[m] = dx_base + (phase[2]->h0 + i[2] * phase[2]->h_step) * p.dx.axis[2];
-    for (int x = 0; x < kAxes; ++x) {
-      rows->lo[x][m] = static_cast<int32_t>(taps[x].lo);
-      rows->hi[x][m] = static_cast<int32_t>(taps[x].hi);
-    }
-    if (++i[2] == phase[2]->h_count) {
-      moved = true;
-      i[2] = 0;
-      if (++i[1] == phase[1]->h_count) {
-        i[1] = 0;
-        if (++i[0] == phase[0]->h_count) {
-          i[0] = 0;
-          ++n;
-        }
-      }
+    if (block.taps > 0) {
+      AddBlock<A, kVecs>(s, rows, block, dy, panel, exact, fresh, tile);
+      fresh = false;
     }
   }
+  if (fresh) __builtin_memset(tile, 0, sizeof(A) * rows.count * kWidth);  // no taps
 }
 
 CONVGRAD_INLINE bool PanelIsTainted(const CpuArgs& a, int64_t group, int64_t panels,
@@ -317,7 +228,7 @@ void GemmTask(const void* state, int64_t index) {
   if (first >= all_rows) return;
 
   GemmRows rows;
-  LayOutRows(s, phase, first,
+  LayOutRows(p, s.dy_at, phase, first,
              all_rows - first < s.task_rows ? all_rows - first : s.task_rows, &rows);
   const A* dy = static_cast<const A*>(s.dy) + group * s.dy_at.group;
 
@@ -328,7 +239,6 @@ void GemmTask(const void* state, int64_t index) {
     const A* filter = PackedPanel<A>(a, group, panel);
     const bool exact = PanelIsTainted(a, group, s.panels, i);
     const int64_t width = panel.vectors * kLanes<A>;
-    __builtin_memset(tile, 0, sizeof(A) * rows.count * width);
     switch (panel.vectors) {
       case 1:
         AddTaps<A, 1>(s, rows, phase, dy, filter, exact, tile);
@@ -345,8 +255,8 @@ void GemmTask(const void* state, int64_t index) {
           }
         }
     }
-    T* dx = static_cast<T*>(a.dx) + group * p.dx.group + panel.first * p.dx.channel;
-    StoreTile<T>(rows, tile, width, panel.columns, p.dx.channel, dx);
+    StoreTile<T>(rows, tile, width, panel.columns, a.column_dx + panel.first,
+                 static_cast<T*>(a.dx) + group * p.dx.group);
   }
 }
 
@@ -366,21 +276,18 @@ void GemmPackTask(const void* state, int64_t index) {
 }
 
 // How many rows and panels a task takes: few enough tasks that each amortises what it
-// sets up, enough of them for 64 threads. A filter larger than the L2 cache is worth
-// reusing over many rows, so then panels are split first.
+// sets up, enough of them for tens of threads. A block of B is reused over the rows of
+// a task but never over its panels, so panels are split first.
 template <typename A>
 inline void ChooseTasks(const Problem& p, GemmState* s) {
-  constexpr int64_t kEnoughTasks = 192;
-  constexpr double kLeastWork = 2e6;  // multiply-adds
-  constexpr double kL2Bytes = 1 << 20;
+  constexpr int64_t kEnoughTasks = 96;
+  constexpr double kLeastWork = 1e6;  // multiply-adds
+  constexpr int64_t kLeastRows = kMaxTaskRows / 4;
   const CpuArgs& a = s->args;
   int64_t rows = p.batch;  // of the phase that has most
   for (int x = 0; x < kAxes; ++x) rows *= a.phase[x][0].h_count;
-  const double filter_bytes =
-      1.0 * sizeof(A) * p.in_channels * p.out_channels * static_cast<double>(Taps(p));
   const double work = 1.0 * p.batch * p.axis[0].out * p.axis[1].out * p.axis[2].out *
-                      p.groups * p.out_channels * p.in_channels *
-                      static_cast<double>(Taps(p));
+                      p.groups * p.out_channels * p.in_channels * Taps(p);
 
   s->phases = a.phase_count[0] * a.phase_count[1] * a.phase_count[2];
   s->panels = CeilDiv(p.in_channels, kPanelColumns<A>);
@@ -391,11 +298,9 @@ inline void ChooseTasks(const Problem& p, GemmState* s) {
     s->panel_groups = CeilDiv(s->panels, s->task_panels);
     const int64_t tasks = s->phases * p.groups * s->row_groups * s->panel_groups;
     if (tasks >= kEnoughTasks || work / tasks < 2 * kLeastWork) break;
-    const bool can_split_rows = s->task_rows > kMaxTaskRows / 4 && s->task_rows < 2 * rows;
-    const bool can_split_panels = s->task_panels > 1;
-    if (can_split_panels && (filter_bytes > kL2Bytes || !can_split_rows)) {
+    if (s->task_panels > 1) {
       s->task_panels = CeilDiv(s->task_panels, 2);
-    } else if (can_split_rows) {
+    } else if (s->task_rows > kLeastRows && s->task_rows < 2 * rows) {
       s->task_rows /= 2;
     } else {
       break;
@@ -413,8 +318,8 @@ void PrepareGemm(const CpuArgs& a, CpuJob* job) {
   s.dy_at = s.pack_dy ? PackedDyStrides(p) : p.dy;
   ChooseTasks<Acc<T>>(p, &s);
   SetState(job, s);
-  const int64_t pack_tasks = 1 + p.groups * s.panels * FilterChunks(p) +
-                             (s.pack_dy ? PackDyTasks(p) : 0);
+  const int64_t pack_tasks =
+      1 + p.groups * s.panels * FilterChunks(p) + (s.pack_dy ? PackDyTasks(p) : 0);
   job->stages = 2;
   job->stage[0] = {pack_tasks, GemmPackTask<T>};
   job->stage[1] = {s.phases * p.groups * s.row_groups * s.panel_groups, GemmTask<T>};

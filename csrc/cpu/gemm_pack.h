@@ -21,7 +21,7 @@ namespace {
 template <typename A>
 constexpr int kPanelVectors = kVectorBytes == 64 ? 4 : 2;
 template <typename A>
-constexpr int kPanelColumns = kPanelVectors<A>* kLanes<A>;
+constexpr int kPanelColumns = kPanelVectors<A> * kLanes<A>;
 static_assert(kPanelColumns<float> <= kMaxPanelColumns, "the workspace is too small");
 static_assert(kPanelColumns<double> >= kMinPanelColumns, "too few taint bytes");
 
@@ -65,7 +65,7 @@ CONVGRAD_INLINE int64_t FilterChunks(const Problem& p) {
 // Packs out channels [k0, k1) of one tap by transposing squares: for filters whose
 // out channels are contiguous (HWIO). Returns the sum of value * 0.
 template <typename T>
-inline Acc<T> PackTapTransposed(const T* w, const FilterStrides& s, const Panel& panel,
+inline Acc<T> PackTapTransposed(const T* w, const int64_t* column_w, const Panel& panel,
                                 int64_t k0, int64_t k1, Acc<T>* to) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
@@ -81,7 +81,7 @@ inline Acc<T> PackTapTransposed(const T* w, const FilterStrides& s, const Panel&
       V rows[L];
       for (int i = 0; i < L; ++i) {
         rows[i] = V{};
-        if (i < live) rows[i] = Load<L>(w + (c0 + i) * s.in_channel + k);
+        if (i < live) rows[i] = Load<L>(w + column_w[c0 + i] + k);
       }
       for (int i = 0; i < L; ++i) taint += rows[i] * 0;
       Transpose<A, L>(rows);
@@ -89,7 +89,7 @@ inline Acc<T> PackTapTransposed(const T* w, const FilterStrides& s, const Panel&
     }
     for (; k < k1; ++k) {
       for (int i = 0; i < L; ++i) {
-        const A value = i < live ? LoadOne(w + (c0 + i) * s.in_channel + k) : 0;
+        const A value = i < live ? LoadOne(w + column_w[c0 + i] + k) : 0;
         rest += value * 0;
         to[k * width + c0 + i] = value;
       }
@@ -102,8 +102,8 @@ inline Acc<T> PackTapTransposed(const T* w, const FilterStrides& s, const Panel&
 // The same for all taps at once and any strides; reads taps innermost, which is how
 // OIHW has them.
 template <typename T>
-inline Acc<T> PackTapsStrided(const T* w, const Problem& p, const Panel& panel,
-                              int64_t k0, int64_t k1, Acc<T>* to) {
+inline Acc<T> PackTapsStrided(const T* w, const int64_t* column_w, const Problem& p,
+                              const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to) {
   using A = Acc<T>;
   const int64_t width = panel.vectors * kLanes<A>;
   const int64_t tap_size = p.out_channels * width;
@@ -111,7 +111,7 @@ inline Acc<T> PackTapsStrided(const T* w, const Problem& p, const Panel& panel,
   for (int64_t k = k0; k < k1; ++k) {
     for (int64_t c = 0; c < width; ++c) {
       const bool live = c < panel.columns;
-      const T* from = w + k * p.w.out_channel + (live ? c * p.w.in_channel : 0);
+      const T* from = w + k * p.w.out_channel + (live ? column_w[c] : 0);
       A* out = to + k * width + c;
       for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
         for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
@@ -141,8 +141,8 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
   const int64_t k0 = chunk * kFilterPackChannels;
   const int64_t k1 = k0 + kFilterPackChannels < p.out_channels ? k0 + kFilterPackChannels
                                                                : p.out_channels;
-  const T* w = static_cast<const T*>(a.w) + group * p.w.group +
-               panel.first * p.w.in_channel;
+  const T* w = static_cast<const T*>(a.w) + group * p.w.group;
+  const int64_t* column_w = a.column_w + panel.first;
   A* to = PackedPanel<A>(a, group, panel);
   A taint = 0;
   if (p.w.out_channel == 1) {
@@ -150,13 +150,13 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
       for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
         for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
           const T* tap = w + r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[2];
-          taint += PackTapTransposed<T>(tap, p.w, panel, k0, k1, to);
+          taint += PackTapTransposed<T>(tap, column_w, panel, k0, k1, to);
           to += p.out_channels * panel.vectors * kLanes<A>;
         }
       }
     }
   } else {
-    taint = PackTapsStrided<T>(w, p, panel, k0, k1, to);
+    taint = PackTapsStrided<T>(w, column_w, p, panel, k0, k1, to);
   }
   a.taint[index] = IsTainted(taint);
 }
@@ -182,8 +182,8 @@ struct DyRuns {
 CONVGRAD_INLINE DyRuns RunsOfDy(const Problem& p) {
   const int64_t rows = p.axis[0].out * p.axis[1].out;
   const bool merge1 = p.dy.axis[1] == p.dy.axis[2] * p.axis[2].out;
-  const bool merge0 = merge1 && (p.axis[0].out == 1 ||
-                                 p.dy.axis[0] == p.dy.axis[1] * p.axis[1].out);
+  const bool merge0 =
+      merge1 && (p.axis[0].out == 1 || p.dy.axis[0] == p.dy.axis[1] * p.axis[1].out);
   if (merge0) return {1, rows * p.axis[2].out, rows};
   if (merge1) return {p.axis[0].out, p.axis[1].out * p.axis[2].out, p.axis[1].out};
   return {rows, p.axis[2].out, 1};

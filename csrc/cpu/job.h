@@ -40,6 +40,11 @@ struct CpuArgs {
   void* zeros;           // out_channels zeros, in the accumulation type
   void* packed_dy;       // channels-last dY in the accumulation type, or null: read dY
   PlaneTile plane_tile;  // of the planes kernel
+
+  // Of the gemm kernel: where column c of a group, an input channel unless the problem
+  // was folded (kernel_cpu.cc), lies in the filter and in dX. dX offsets increase.
+  const int64_t* column_w;
+  const int64_t* column_dx;
 };
 
 // task(0) .. task(count - 1) of a stage may run in any order on any threads; a stage
@@ -93,6 +98,8 @@ constexpr int64_t kMaxRowPhases = 16;
 constexpr int64_t kPlaneChannels = 4;  // channels of dX made at a time
 
 // Always inlined, for the reason above.
-__attribute__((always_inline)) constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__attribute__((always_inline)) constexpr int64_t CeilDiv(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 }  // namespace convgrad

@@ -18,18 +18,18 @@ namespace CONVGRAD_ISA {
 namespace {
 
 // Prepare<T> of a kernel, for the T of the problem.
-#define CONVGRAD_BY_DTYPE(Name)                         \
-  void Name##Any(const CpuArgs& args, CpuJob* job) {    \
-    switch (args.problem.dtype) {                       \
-      case DType::kF64:                                 \
-        return Prepare##Name<double>(args, job);        \
-      case DType::kF32:                                 \
-        return Prepare##Name<float>(args, job);         \
-      case DType::kBF16:                                \
-        return Prepare##Name<BF16>(args, job);          \
-      case DType::kF16:                                 \
-        return Prepare##Name<F16>(args, job);           \
-    }                                                   \
+#define CONVGRAD_BY_DTYPE(Name)                      \
+  void Name##Any(const CpuArgs& args, CpuJob* job) { \
+    switch (args.problem.dtype) {                    \
+      case DType::kF64:                              \
+        return Prepare##Name<double>(args, job);     \
+      case DType::kF32:                              \
+        return Prepare##Name<float>(args, job);      \
+      case DType::kBF16:                             \
+        return Prepare##Name<BF16>(args, job);       \
+      case DType::kF16:                              \
+        return Prepare##Name<F16>(args, job);        \
+    }                                                \
   }
 CONVGRAD_BY_DTYPE(Direct)
 CONVGRAD_BY_DTYPE(Gemm)

@@ -2,7 +2,7 @@
 // layout.
 //
 // A task makes a tile of dX, `rows` x `width` pixels of every channel of a group, from
-// a window of dY that it first copies to its stack: [k][p0][p1][column] in the
+// a window of dY that it first copies to its stack: [p0][p1][k][column] in the
 // accumulation type, whatever dY's layout, with columns outside dY set to zero. Then for
 // one row, one phase along it and one block of channels
 //
@@ -35,7 +35,7 @@ struct PlanesState {
   int64_t filter_channels;  // in_channels rounded up
 };
 
-// The packed filter is [group][k][r0][r1][r2][c].
+// The packed filter is [group][r0][r1][r2][k][c].
 template <typename T>
 void PlanesPackTask(const void* state, int64_t g) {
   using A = Acc<T>;
@@ -45,12 +45,12 @@ void PlanesPackTask(const void* state, int64_t g) {
   A* to = static_cast<A*>(s.args.filter) + g * p.out_channels * taps * s.filter_channels;
   const T* w = static_cast<const T*>(s.args.w) + g * p.w.group;
   A taint = 0;
-  for (int64_t k = 0; k < p.out_channels; ++k) {
-    for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
-      for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
-        for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
-          const T* from = w + k * p.w.out_channel + r0 * p.w.axis[0] +
-                          r1 * p.w.axis[1] + r2 * p.w.axis[2];
+  for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
+    for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
+      for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
+        for (int64_t k = 0; k < p.out_channels; ++k) {
+          const T* from = w + k * p.w.out_channel + r0 * p.w.axis[0] + r1 * p.w.axis[1] +
+                          r2 * p.w.axis[2];
           for (int64_t c = 0; c < s.filter_channels; ++c) {
             const A value = c < p.in_channels ? LoadOne(from + c * p.w.in_channel) : 0;
             taint += value * 0;
@@ -91,8 +91,8 @@ struct Window {
   A* data;
   Reach p0, p1;    // clipped to dY
   int64_t column;  // which position of dY column 0 is
-  int64_t cols;    // elements from row to row
-  int64_t k_step;  // from channel to channel
+  int64_t cols;    // elements from channel to channel
+  int64_t row_step;
 };
 
 // Copies the window in.
@@ -109,28 +109,28 @@ inline void FillWindow(const Problem& p, const T* dy, const Window<Acc<T>>& win)
   const int64_t step = p.dy.axis[2];
   A* to = win.data;
   for (int64_t q0 = win.p0.lo; q0 < win.p0.hi; ++q0) {
-    for (int64_t q1 = win.p1.lo; q1 < win.p1.hi; ++q1, to += win.cols) {
+    for (int64_t q1 = win.p1.lo; q1 < win.p1.hi; ++q1, to += win.row_step) {
       const T* row = dy + q0 * p.dy.axis[0] + q1 * p.dy.axis[1] + win.column * step;
       int64_t k = 0;
       if (step != 1 && p.dy.channel == 1) {
         for (; k + L <= p.out_channels; k += L) {  // channels-last: transpose squares
-          A* out = to + k * win.k_step;
+          A* out = to + k * win.cols;
           int64_t i = lo;
           for (; i + L <= hi; i += L) {
             Vec<A, L> square[L];
             for (int j = 0; j < L; ++j) square[j] = Load<L>(row + (i + j) * step + k);
             Transpose<A, L>(square);
-            for (int j = 0; j < L; ++j) Store<L>(out + j * win.k_step + i, square[j]);
+            for (int j = 0; j < L; ++j) Store<L>(out + j * win.cols + i, square[j]);
           }
           for (; i < hi; ++i) {
             const Vec<A, L> v = Load<L>(row + i * step + k);
-            for (int j = 0; j < L; ++j) out[j * win.k_step + i] = v[j];
+            for (int j = 0; j < L; ++j) out[j * win.cols + i] = v[j];
           }
         }
       }
       for (; k < p.out_channels; ++k) {
         const T* from = row + k * p.dy.channel;
-        A* out = to + k * win.k_step;
+        A* out = to + k * win.cols;
         int64_t i = lo;
         if (step == 1) {
           for (; i + L <= hi; i += L) Store<L>(out + i, Load<L>(from + i));
@@ -138,7 +138,7 @@ inline void FillWindow(const Problem& p, const T* dy, const Window<Acc<T>>& win)
         for (; i < hi; ++i) out[i] = LoadOne(from + i * step);
       }
       for (k = 0; k < p.out_channels; ++k) {
-        A* out = to + k * win.k_step;
+        A* out = to + k * win.cols;
         for (int64_t i = 0; i < lo; ++i) out[i] = 0;
         for (int64_t i = hi; i < win.cols; ++i) out[i] = 0;
       }
@@ -146,15 +146,17 @@ inline void FillWindow(const Problem& p, const T* dy, const Window<Acc<T>>& win)
   }
 }
 
-// One phase of one row: where tap (0, 0, 0) of position 0 reads in the window, and the
-// taps along each axis as steps back in the window and forward in the filter.
+// What one phase of one row sums over, as loops over the window and the filter at once:
+// the taps along each axis and the out channels, the longest innermost.
+struct PlaneLoop {
+  int64_t count, dy_step, filter_step;
+};
+
 template <typename A>
 struct PlaneTaps {
-  const A* dy;
+  const A* dy;  // of position 0, at the start of every loop
   const A* filter;
-  int64_t out_channels, dy_k_step, filter_k_step;
-  TapRange taps[kAxes];
-  int64_t back[kAxes], forward[kAxes];
+  PlaneLoop loop[4];
 };
 
 // kVecs vectors of positions from i on, of kChannels channels; stored in the row buffer,
@@ -165,30 +167,34 @@ __attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& f, int64_t i, A
   constexpr int L = kLanes<A>;
   using V = Vec<A, L>;
   V sum[kChannels][kVecs] = {};
-  for (int64_t k = 0; k < f.out_channels; ++k) {
-    for (int64_t t0 = f.taps[0].lo; t0 < f.taps[0].hi; ++t0) {
-      for (int64_t t1 = f.taps[1].lo; t1 < f.taps[1].hi; ++t1) {
-        const A* x = f.dy + k * f.dy_k_step - t0 * f.back[0] - t1 * f.back[1] + i;
-        const A* w =
-            f.filter + k * f.filter_k_step + t0 * f.forward[0] + t1 * f.forward[1];
-        for (int64_t t2 = 0; t2 < f.taps[2].hi; ++t2) {
-          V in[kVecs];
-#pragma GCC unroll 8
-          for (int v = 0; v < kVecs; ++v) in[v] = Load<L>(x + v * L);
-#pragma GCC unroll 4
-          for (int c = 0; c < kChannels; ++c) {
-#pragma GCC unroll 8
-            for (int v = 0; v < kVecs; ++v) sum[c][v] += in[v] * w[c];
+  const PlaneLoop* loop = f.loop;
+  for (int64_t i0 = 0; i0 < loop[0].count; ++i0) {
+    for (int64_t i1 = 0; i1 < loop[1].count; ++i1) {
+      for (int64_t i2 = 0; i2 < loop[2].count; ++i2) {
+        const A* x =
+            f.dy + i + i0 * loop[0].dy_step + i1 * loop[1].dy_step + i2 * loop[2].dy_step;
+        const A* w = f.filter + i0 * loop[0].filter_step + i1 * loop[1].filter_step +
+                     i2 * loop[2].filter_step;
+        for (int64_t i3 = 0; i3 < loop[3].count; ++i3) {
+          // Each load of dY is likely to straddle two cache lines: load it once.
+          V scale[kChannels];
+          CONVGRAD_UNROLL
+          for (int c = 0; c < kChannels; ++c) scale[c] = V{} + w[c];
+          CONVGRAD_UNROLL
+          for (int v = 0; v < kVecs; ++v) {
+            const V in = Load<L>(x + v * L);
+            CONVGRAD_UNROLL
+            for (int c = 0; c < kChannels; ++c) sum[c][v] += in * scale[c];
           }
-          x -= f.back[2];
-          w += f.forward[2];
+          x += loop[3].dy_step;
+          w += loop[3].filter_step;
         }
       }
     }
   }
-#pragma GCC unroll 4
+  CONVGRAD_UNROLL
   for (int c = 0; c < kChannels; ++c) {
-#pragma GCC unroll 8
+    CONVGRAD_UNROLL
     for (int v = 0; v < kVecs; ++v) Store<L>(to + c * c_step + i + v * L, sum[c][v]);
   }
 }
@@ -197,8 +203,8 @@ __attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& f, int64_t i, A
 template <typename A, int kChannels>
 inline void PlanePhase(const PlaneTaps<A>& f, int64_t vectors, A* to, int64_t c_step) {
   constexpr int L = kLanes<A>;
-  constexpr int kMost = kVectorRegisters == 32 ? (kChannels == 1 ? 8 : 4)
-                                               : (kChannels > 2 ? 2 : 4);
+  constexpr int kMost =
+      kVectorRegisters == 32 ? (kChannels == 1 ? 8 : 4) : (kChannels > 2 ? 2 : 4);
   int64_t v = 0;
   for (; v + kMost <= vectors; v += kMost) {
     PlaneMultiply<A, kChannels, kMost>(f, v * L, to, c_step);
@@ -289,7 +295,7 @@ void PlanesTask(const void* state, int64_t index) {
   win.column = ReachOf(p.axis[2], w_lo, w_hi).lo;
   win.cols = s.tile.cols;
   const int64_t box1 = win.p1.hi - win.p1.lo;
-  win.k_step = (win.p0.hi - win.p0.lo) * box1 * win.cols;
+  win.row_step = p.out_channels * win.cols;
   FillWindow<T>(p, static_cast<const T*>(a.dy) + n * p.dy.batch + g * p.dy.group, win);
 
   const int64_t phases = a.phase_count[2];
@@ -298,24 +304,26 @@ void PlanesTask(const void* state, int64_t index) {
   const Axis* x = p.axis;
   const Phase& f0 = a.phase[0][h[0] % a.phase_count[0]];
   const int64_t i0 = h[0] / a.phase_count[0];
-  const int64_t filter_row = x[2].win * s.filter_channels;
-  const int64_t filter_k = x[0].win * x[1].win * filter_row;
-
-  PlaneTaps<A> f;
-  f.out_channels = p.out_channels;
-  f.dy_k_step = win.k_step;
-  f.filter_k_step = filter_k;
-  f.taps[0] = ValidTaps(f0, x[0].out, i0);
-  f.back[0] = f0.p_per_r * box1 * win.cols;
-  f.forward[0] = f0.r_step * x[1].win * filter_row;
+  const int64_t filter_tap = p.out_channels * s.filter_channels;
+  const int64_t filter_row = x[2].win * filter_tap;
+  const A* filter =
+      static_cast<const A*>(a.filter) + g * x[0].win * x[1].win * filter_row;
+  const TapRange taps0 = ValidTaps(f0, x[0].out, i0);
   for (h[1] = h1_lo; h[1] < h1_hi; ++h[1]) {
     const Phase& f1 = a.phase[1][h[1] % a.phase_count[1]];
     const int64_t i1 = h[1] / a.phase_count[1];
-    f.taps[1] = ValidTaps(f1, x[1].out, i1);
-    f.back[1] = f1.p_per_r * win.cols;
-    f.forward[1] = f1.r_step * filter_row;
-    const int64_t row = (f0.p0 + i0 * f0.p_per_h - win.p0.lo) * box1 +
-                        (f1.p0 + i1 * f1.p_per_h - win.p1.lo);
+    const TapRange taps1 = ValidTaps(f1, x[1].out, i1);
+    // The row of the window that the first valid tap reads, and its row of the filter.
+    const int64_t row =
+        (f0.p0 + i0 * f0.p_per_h - taps0.lo * f0.p_per_r - win.p0.lo) * box1 +
+        (f1.p0 + i1 * f1.p_per_h - taps1.lo * f1.p_per_r - win.p1.lo);
+    const int64_t tap_row =
+        (f0.r0 + taps0.lo * f0.r_step) * x[1].win + (f1.r0 + taps1.lo * f1.r_step);
+    const PlaneLoop over0 = {taps0.hi - taps0.lo, -f0.p_per_r * box1 * win.row_step,
+                             f0.r_step * x[1].win * filter_row};
+    const PlaneLoop over1 = {taps1.hi - taps1.lo, -f1.p_per_r * win.row_step,
+                             f1.r_step * filter_row};
+    const PlaneLoop over_k = {p.out_channels, win.cols, s.filter_channels};
     for (int64_t c0 = 0; c0 < p.in_channels; c0 += kPlaneChannels) {
       const int64_t channels =
           p.in_channels - c0 < kPlaneChannels ? p.in_channels - c0 : kPlaneChannels;
@@ -324,13 +332,13 @@ void PlanesTask(const void* state, int64_t index) {
         // The tile starts at position w_lo / phases of every phase, by its width.
         const int64_t count = CeilDiv(w_hi - w_lo - y, phases);
         if (count <= 0) continue;
-        f.taps[2] = {0, f2.r_count};
-        f.back[2] = f2.p_per_r;
-        f.forward[2] = f2.r_step * s.filter_channels;
-        f.dy = data + row * win.cols + (f2.p0 + w_lo / phases - win.column);
-        f.filter = static_cast<const A*>(a.filter) + g * p.out_channels * filter_k +
-                   (f0.r0 * x[1].win + f1.r0) * filter_row +
-                   f2.r0 * s.filter_channels + c0;
+        const PlaneLoop over2 = {f2.r_count, -f2.p_per_r, f2.r_step * filter_tap};
+        const bool k_inside = over_k.count > over2.count;
+        PlaneTaps<A> f = {
+            data + row * win.row_step + (f2.p0 + w_lo / phases - win.column),
+            filter + tap_row * filter_row + f2.r0 * filter_tap + c0,
+            {k_inside ? over0 : over_k, k_inside ? over1 : over0,
+             k_inside ? over2 : over1, k_inside ? over_k : over2}};
         A* to = buffer + y * phase_step;
         const int64_t vectors = CeilDiv(count, L);
         switch (channels) {
@@ -349,8 +357,8 @@ void PlanesTask(const void* state, int64_t index) {
       }
       h[2] = w_lo;
       for (int64_t c = 0; c < channels; ++c) {
-        StoreRow<T>(buffer + c * c_step, phases, phase_step, w_hi - w_lo,
-                    p.dx.axis[2], OutputAt<T>(a, n, g, c0 + c, h));
+        StoreRow<T>(buffer + c * c_step, phases, phase_step, w_hi - w_lo, p.dx.axis[2],
+                    OutputAt<T>(a, n, g, c0 + c, h));
       }
     }
   }

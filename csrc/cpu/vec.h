@@ -16,6 +16,13 @@
 
 #define CONVGRAD_INLINE inline __attribute__((always_inline))
 
+// Before a loop over registers; its trip count is a constant of at most 16.
+#if defined(__clang__)
+#define CONVGRAD_UNROLL _Pragma("unroll")
+#else
+#define CONVGRAD_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace convgrad {
 namespace CONVGRAD_ISA {
 namespace {
@@ -107,7 +114,7 @@ CONVGRAD_INLINE Vec<float, N> Load(const F16* p) {
   using I = Vec<int32_t, N>;
   using U = Vec<uint32_t, N>;
   using F = Vec<float, N>;
-  const I h = (I)__builtin_convertvector(LoadRaw<uint16_t, N>(p), U);
+  const I h = (I) __builtin_convertvector(LoadRaw<uint16_t, N>(p), U);
   const I magnitude = h & 0x7fff;
   const I normal = (magnitude << 13) + ((127 - 15) << 23);
   const I special = (magnitude << 13) | 0x7f800000;
@@ -134,8 +141,8 @@ CONVGRAD_INLINE void Store(BF16* p, const Vec<float, N>& v) {
   const I rounded = bits + 0x7fff + ((bits >> 16) & 1);
   const I nan = bits | 0x00400000;
   const I out = Select<I>((bits & 0x7fffffff) > 0x7f800000, nan, rounded);
-  const auto half = __builtin_convertvector((Vec<uint32_t, N>)out >> 16,
-                                            Vec<uint16_t, N>);
+  const auto half =
+      __builtin_convertvector((Vec<uint32_t, N>)out >> 16, Vec<uint16_t, N>);
   __builtin_memcpy(p, &half, sizeof(half));
 }
 
@@ -190,6 +197,9 @@ CONVGRAD_INLINE void StoreRun(T* p, const Acc<T>* values, int64_t count) {
   constexpr int N = kLanes<Acc<T>>;
   int64_t i = 0;
   for (; i + N <= count; i += N) Store<N>(p + i, Load<N>(values + i));
+  if constexpr (N > 4) {
+    for (; i + 4 <= count; i += 4) Store<4>(p + i, Load<4>(values + i));
+  }
   for (; i < count; ++i) StoreOne(p + i, values[i]);
 }
 
@@ -227,15 +237,15 @@ CONVGRAD_INLINE Vec<E, N> Permute(const Vec<E, N>& v,
 template <typename E, int N>
 CONVGRAD_INLINE void Transpose(Vec<E, N>* rows) {
   static_assert((N & (N - 1)) == 0, "lanes come in powers of two");
-#pragma GCC unroll 4
+  CONVGRAD_UNROLL
   for (int round = 1; round < N; round *= 2) {
     Vec<E, N> next[N];
-#pragma GCC unroll 8
+    CONVGRAD_UNROLL
     for (int i = 0; i < N / 2; ++i) {
       next[2 * i] = Interleave<E, N, 0>(rows[i], rows[i + N / 2]);
       next[2 * i + 1] = Interleave<E, N, N>(rows[i], rows[i + N / 2]);
     }
-#pragma GCC unroll 16
+    CONVGRAD_UNROLL
     for (int i = 0; i < N; ++i) rows[i] = next[i];
   }
 }

@@ -1,0 +1,142 @@
+// The rows of dX that a task of the gemm kernel makes: where each reads and writes, and
+// how the finished tile is rounded, transposed if dX asks for it, and stored.
+
+#pragma once
+
+#include "gemm_pack.h"
+
+namespace convgrad {
+namespace CONVGRAD_ISA {
+namespace {
+
+// Rows of the register tile for a panel of so many vectors.
+CONVGRAD_INLINE constexpr int RowsFor(int vectors) {
+  return kVectorRegisters == 32
+             ? (vectors == 4   ? 6
+                : vectors == 3 ? 8
+                : vectors == 2 ? 12
+                               : 14)
+             : (kVectorBytes == 32 ? (vectors == 2 ? 6 : 12) : (vectors == 2 ? 4 : 8));
+}
+
+constexpr int64_t kMaxTaskRows = 168;  // a multiple of every RowsFor
+static_assert(kMaxTaskRows % RowsFor(1) == 0 && kMaxTaskRows % RowsFor(2) == 0,
+              "a full task should have no partial register tile");
+// The rows of a task: where each reads and writes, and which taps it has.
+struct GemmRows {
+  int64_t count;
+  int64_t dy[kMaxTaskRows];  // of tap 0, in elements; may lie outside
+  int64_t dx[kMaxTaskRows];
+  int32_t lo[kAxes][kMaxTaskRows], hi[kAxes][kMaxTaskRows];
+};
+
+constexpr int64_t kShortRun = 4;  // neighbouring columns that are not worth a vector
+
+// Rounds the tile [rows][width] and stores `columns` of it: row m, column c goes to
+// dx + rows.dx[m] + column_dx[c], the latter increasing.
+template <typename T>
+inline void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64_t width,
+                      int64_t columns, const int64_t* column_dx, T* dx) {
+  constexpr int L = kLanes<Acc<T>>;
+  // Columns [run[i], run[i + 1]) are neighbours in memory.
+  int64_t run[kMaxPanelColumns + 1];
+  int runs = 0;
+  for (int64_t c = 0; c < columns; ++c) {
+    if (c == 0 || column_dx[c] != column_dx[c - 1] + 1) run[runs++] = c;
+  }
+  run[runs] = columns;
+  int64_t transposed = 0;  // leading rows that are already stored
+  if (runs == columns) {
+    // Channels-first: transpose squares whose rows are neighbours in memory. Channels
+    // are outermost because each is its own stream.
+    const auto neighbours = [&rows](int64_t m) {
+      if (m + L > rows.count) return false;
+      for (int i = 1; i < L; ++i) {
+        if (rows.dx[m + i] != rows.dx[m] + i) return false;
+      }
+      return true;
+    };
+    while (neighbours(transposed)) transposed += L;
+    for (int64_t c = 0; c < columns; c += L) {
+      const int live = columns - c < L ? static_cast<int>(columns - c) : L;
+      for (int64_t m = 0; m < transposed; m += L) {
+        Vec<Acc<T>, L> square[L];
+        for (int i = 0; i < L; ++i) square[i] = Load<L>(tile + (m + i) * width + c);
+        Transpose<Acc<T>, L>(square);
+        T* to = dx + rows.dx[m];
+        CONVGRAD_UNROLL
+        for (int i = 0; i < L; ++i) {
+          if (i < live) Store<L>(to + column_dx[c + i], square[i]);
+        }
+      }
+    }
+  }
+  if (columns < kShortRun * runs) {
+    // Short runs: again each run is its own stream.
+    for (int i = 0; i < runs; ++i) {
+      T* to = dx + column_dx[run[i]];
+      const int64_t count = run[i + 1] - run[i];
+      for (int64_t m = transposed; m < rows.count; ++m) {
+        const Acc<T>* from = tile + m * width + run[i];
+        for (int64_t c = 0; c < count; ++c) StoreOne(to + rows.dx[m] + c, from[c]);
+      }
+    }
+    return;
+  }
+  for (int64_t m = 0; m < rows.count; ++m) {
+    const Acc<T>* from = tile + m * width;
+    for (int i = 0; i < runs; ++i) {
+      StoreRun(dx + rows.dx[m] + column_dx[run[i]], from + run[i], run[i + 1] - run[i]);
+    }
+  }
+}
+
+// Fills in rows [first, first + count) of the phase, m = ((n*c0 + i0)*c1 + i1)*c2 + i2.
+inline void LayOutRows(const Problem& p, const ActivationStrides& dy_at,
+                       const Phase* const* phase, int64_t first, int64_t count,
+                       GemmRows* rows) {
+  int64_t i[kAxes];
+  int64_t n = first;
+  for (int x = kAxes - 1; x >= 0; --x) {
+    i[x] = n % phase[x]->h_count;
+    n /= phase[x]->h_count;
+  }
+  rows->count = count;
+  TapRange taps[kAxes];
+  int64_t dy_base = 0, dx_base = 0;
+  bool moved = true;  // the two leading axes or n
+  for (int64_t m = 0; m < count; ++m) {
+    if (moved) {
+      dy_base = n * dy_at.batch;
+      dx_base = n * p.dx.batch;
+      for (int x = 0; x < 2; ++x) {
+        taps[x] = ValidTaps(*phase[x], p.axis[x].out, i[x]);
+        dy_base += (phase[x]->p0 + i[x] * phase[x]->p_per_h) * dy_at.axis[x];
+        dx_base += (phase[x]->h0 + i[x] * phase[x]->h_step) * p.dx.axis[x];
+      }
+      moved = false;
+    }
+    taps[2] = ValidTaps(*phase[2], p.axis[2].out, i[2]);
+    rows->dy[m] = dy_base + (phase[2]->p0 + i[2] * phase[2]->p_per_h) * dy_at.axis[2];
+    rows->dx[m] = dx_base + (phase[2]->h0 + i[2] * phase[2]->h_step) * p.dx.axis[2];
+    for (int x = 0; x < kAxes; ++x) {
+      rows->lo[x][m] = static_cast<int32_t>(taps[x].lo);
+      rows->hi[x][m] = static_cast<int32_t>(taps[x].hi);
+    }
+    if (++i[2] == phase[2]->h_count) {
+      moved = true;
+      i[2] = 0;
+      if (++i[1] == phase[1]->h_count) {
+        i[1] = 0;
+        if (++i[0] == phase[0]->h_count) {
+          i[0] = 0;
+          ++n;
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace CONVGRAD_ISA
+}  // namespace convgrad
