@@ -332,18 +332,10 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   const CpuKernels& kernels = *ChosenIsa().kernels;
   CpuJob job;
   switch (kernel) {
-    case Kernel::kDirect:
-      kernels.direct(args, &job);
-      break;
-    case Kernel::kGemm:
-      kernels.gemm(args, &job);
-      break;
-    case Kernel::kChannels:
-      kernels.channels(args, &job);
-      break;
-    case Kernel::kPlanes:
-      kernels.planes(args, &job);
-      break;
+    case Kernel::kDirect: kernels.direct(args, &job); break;
+    case Kernel::kGemm: kernels.gemm(args, &job); break;
+    case Kernel::kChannels: kernels.channels(args, &job); break;
+    case Kernel::kPlanes: kernels.planes(args, &job); break;
   }
   for (int i = 0; i < job.stages; ++i) {
     const CpuStage& stage = job.stage[i];

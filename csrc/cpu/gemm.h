@@ -240,12 +240,8 @@ void GemmTask(const void* state, int64_t index) {
     const bool exact = PanelIsTainted(a, group, s.panels, i);
     const int64_t width = panel.vectors * kLanes<A>;
     switch (panel.vectors) {
-      case 1:
-        AddTaps<A, 1>(s, rows, phase, dy, filter, exact, tile);
-        break;
-      case 2:
-        AddTaps<A, 2>(s, rows, phase, dy, filter, exact, tile);
-        break;
+      case 1: AddTaps<A, 1>(s, rows, phase, dy, filter, exact, tile); break;
+      case 2: AddTaps<A, 2>(s, rows, phase, dy, filter, exact, tile); break;
       default:
         if constexpr (kPanelVectors<A> == 4) {
           if (panel.vectors == 3) {

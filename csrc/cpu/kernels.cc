@@ -17,30 +17,37 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 namespace {
 
-// Prepare<T> of a kernel, for the T of the problem.
-#define CONVGRAD_BY_DTYPE(Name)                      \
-  void Name##Any(const CpuArgs& args, CpuJob* job) { \
-    switch (args.problem.dtype) {                    \
-      case DType::kF64:                              \
-        return Prepare##Name<double>(args, job);     \
-      case DType::kF32:                              \
-        return Prepare##Name<float>(args, job);      \
-      case DType::kBF16:                             \
-        return Prepare##Name<BF16>(args, job);       \
-      case DType::kF16:                              \
-        return Prepare##Name<F16>(args, job);        \
-    }                                                \
+// Calls prepare with a value of the element type.
+template <typename Prepare>
+void ByDType(DType dtype, Prepare prepare) {
+  switch (dtype) {
+    case DType::kF64: return prepare(double{});
+    case DType::kF32: return prepare(float{});
+    case DType::kBF16: return prepare(BF16{});
+    case DType::kF16: return prepare(F16{});
   }
-CONVGRAD_BY_DTYPE(Direct)
-CONVGRAD_BY_DTYPE(Gemm)
-CONVGRAD_BY_DTYPE(Channels)
-CONVGRAD_BY_DTYPE(Planes)
-#undef CONVGRAD_BY_DTYPE
+}
+
+void Direct(const CpuArgs& args, CpuJob* job) {
+  ByDType(args.problem.dtype, [&](auto t) { PrepareDirect<decltype(t)>(args, job); });
+}
+
+void Gemm(const CpuArgs& args, CpuJob* job) {
+  ByDType(args.problem.dtype, [&](auto t) { PrepareGemm<decltype(t)>(args, job); });
+}
+
+void Channels(const CpuArgs& args, CpuJob* job) {
+  ByDType(args.problem.dtype, [&](auto t) { PrepareChannels<decltype(t)>(args, job); });
+}
+
+void Planes(const CpuArgs& args, CpuJob* job) {
+  ByDType(args.problem.dtype, [&](auto t) { PreparePlanes<decltype(t)>(args, job); });
+}
 
 }  // namespace
 
 extern const CpuKernels kKernels;
-const CpuKernels kKernels = {DirectAny, GemmAny, ChannelsAny, PlanesAny};
+const CpuKernels kKernels = {Direct, Gemm, Channels, Planes};
 
 }  // namespace CONVGRAD_ISA
 }  // namespace convgrad

@@ -342,17 +342,10 @@ void PlanesTask(const void* state, int64_t index) {
         A* to = buffer + y * phase_step;
         const int64_t vectors = CeilDiv(count, L);
         switch (channels) {
-          case 1:
-            PlanePhase<A, 1>(f, vectors, to, c_step);
-            break;
-          case 2:
-            PlanePhase<A, 2>(f, vectors, to, c_step);
-            break;
-          case 3:
-            PlanePhase<A, 3>(f, vectors, to, c_step);
-            break;
-          default:
-            PlanePhase<A, 4>(f, vectors, to, c_step);
+          case 1: PlanePhase<A, 1>(f, vectors, to, c_step); break;
+          case 2: PlanePhase<A, 2>(f, vectors, to, c_step); break;
+          case 3: PlanePhase<A, 3>(f, vectors, to, c_step); break;
+          default: PlanePhase<A, 4>(f, vectors, to, c_step);
         }
       }
       h[2] = w_lo;
