@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from typing import Any, Literal, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from . import custom_call, native
@@ -48,6 +50,34 @@ def check_implementation(implementation: Any, function: str) -> None:
         raise ValueError(
             f"{function} implementation must be None, 'native' or 'xla', got {implementation!r}."
         )
+
+
+def result_dtype(operand_dtype: Any, preferred_element_type: Any, function: str) -> Any:
+    """The dtype of a result, or a TypeError if the preferred one is narrower.
+
+    Args:
+        operand_dtype: dtype of the operands.
+        preferred_element_type: what the user asked for, None for the operands' dtype.
+        function: the public function, for the message.
+
+    Returns:
+        A NumPy dtype.
+    """
+    operand_dtype = jnp.dtype(operand_dtype)
+    if preferred_element_type is None:
+        return operand_dtype
+    dtype = jnp.dtype(preferred_element_type)
+    if all(jnp.issubdtype(d, jnp.floating) for d in (dtype, operand_dtype)):
+        # By width alone, as in lax; 8-bit floats have no promotion to ask for.
+        narrower = jnp.finfo(dtype).bits < jnp.finfo(operand_dtype).bits
+    else:
+        narrower = jnp.result_type(operand_dtype, dtype) != dtype
+    if narrower:
+        raise TypeError(
+            f"{function} preferred_element_type must not be narrower than the operands' dtype "
+            f"{operand_dtype}, got {dtype}."
+        )
+    return dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +173,8 @@ def choose(
     if partitioned:
         return Choice("xla", "the program is partitioned over devices by XLA")
     if switch() == "on":
-        return Choice("native", f"{SWITCH}=on", kernel, workspace_bytes)
+        reason = f"the {kernel} kernel covers it, and {SWITCH}=on"
+        return Choice("native", reason, kernel, workspace_bytes)
     slower = _slower_than_xla(geometry, dtype, platform, kernel)
     if slower is not None:
         return Choice("xla", slower)
@@ -153,10 +184,32 @@ def choose(
 def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: str) -> str | None:
     """Why lax is preferred where the kernel could run, or None.
 
-    Every rule here rests on a file under benchmarks/results/.
+    The CPU's rules are the rows that lost in benchmarks/results/cpu_f32_nhwc_native.json,
+    where the kernel ran everywhere, widened to their neighbours. They hold for every
+    dtype and layout, measured or not: their cause is work for each output too small to
+    pay for packing.
     """
-    del geometry, dtype, kernel
+    del dtype
     if platform == "cuda":
         # Wrong in some cases, but a promise: never slower than lax without being asked.
         return f"no GPU measurements yet; {SWITCH}=on or implementation='native' run the kernel"
+    _, rhs_spec, _ = geometry.dimension_numbers
+    out_channels = geometry.rhs_shape[rhs_spec[0]] // geometry.groups
+    in_channels = geometry.rhs_shape[rhs_spec[1]]
+    unit_stride = math.prod(geometry.window_strides) == 1
+    slower = "lax is faster on a CPU for "
+    if kernel == "few_channels" and unit_stride and out_channels >= 32:
+        return slower + "few input channels at stride 1"
+    if kernel != "gemm" or math.prod(geometry.lhs_dilation) > 1:
+        return None
+    if math.prod(geometry.window_sizes) > 1:
+        if unit_stride and geometry.groups == 1 and in_channels <= 16:
+            return slower + "at most 16 input channels at stride 1"
+        return None
+    if unit_stride:
+        small = out_channels <= 64 and out_channels <= in_channels
+        if small or (out_channels <= 256 and 2 * out_channels <= in_channels):
+            return slower + "1x1 filters that reduce over few channels"
+    elif out_channels <= 512 and not any(pad for pair in geometry.padding for pad in pair):
+        return slower + "strided 1x1 filters that reduce over at most 512 channels"
     return None

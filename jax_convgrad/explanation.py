@@ -118,10 +118,14 @@ def explain(
     """
     function = "explain"
     dispatch.check_implementation(implementation, function)
+    if platform is not None and not isinstance(platform, str):
+        raise TypeError(f"{function} platform must be a string or None, got {platform!r}.")
+    lhs_shape, rhs_shape = shape_of(lhs, "lhs", function), shape_of(rhs, "rhs", function)
     check_dtypes(lhs, rhs, function)
+    dtype = dispatch.result_dtype(lhs.dtype, preferred_element_type, function)
     geometry = ConvGeometry.parse(
-        shape_of(lhs, "lhs", function),
-        shape_of(rhs, "rhs", function),
+        lhs_shape,
+        rhs_shape,
         window_strides,
         padding,
         lhs_dilation,
@@ -132,7 +136,6 @@ def explain(
         function=function,
     )
     del out_sharding
-    dtype = jnp.dtype(lhs.dtype if preferred_element_type is None else preferred_element_type)
     here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
     platform = here if platform is None else platform
     choice = dispatch.choose(

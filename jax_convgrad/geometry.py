@@ -182,9 +182,10 @@ class ConvGeometry:
             ValueError: an argument's value is out of range or contradicts another.
             TypeError: an argument is of the wrong kind.
         """
-        lhs_shape, rhs_shape = tuple(lhs_shape), tuple(rhs_shape)
+        lhs_shape = tuple(_int(size, "lhs shape", function) for size in lhs_shape)
+        rhs_shape = tuple(_int(size, "rhs shape", function) for size in rhs_shape)
         for name, shape in (("lhs", lhs_shape), ("rhs", rhs_shape)):
-            if any(_int(size, f"{name} shape", function) < 0 for size in shape):
+            if any(size < 0 for size in shape):
                 raise ValueError(f"{function} {name} shape must not be negative, got {shape}.")
         if len(lhs_shape) != len(rhs_shape):
             raise ValueError(

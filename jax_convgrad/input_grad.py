@@ -161,12 +161,7 @@ def bind_input_grad(
     that dtype, as the transpose of a convolution with `preferred_element_type` is in lax.
     """
     if preferred_element_type is not None:
-        dtype = jnp.dtype(preferred_element_type)
-        if jnp.result_type(dy.dtype, dtype) != dtype:
-            raise TypeError(
-                "conv_input_grad preferred_element_type must not be narrower than the operands' "
-                f"dtype {dy.dtype}, got {dtype}."
-            )
+        dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, "conv_input_grad")
         if dispatch.unsupported_dtype(dtype) is None:
             dy, rhs = dy.astype(dtype), rhs.astype(dtype)
             preferred_element_type = None

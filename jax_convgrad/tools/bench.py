@@ -36,6 +36,11 @@ class _RowFailureError(Exception):
         self.kind = kind
 
 
+def _error(peer: str, error: Exception) -> dict[str, str]:
+    message = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {"peer": peer, "kind": "error", "message": message}
+
+
 def _empty_row(workload: Workload) -> Row:
     layer = workload.layer
     return {
@@ -140,8 +145,7 @@ def measure_row(
         except ToolError:
             raise
         except Exception as e:  # a peer that breaks on a layer must not hide the others
-            message = f"{type(e).__name__}: {e}".splitlines()[0]
-            row["failures"].append({"peer": name, "kind": "error", "message": message})
+            row["failures"].append(_error(name, e))
     whole.clear()
     if any(peer.name == "ours" for peer in ready):
         try:
@@ -149,8 +153,7 @@ def measure_row(
                 ready, pool=len(pool), batched=machine.is_gpu(), row_seconds=row_seconds
             )
         except Exception as e:  # out of memory, mostly
-            message = f"{type(e).__name__}: {e}".splitlines()[0]
-            row["failures"].append({"peer": "timing", "kind": "error", "message": message})
+            row["failures"].append(_error("timing", e))
         else:
             results.time_fields(row, timings)
     return row
@@ -276,14 +279,20 @@ def _run(
     rows: list[Row] = []
     with console.progress(len(todo), "bench", plain=False):
         for workload in todo:
-            row = measure_row(
-                workload,
-                implementation,
-                peers,
-                seed=seed,
-                row_seconds=row_seconds,
-                cache_bytes=cache_bytes,
-            )
+            try:
+                row = measure_row(
+                    workload,
+                    implementation,
+                    peers,
+                    seed=seed,
+                    row_seconds=row_seconds,
+                    cache_bytes=cache_bytes,
+                )
+            except ToolError:
+                raise
+            except Exception as e:  # no operands or no reference: memory, mostly
+                row = _empty_row(workload)
+                row["failures"].append(_error("reference", e))
             rows.append(row)
             bad = row["failures"] or any(ratio["loss"] for ratio in row["ratios"].values())
             console.line(results.line(row, peers), "red" if bad else "")
@@ -302,5 +311,5 @@ def _conclude(console: Console, report: dict[str, Any]) -> int:
     counted = ", ".join(f"{number} {name}" for name, number in sorted(failures.items()))
     console.line(f"{len(report['rows'])} rows; failures: {counted or 'none'}")
     # A peer's failure says nothing about this package; ours, or no time at all, does.
-    broken = ("ours mismatch", "ours error", "timing error")
+    broken = ("ours mismatch", "ours error", "reference error", "timing error")
     return 1 if any(failures.get(kind) for kind in broken) else 0

@@ -232,6 +232,9 @@ def named_cases() -> list[Case]:
         "odd_layouts": g((9, 8), (3, 2), (10, 6), stride=(2, 1), padding=1,
                          feature_groups=2, dimension_numbers="odd"),
         "odd_layouts_3d": g((4, 5, 3), (2, 3, 1), (5, 7), dimension_numbers="odd"),
+        # A gemm kernel left parts of this unwritten in float64, right in every other dtype.
+        "gemm_f64_odd_layouts": g((1, 5), (3, 3), (14, 2), batch=3, padding=((2, 0), (1, 2)),
+                                     dimension_numbers=("CHWN", "IHWO", "HNCW")),
         "all_ones": g((1, 1), (1, 1), (1, 1), batch=1),
         # Phases without a tap, and axes that differ.
         "stride_above_window": g((13, 13), (2, 2), (8, 8), stride=3),

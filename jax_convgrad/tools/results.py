@@ -26,7 +26,8 @@ The JSON is one object:
                                 under 1, within noise if q3 is not
       gflop_per_s, gbyte_per_s  of ours
       failures                  [{peer, kind, message}], kind one of "unsupported",
-                                "mismatch", "error"; a peer with one has no time
+                                "mismatch", "error"; a peer with one has no time.
+                Of peer "reference" or "timing": the row has no times
     classes     by class, then by peer: {rows, geomean, worst, worst_row, losses,
                 losses_within_noise}
     failures    the number of rows' failures by "peer kind"
