@@ -87,6 +87,13 @@ def rng(request):
     return np.random.default_rng([SEED, zlib.crc32(request.node.nodeid.encode())])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_of_one_file():
+    """Compiled programs are hardly shared between files, and gigabytes of them pile up."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """64-bit types inside this test only."""
