@@ -99,6 +99,35 @@ inline Acc<T> PackTapTransposed(const T* w, const int64_t* column_w, const Panel
   return rest;
 }
 
+// The same by copying rows: for filters whose columns are contiguous, such as that of a
+// transposed convolution in HWIO. `w` is at the panel's first column.
+template <typename T>
+inline Acc<T> PackTapCopied(const T* w, int64_t out_channel_step, const Panel& panel,
+                            int64_t k0, int64_t k1, Acc<T>* to) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t width = panel.vectors * L;
+  Vec<A, L> taint{};
+  A rest = 0;
+  for (int64_t k = k0; k < k1; ++k) {
+    const T* from = w + k * out_channel_step;
+    A* row = to + k * width;
+    int64_t c = 0;
+    for (; c + L <= panel.columns; c += L) {
+      const Vec<A, L> values = Load<L>(from + c);
+      taint += values * 0;
+      Store<L>(row + c, values);
+    }
+    for (; c < width; ++c) {
+      const A value = c < panel.columns ? LoadOne(from + c) : 0;
+      rest += value * 0;
+      row[c] = value;
+    }
+  }
+  for (int i = 0; i < L; ++i) rest += taint[i];
+  return rest;
+}
+
 // The same for all taps at once and any strides; reads taps innermost, which is how
 // OIHW has them.
 template <typename T>
@@ -145,12 +174,18 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
   const int64_t* column_w = a.column_w + panel.first;
   A* to = PackedPanel<A>(a, group, panel);
   A taint = 0;
-  if (p.w.out_channel == 1) {
+  bool contiguous = true;  // the panel's columns in the filter
+  for (int64_t c = 1; c < panel.columns; ++c) {
+    contiguous &= column_w[c] == column_w[0] + c;
+  }
+  if (contiguous || p.w.out_channel == 1) {
     for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
       for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
         for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
           const T* tap = w + r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[2];
-          taint += PackTapTransposed<T>(tap, column_w, panel, k0, k1, to);
+          taint += contiguous ? PackTapCopied<T>(tap + column_w[0], p.w.out_channel,
+                                                 panel, k0, k1, to)
+                              : PackTapTransposed<T>(tap, column_w, panel, k0, k1, to);
           to += p.out_channels * panel.vectors * kLanes<A>;
         }
       }
