@@ -193,11 +193,10 @@ def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: 
     if platform == "cuda":
         # Wrong in some cases, but a promise: never slower than lax without being asked.
         return f"no GPU measurements yet; {SWITCH}=on or implementation='native' run the kernel"
-    _, rhs_spec, out_spec = geometry.dimension_numbers
+    _, rhs_spec, _ = geometry.dimension_numbers
     out_channels = geometry.rhs_shape[rhs_spec[0]] // geometry.groups
     in_channels = geometry.rhs_shape[rhs_spec[1]]
     unit_stride = math.prod(geometry.window_strides) == 1
-    positions = geometry.out_shape[out_spec[0]] * math.prod(geometry.out_sizes)
     slower = "lax is faster on a CPU for "
     if kernel == "few_channels" and unit_stride and out_channels >= 32:
         return slower + "few input channels at stride 1"
@@ -206,8 +205,11 @@ def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: 
     if math.prod(geometry.window_sizes) > 1:
         if unit_stride and geometry.groups == 1 and in_channels <= 16:
             return slower + "at most 16 input channels at stride 1"
-        if not unit_stride and positions <= 400:
-            return slower + "strided filters over at most 400 output positions"
+        if not unit_stride and 4 < in_channels <= 8:
+            return slower + "5 to 8 input channels"
+        activations = math.prod(geometry.lhs_shape) + math.prod(geometry.out_shape)
+        if not unit_stride and math.prod(geometry.rhs_shape) > 2 * activations:
+            return slower + "strided filters larger than twice dy and dX together"
         return None
     if unit_stride:
         small = out_channels <= 64 and out_channels <= in_channels
