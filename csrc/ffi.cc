@@ -64,11 +64,17 @@ namespace convgrad {
 namespace {
 
 #ifdef CONVGRAD_CUDA
-constexpr auto& MakePlan = PlanCuda;
 constexpr auto& KernelNames = CudaKernelNames;
+bool MakePlan(const Problem& problem, const char* kernel, int capability, Plan* plan) {
+  return PlanCuda(problem, kernel, capability, plan);
+}
 #else
-constexpr auto& MakePlan = PlanCpu;
 constexpr auto& KernelNames = CpuKernelNames;
+bool MakePlan(const Problem& problem, const char* kernel, int /*capability*/,
+              Plan* plan) {
+  return PlanCpu(problem, kernel, plan);
+}
+int CudaCapability() { return 0; }
 #endif
 
 Ints ToInts(IntSpan span) { return Ints(span.begin(), span.end()); }
@@ -83,8 +89,9 @@ std::optional<DType> ToDType(ffi::DataType type) {
   }
 }
 
-std::string PlanProblem(const Problem& problem, const std::string& kernel, Plan* plan) {
-  if (MakePlan(problem, kernel.c_str(), plan)) return "";
+std::string PlanProblem(const Problem& problem, const std::string& kernel, int capability,
+                        Plan* plan) {
+  if (MakePlan(problem, kernel.c_str(), capability, plan)) return "";
   return "kernel must be 'auto' or the name of a kernel that takes this geometry, got '" +
          kernel + "'";
 }
@@ -110,7 +117,8 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
   }
   problem->dtype = *dtype;
   problem->allow_tf32 = call.allow_tf32;
-  if (std::string error = PlanProblem(*problem, std::string(call.kernel), plan);
+  if (std::string error =
+          PlanProblem(*problem, std::string(call.kernel), CudaCapability(), plan);
       !error.empty()) {
     return error;
   }
@@ -269,13 +277,11 @@ DType DTypeByName(const std::string& name) {
                         name);
 }
 
-// The planner, for dispatch.py: the kernel and workspace of a request that it
-// describes by the same words as the custom call.
-std::pair<std::string, int64_t> PlanByAttributes(const std::string& dtype,
-                                                 const Ints& lhs_shape,
-                                                 const Ints& rhs_shape,
-                                                 const Ints& out_shape,
-                                                 const py::dict& call) {
+// The planner, for dispatch.py: what runs a request that it describes by the same words
+// as the custom call.
+py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
+                          const Ints& rhs_shape, const Ints& out_shape,
+                          const py::dict& call, int capability) {
   const auto ints = [&call](const char* name) { return call[name].cast<Ints>(); };
   const Attributes attributes{ints("window_strides"),
                               ints("padding"),
@@ -295,9 +301,19 @@ std::pair<std::string, int64_t> PlanByAttributes(const std::string& dtype,
   problem.allow_tf32 = call["allow_tf32"].cast<bool>();
   Plan plan{};
   if (error.empty())
-    error = PlanProblem(problem, call["kernel"].cast<std::string>(), &plan);
+    error = PlanProblem(problem, call["kernel"].cast<std::string>(), capability, &plan);
   if (!error.empty()) throw py::value_error(error);
-  return {plan.kernel, plan.workspace_bytes};
+  py::dict result;
+  result["kernel"] = plan.kernel;
+  result["workspace_bytes"] = plan.workspace_bytes;
+  result["tile"] = py::make_tuple(plan.tile_m, plan.tile_n, plan.tile_k);
+  result["stages"] = plan.stages;
+  result["split_k"] = plan.split_k;
+  result["blocks"] = plan.blocks;
+  result["threads"] = plan.threads;
+  result["shared_bytes"] = plan.shared_bytes;
+  result["model_us"] = plan.model_us;
+  return result;
 }
 
 PYBIND11_MODULE(CONVGRAD_MODULE, m) {
@@ -310,7 +326,8 @@ PYBIND11_MODULE(CONVGRAD_MODULE, m) {
     return targets;
   });
   m.def("plan", &PlanByAttributes, py::arg("dtype"), py::arg("lhs_shape"),
-        py::arg("rhs_shape"), py::arg("out_shape"), py::arg("attributes"));
+        py::arg("rhs_shape"), py::arg("out_shape"), py::arg("attributes"),
+        py::arg("capability") = 90);
   m.def("kernel_names", [] {
     std::vector<std::string> names;
     for (const char* const* name = KernelNames(); *name != nullptr; ++name) {

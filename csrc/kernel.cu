@@ -1,105 +1,211 @@
-// The CUDA side of kernel.h: which kernel takes a problem, and its launch. The kernels
-// themselves, with their mathematics and limits, are in cuda/.
+// The CUDA side of kernel.h: the planner, which chooses a rung of the ladder
+// (cuda/rungs.h), and the two rungs that take anything. The others are in the .cu files
+// of cuda/.
+//
+//   direct         any problem, by the definition                     cuda/direct.cuh
+//   tiled          implicit GEMM on the FP32 and FP64 units           cuda/tiled.cuh
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
 #include "cuda/direct.cuh"
 #include "cuda/geometry.cuh"
 #include "cuda/platform.cuh"
+#include "cuda/rungs.h"
 #include "cuda/tiled.cuh"
 #include "kernel.h"
 
 namespace convgrad {
 namespace {
 
-constexpr char kDirect[] = "direct";
-constexpr char kTiled[] = "tiled";
-constexpr const char* kNames[] = {kDirect, kTiled, nullptr};
+// ---- the planner ------------------------------------------------------------------
+
+struct Rung {
+  const char* name;
+  PlanFunction* plan;
+  LaunchFunction* launch;
+  // The compute capabilities, times ten, whose machine code for the rung is shipped.
+  // Code for one chip alone (sm_90a) has both ends there.
+  int lowest, highest;
+};
+
+constexpr int kAnyLater = 1 << 30;
+constexpr Rung kRungs[] = {
+    {"direct", PlanDirect, LaunchDirect, 80, kAnyLater},
+    {"tiled", PlanTiled, LaunchTiled, 80, kAnyLater},
+};
+constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
+
+bool Runs(const Rung& rung, int capability) {
+  return rung.lowest <= capability && capability <= rung.highest;
+}
+
+// The fastest rung by the models; the first of equals.
+bool Choose(const Problem& problem, const char* kernel, int capability, Plan* best) {
+  const bool any = std::strcmp(kernel, "auto") == 0;
+  bool found = false;
+  for (const Rung& rung : kRungs) {
+    if (!any && std::strcmp(kernel, rung.name) != 0) continue;
+    if (!Runs(rung, capability)) continue;
+    Plan plan{};
+    if (!rung.plan(problem, &plan)) continue;
+    plan.kernel = rung.name;
+    if (!found || plan.model_us < best->model_us) *best = plan;
+    found = true;
+  }
+  return found;
+}
+
+// ---- the rungs that take anything -------------------------------------------------
 
 // A grid's first dimension; the other two end at 65535.
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-
-// When "auto" takes the tiled kernel. Per product, "direct" issues two loads where
-// "tiled" issues next to none, and a multiprocessor starts four multiply-adds for one
-// load: a tile may waste 4/5 of itself and still be ahead. With fewer tiles than this
-// most multiprocessors would idle, while "direct" keeps a thread for each element.
-constexpr int64_t kMaxWaste = 5;
-constexpr int64_t kMinTiles = 32;
 
 TileCounts CountTilesFor(const Problem& problem) {
   return problem.dtype == DType::kF64 ? CountTiles<double>(problem)
                                       : CountTiles<float>(problem);
 }
 
-bool TiledTakes(const Problem& problem) {
-  return CountTilesFor(problem).total <= kMaxBlocks;
+// The function's products, inserted zeros left out.
+double Products(const Problem& problem) {
+  double products = static_cast<double>(problem.batch * problem.groups) *
+                    static_cast<double>(problem.in_channels * problem.out_channels);
+  for (const Axis& a : problem.axis) products *= static_cast<double>(a.out * a.win);
+  return products;
 }
 
-bool TiledIsFaster(const Problem& problem) {
-  constexpr int64_t kN = Tile<float>::kN, kK = Tile<float>::kK;
-  static_assert(kN == Tile<double>::kN && kK == Tile<double>::kK,
-                "one rule for every type");
-  const int64_t c = problem.in_channels, k = problem.out_channels;
-  const int64_t tile_c = (c + kN - 1) / kN * kN, tile_k = (k + kK - 1) / kK * kK;
-  return kMaxWaste * c * k >= tile_c * tile_k &&
-         CountTilesFor(problem).total >= kMinTiles;
+double FmaPerUs(const Problem& problem) {
+  return problem.dtype == DType::kF64 ? ReferenceGpu::kFmaF64PerUs
+                                      : ReferenceGpu::kFmaF32PerUs;
 }
 
-template <typename T>
-cudaError_t Launch(cudaStream_t stream, const Problem& problem, bool tiled,
-                   const void* dy, const void* w, void* dx) {
-  const T* y = static_cast<const T*>(dy);
-  const T* f = static_cast<const T*>(w);
-  T* x = static_cast<T*>(dx);
-  const bool small = FitsIn32Bits(problem, kTiledSlack);
-  if (tiled) {
-    return small ? LaunchTiled<T, int32_t>(stream, problem, y, f, x)
-                 : LaunchTiled<T, int64_t>(stream, problem, y, f, x);
+template <typename Launch>
+const char* ByDType(const Problem& problem, const void* dy, const void* w, void* dx,
+                    Launch launch) {
+  const auto typed = [&](auto t) {
+    using T = decltype(t);
+    return launch(static_cast<const T*>(dy), static_cast<const T*>(w),
+                  static_cast<T*>(dx));
+  };
+  cudaError_t status = cudaErrorInvalidValue;
+  switch (problem.dtype) {
+    case DType::kF64: status = typed(double{}); break;
+    case DType::kF32: status = typed(float{}); break;
+    case DType::kBF16: status = typed(__nv_bfloat16{}); break;
+    case DType::kF16: status = typed(__half{}); break;
   }
-  return small ? LaunchDirect<T, int32_t>(stream, problem, y, f, x)
-               : LaunchDirect<T, int64_t>(stream, problem, y, f, x);
+  return ErrorText(status);
 }
 
 }  // namespace
 
-const char* const* CudaKernelNames() { return kNames; }
+bool PlanDirect(const Problem& problem, Plan* plan) {
+  plan->threads = kDirectThreads;
+  // Two loads for a product, of which a multiprocessor starts a quarter as many as
+  // multiply-adds.
+  plan->model_us =
+      ReferenceGpu::kLaunchUs + 8 * Products(problem) / ReferenceGpu::kFmaF32PerUs;
+  return true;
+}
 
-bool PlanCuda(const Problem& problem, const char* kernel, Plan* plan) {
-  const bool takes_tiled = TiledTakes(problem);
-  if (std::strcmp(kernel, "auto") == 0) {
-    *plan = {takes_tiled && TiledIsFaster(problem) ? kTiled : kDirect, 0};
-    return true;
+const char* LaunchDirect(CUstream_st* stream, const Problem& problem, const Plan&,
+                         const void* dy, const void* w, void* dx, void*) {
+  const bool small = FitsIn32Bits(problem, 0);
+  return ByDType(problem, dy, w, dx, [&](auto* y, auto* f, auto* x) {
+    using T = std::remove_pointer_t<decltype(x)>;
+    return small ? EnqueueDirect<T, int32_t>(stream, problem, y, f, x)
+                 : EnqueueDirect<T, int64_t>(stream, problem, y, f, x);
+  });
+}
+
+bool PlanTiled(const Problem& problem, Plan* plan) {
+  const TileCounts count = CountTilesFor(problem);
+  if (count.total > kMaxBlocks) return false;
+  const auto fill = [&](auto shape) {
+    using S = decltype(shape);
+    plan->tile_m = S::kM;
+    plan->tile_n = S::kN;
+    plan->tile_k = S::kK;
+    plan->threads = S::kThreads;
+    plan->shared_bytes = S::kSharedBytes;
+  };
+  problem.dtype == DType::kF64 ? fill(Tile<double>{}) : fill(Tile<float>{});
+  plan->stages = 2;
+  plan->blocks = count.total;
+  // A wave of blocks takes as long as its slowest one: all taps, K padded to whole
+  // slices. Two thirds of the arithmetic rate, by count of the instructions in the inner
+  // loop.
+  double products = static_cast<double>(plan->tile_m * plan->tile_n) *
+                    static_cast<double>((problem.out_channels + plan->tile_k - 1) /
+                                        plan->tile_k * plan->tile_k);
+  for (const Axis& a : problem.axis) {
+    products *= static_cast<double>(MakePhase(a, 0).r_count);
   }
-  if (std::strcmp(kernel, kDirect) == 0) {
-    *plan = {kDirect, 0};
+  constexpr int64_t kResident = 2 * ReferenceGpu::kMultiprocessors;
+  const int64_t waves = (count.total + kResident - 1) / kResident;
+  plan->model_us = ReferenceGpu::kLaunchUs + static_cast<double>(waves * kResident) *
+                                                 products * 1.5 / FmaPerUs(problem);
+  return true;
+}
+
+const char* LaunchTiled(CUstream_st* stream, const Problem& problem, const Plan&,
+                        const void* dy, const void* w, void* dx, void*) {
+  const bool small = FitsIn32Bits(problem, kTiledSlack);
+  return ByDType(problem, dy, w, dx, [&](auto* y, auto* f, auto* x) {
+    using T = std::remove_pointer_t<decltype(x)>;
+    return small ? EnqueueTiled<T, int32_t>(stream, problem, y, f, x)
+                 : EnqueueTiled<T, int64_t>(stream, problem, y, f, x);
+  });
+}
+
+// ---- kernel.h ---------------------------------------------------------------------
+
+const char* const* CudaKernelNames() {
+  static const char* names[kRungCount + 1];
+  static const bool filled = [] {
+    std::transform(std::begin(kRungs), std::end(kRungs), names,
+                   [](const Rung& rung) { return rung.name; });
     return true;
+  }();
+  (void)filled;
+  return names;
+}
+
+bool PlanCuda(const Problem& problem, const char* kernel, int capability, Plan* plan) {
+  if (!Choose(problem, kernel, capability, plan)) return false;
+  // A program may run on another GPU than it was lowered for, where another rung is the
+  // fastest: room for whichever needs the most.
+  for (const Rung& rung : kRungs) {
+    Plan other{};
+    if (Choose(problem, kernel, rung.lowest, &other)) {
+      plan->workspace_bytes = std::max(plan->workspace_bytes, other.workspace_bytes);
+    }
   }
-  if (std::strcmp(kernel, kTiled) == 0 && takes_tiled) {
-    *plan = {kTiled, 0};
-    return true;
+  return true;
+}
+
+int CudaCapability() {
+  int device = 0, major = 0, minor = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) !=
+          cudaSuccess ||
+      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) !=
+          cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
   }
-  return false;
+  return 10 * major + minor;
 }
 
 const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& plan,
-                       const void* dy, const void* w, void* dx, void* /*workspace*/) {
-  const bool tiled = std::strcmp(plan.kernel, kTiled) == 0;
-  if (!tiled && std::strcmp(plan.kernel, kDirect) != 0) return "no such CUDA kernel";
-  cudaError_t status = cudaErrorInvalidValue;
-  switch (problem.dtype) {
-    case DType::kF64: status = Launch<double>(stream, problem, tiled, dy, w, dx); break;
-    case DType::kF32: status = Launch<float>(stream, problem, tiled, dy, w, dx); break;
-    case DType::kBF16:
-      status = Launch<__nv_bfloat16>(stream, problem, tiled, dy, w, dx);
-      break;
-    case DType::kF16: status = Launch<__half>(stream, problem, tiled, dy, w, dx); break;
+                       const void* dy, const void* w, void* dx, void* workspace) {
+  for (const Rung& rung : kRungs) {
+    if (std::strcmp(plan.kernel, rung.name) == 0) {
+      return rung.launch(stream, problem, plan, dy, w, dx, workspace);
+    }
   }
-  if (status == cudaSuccess) return nullptr;
-  // A failed launch is also remembered as the thread's last error. The caller gets it
-  // from here; left there, an unrelated call would report it a second time.
-  (void)cudaGetLastError();
-  return cudaGetErrorString(status);
+  return "no such CUDA kernel";
 }
 
 }  // namespace convgrad

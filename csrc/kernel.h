@@ -59,6 +59,14 @@ struct Problem {
 struct Plan {
   const char* kernel;
   int64_t workspace_bytes;
+
+  // How a CUDA kernel cuts the problem up; zero where it does not apply.
+  int64_t tile_m, tile_n, tile_k;  // of the matrix product that a block computes
+  int64_t stages;                  // slices of operands in flight
+  int64_t split_k;                 // parts of the sum, added up by a second kernel
+  int64_t blocks, threads;         // of the grid, of a block
+  int64_t shared_bytes;            // of a block
+  double model_us;                 // the planner's estimate (cuda/rungs.h)
 };
 
 // Runs task(0) .. task(count - 1), each exactly once, in any order and on any
@@ -86,10 +94,14 @@ struct CUstream_st;  // cudaStream_t is a pointer to it
 
 namespace convgrad {
 
-bool PlanCuda(const Problem& problem, const char* kernel, Plan* plan);
+// `capability` is that of the GPU that will run the plan, times ten (90 for 9.0). It may
+// change the kernel but never the workspace.
+bool PlanCuda(const Problem& problem, const char* kernel, int capability, Plan* plan);
 const char* const* CudaKernelNames();  // null-terminated
+int CudaCapability();                  // of the current device, 0 if there is none
 
-// Enqueues the kernel on `stream` and returns null, or a static error text.
+// Enqueues the kernel on `stream` and returns null, or a static error text. `plan` comes
+// from PlanCuda for the same problem and the current device.
 const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& plan,
                        const void* dy, const void* w, void* dx, void* workspace);
 

@@ -119,14 +119,14 @@ def plan(
     module = native.module_for(platform)
     assert module is not None, platform
     attributes = custom_call.attributes(geometry, platform, precision)
-    kernel, workspace_bytes = module.plan(
+    planned = module.plan(
         np.dtype(dtype).name,
         geometry.lhs_shape,
         geometry.rhs_shape,
         geometry.out_shape,
         attributes,
     )
-    return kernel, workspace_bytes
+    return planned["kernel"], planned["workspace_bytes"]
 
 
 def choose(

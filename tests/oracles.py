@@ -117,11 +117,12 @@ def plan(g, dtype, kernel="auto", platform="cpu", precision=None):
     """The native planner's (kernel, workspace bytes), or None if the kernel does not fit."""
     attributes = custom_call.attributes(g, platform, precision, kernel)
     try:
-        return native.module_for(platform).plan(
+        planned = native.module_for(platform).plan(
             dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes
         )
     except ValueError:
         return None
+    return planned["kernel"], planned["workspace_bytes"]
 
 
 def kernels_for(g, dtype):

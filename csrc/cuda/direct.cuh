@@ -46,6 +46,50 @@ struct DirectParams {
   OutputDimension<Index> dimension[kOutputDimensions];  // the fastest one first
 };
 
+// The sum behind the element of dX at position h of an image and channel, by the
+// definition: only connected indices are multiplied, so that Inf and NaN are exact. dy_at
+// and w_at are the offsets of the image and group in dY, of the group and input channel
+// in W. Faster kernels come here for the elements that they cannot answer for.
+template <typename T, typename Index>
+__device__ __forceinline__ Accumulator<T> DirectSum(const Geometry<Index>& g,
+                                                    const Index (&h)[kAxes], Index dy_at,
+                                                    Index w_at, const T* __restrict__ dy,
+                                                    const T* __restrict__ w) {
+  Index taps[kAxes], dy_per_tap[kAxes], w_per_tap[kAxes];
+#pragma unroll
+  for (int a = 0; a < kAxes; ++a) {
+    const AxisGeometry<Index>& axis = g.axis[a];
+    const Index i = axis.h_step.Quotient(h[a]);
+    const PhaseTaps<Index> phase =
+        TapsOfPhase(axis, static_cast<Index>(h[a] - i * axis.h_step.divisor));
+    const Index p = phase.p0 + i * axis.p_per_h;
+    const TapRange<Index> live = LiveTaps(axis, p, p, phase.r_count);
+    taps[a] = live.count;
+    dy_at += (p - live.first * axis.p_per_r.divisor) * axis.dy_stride;
+    w_at += (phase.r0 + live.first * axis.r_step) * axis.w_stride;
+    dy_per_tap[a] = -axis.p_per_r.divisor * axis.dy_stride;
+    w_per_tap[a] = axis.r_step * axis.w_stride;
+  }
+
+  Accumulator<T> sum = 0;
+  for (Index t0 = 0; t0 < taps[0]; ++t0) {
+    for (Index t1 = 0; t1 < taps[1]; ++t1) {
+      for (Index t2 = 0; t2 < taps[2]; ++t2) {
+        const Index dy_tap =
+            dy_at + t0 * dy_per_tap[0] + t1 * dy_per_tap[1] + t2 * dy_per_tap[2];
+        const Index w_tap =
+            w_at + t0 * w_per_tap[0] + t1 * w_per_tap[1] + t2 * w_per_tap[2];
+#pragma unroll 4
+        for (Index k = 0; k < g.out_channels; ++k) {
+          sum += Widen(dy[dy_tap + k * g.dy_channel]) *
+                 Widen(w[w_tap + k * g.w_out_channel]);
+        }
+      }
+    }
+  }
+  return sum;
+}
+
 template <typename T, typename Index>
 __global__ void __launch_bounds__(kDirectThreads, kDirectMinBlocks<Index>)
     DirectKernel(const __grid_constant__ DirectParams<Index> params,
@@ -73,39 +117,7 @@ __global__ void __launch_bounds__(kDirectThreads, kDirectMinBlocks<Index>)
       for (int a = 0; a < kAxes; ++a) h[a] = dimension.axis == a ? i : h[a];
     }
 
-    // From here on dy_at and w_at are those of the first tap.
-    Index taps[kAxes], dy_per_tap[kAxes], w_per_tap[kAxes];
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) {
-      const AxisGeometry<Index>& axis = g.axis[a];
-      const Index i = axis.h_step.Quotient(h[a]);
-      const PhaseTaps<Index> phase =
-          TapsOfPhase(axis, static_cast<Index>(h[a] - i * axis.h_step.divisor));
-      const Index p = phase.p0 + i * axis.p_per_h;
-      const TapRange<Index> live = LiveTaps(axis, p, p, phase.r_count);
-      taps[a] = live.count;
-      dy_at += (p - live.first * axis.p_per_r.divisor) * axis.dy_stride;
-      w_at += (phase.r0 + live.first * axis.r_step) * axis.w_stride;
-      dy_per_tap[a] = -axis.p_per_r.divisor * axis.dy_stride;
-      w_per_tap[a] = axis.r_step * axis.w_stride;
-    }
-
-    Accumulator<T> sum = 0;
-    for (Index t0 = 0; t0 < taps[0]; ++t0) {
-      for (Index t1 = 0; t1 < taps[1]; ++t1) {
-        for (Index t2 = 0; t2 < taps[2]; ++t2) {
-          const Index dy_tap =
-              dy_at + t0 * dy_per_tap[0] + t1 * dy_per_tap[1] + t2 * dy_per_tap[2];
-          const Index w_tap =
-              w_at + t0 * w_per_tap[0] + t1 * w_per_tap[1] + t2 * w_per_tap[2];
-#pragma unroll 4
-          for (Index k = 0; k < g.out_channels; ++k) {
-            sum += Widen(dy[dy_tap + k * g.dy_channel]) *
-                   Widen(w[w_tap + k * g.w_out_channel]);
-          }
-        }
-      }
-    }
+    const Accumulator<T> sum = DirectSum(g, h, dy_at, w_at, dy, w);
     dx[dx_at] = Narrow(sum, T{});
   }
 }
@@ -144,16 +156,16 @@ DirectParams<Index> MakeDirectParams(const Problem& problem) {
 }
 
 template <typename T, typename Index>
-cudaError_t LaunchDirect(cudaStream_t stream, const Problem& problem, const T* dy,
-                         const T* w, T* dx) {
+cudaError_t EnqueueDirect(cudaStream_t stream, const Problem& problem, const T* dy,
+                          const T* w, T* dx) {
   static_assert(sizeof(DirectParams<Index>) + 3 * sizeof(void*) <= kMaxParameterBytes,
                 "the kernel's parameters must fit in constant memory's 4 KiB");
   const DirectParams<Index> params = MakeDirectParams<Index>(problem);
   const int64_t wanted =
       (static_cast<int64_t>(params.outputs) + kDirectThreads - 1) / kDirectThreads;
   const dim3 grid(static_cast<unsigned>(std::min(wanted, kDirectMaxBlocks)));
-  return CU_LAUNCH((DirectKernel<T, Index>), grid, dim3(kDirectThreads), stream, params,
-                   dy, w, dx);
+  return CU_LAUNCH((DirectKernel<T, Index>), grid, dim3(kDirectThreads), 0, stream,
+                   params, dy, w, dx);
 }
 
 }  // namespace convgrad

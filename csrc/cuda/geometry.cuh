@@ -184,4 +184,19 @@ inline bool FitsIn32Bits(const Problem& problem, int slack) {
   return outputs < kLimit && terms < kLimit && dx < kLimit && dy < kLimit && w < kLimit;
 }
 
+// How many images at a time the 32-bit kernels take, 0 if not even one. A kernel without
+// a 64-bit version is launched for one such part of the batch after the other.
+inline int64_t ImagesIn32Bits(Problem problem, int slack) {
+  int64_t low = 0, high = problem.batch;
+  while (low < high) {
+    problem.batch = low + (high - low + 1) / 2;
+    if (FitsIn32Bits(problem, slack)) {
+      low = problem.batch;
+    } else {
+      high = problem.batch - 1;
+    }
+  }
+  return low;
+}
+
 }  // namespace convgrad

@@ -15,19 +15,30 @@ namespace convgrad {
 // cudaLaunchKernel rather than <<<>>>, because it returns the status of this very
 // launch: cudaGetLastError would also report, and clear, an error that some earlier
 // call of the process left behind.
-template <typename Params, typename T>
-cudaError_t LaunchKernel(void (*kernel)(Params, const T*, const T*, T*), dim3 grid,
-                         dim3 block, cudaStream_t stream, Params params, const T* dy,
-                         const T* w, T* dx) {
-  void* arguments[] = {&params, &dy, &w, &dx};
-  return cudaLaunchKernel(kernel, grid, block, arguments, 0, stream);
+template <typename... Parameters>
+cudaError_t LaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block,
+                         int shared_bytes, cudaStream_t stream, Parameters... arguments) {
+  constexpr int kWithoutOptIn = 48 * 1024;
+  if (shared_bytes > kWithoutOptIn) {
+    const cudaError_t status =
+        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  void* pointers[] = {&arguments...};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
+                          static_cast<size_t>(shared_bytes), stream);
 }
 
 }  // namespace convgrad
 
-// Launches kernel(params, dy, w, dx); the value is the launch's cudaError_t.
-#define CU_LAUNCH(kernel, grid, block, stream, ...) \
-  ::convgrad::LaunchKernel((kernel), (grid), (block), (stream), __VA_ARGS__)
+// Launches kernel(...) with dynamic shared memory; the value is the launch's cudaError_t.
+#define CU_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)               \
+  ::convgrad::LaunchKernel((kernel), (grid), (block), (shared_bytes), (stream), \
+                           __VA_ARGS__)
+
+// Declares `name`, the block's dynamic shared memory as bytes, aligned to 128.
+#define CU_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 
 #else
 
@@ -36,6 +47,14 @@ cudaError_t LaunchKernel(void (*kernel)(Params, const T*, const T*, T*), dim3 gr
 #endif
 
 namespace convgrad {
+
+// Null, or what went wrong. A failed launch is also remembered as the thread's last
+// error; the caller has it from here, and an unrelated call should not report it again.
+inline const char* ErrorText(cudaError_t status) {
+  if (status == cudaSuccess) return nullptr;
+  (void)cudaGetLastError();
+  return cudaGetErrorString(status);
+}
 
 // Products and sums are formed in the accumulator's type.
 template <typename T>

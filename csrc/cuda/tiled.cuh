@@ -61,6 +61,9 @@ struct Tile : TileShape<Acc> {
   static constexpr int kSpreadM = kM / (kThreadM / kVector);
   static constexpr int kSpreadN = kN / (kThreadN / kVector);
 
+  static constexpr int kSharedBytes =
+      2 * kK * (kPitchM + kPitchN) * static_cast<int>(sizeof(Acc));  // the slices
+
   static_assert(kThreadM % kVector == 0 && kThreadN % kVector == 0,
                 "a thread reads whole vectors");
   static_assert(kThreads % kM == 0 && kThreads % kN == 0 && kThreads % kK == 0,
@@ -439,8 +442,8 @@ TileCounts CountTiles(const Problem& problem) {
 }
 
 template <typename T, typename Index>
-cudaError_t LaunchTiled(cudaStream_t stream, const Problem& problem, const T* dy,
-                        const T* w, T* dx) {
+cudaError_t EnqueueTiled(cudaStream_t stream, const Problem& problem, const T* dy,
+                         const T* w, T* dx) {
   using Acc = Accumulator<T>;
   using S = Tile<Acc>;
   static_assert(sizeof(TiledParams<Index>) + 3 * sizeof(void*) <= kMaxParameterBytes,
@@ -471,7 +474,7 @@ cudaError_t LaunchTiled(cudaStream_t stream, const Problem& problem, const T* dy
       static_cast<Index>(params.w_step.x) * params.geometry.w_in_channel +
       static_cast<Index>(params.w_step.k) * params.geometry.w_out_channel;
   return CU_LAUNCH((TiledKernel<T, Index>), dim3(static_cast<unsigned>(count.total)),
-                   dim3(S::kThreads), stream, params, dy, w, dx);
+                   dim3(S::kThreads), 0, stream, params, dy, w, dx);
 }
 
 }  // namespace convgrad

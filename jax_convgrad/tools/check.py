@@ -67,9 +67,9 @@ def _forced(geometry: ConvGeometry, dtype: str, platform: str, kernel: str, prec
         names = ", ".join(module.kernel_names())
         raise ToolError(f"--kernel must be one of {names} on {platform}, got {kernel!r}")
     try:
-        _, workspace_bytes = module.plan(
+        workspace_bytes = module.plan(
             dtype, geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape, attributes
-        )
+        )["workspace_bytes"]
     except ValueError:
         return None
     lhs, rhs, out = custom_call.layouts(geometry, platform)
