@@ -185,7 +185,8 @@ def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: 
     """Why lax is preferred where the kernel could run, or None.
 
     The CPU's rules are the rows that lost in benchmarks/results/cpu_f32_nhwc_native.json,
-    where the kernel ran everywhere, widened to their neighbours. They hold for every
+    where the kernel ran everywhere, or in repeated runs on another processor, widened to
+    their neighbours. They hold for every
     dtype and layout, measured or not: their cause is work for each output too small to
     pay for packing.
     """
@@ -200,6 +201,10 @@ def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: 
     slower = "lax is faster on a CPU for "
     if kernel == "few_channels" and unit_stride and out_channels >= 32:
         return slower + "few input channels at stride 1"
+    # Products that use one element of dy, once it has been transposed.
+    uses = in_channels * math.prod(geometry.window_sizes) / math.prod(geometry.window_strides)
+    if kernel == "few_channels" and out_channels >= 64 and uses <= 8:
+        return slower + "few input channels under a small filter"
     if kernel != "gemm" or math.prod(geometry.lhs_dilation) > 1:
         return None
     if math.prod(geometry.window_sizes) > 1:
@@ -212,6 +217,8 @@ def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: 
             return slower + "strided filters larger than twice dy and dX together"
         return None
     if unit_stride:
+        if in_channels <= 16:
+            return slower + "1x1 filters with at most 16 input channels"
         small = out_channels <= 64 and out_channels <= in_channels
         if small or (out_channels <= 256 and 2 * out_channels <= in_channels):
             return slower + "1x1 filters that reduce over few channels"

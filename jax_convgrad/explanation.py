@@ -15,6 +15,9 @@ from .conv import check_dtypes
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, shape_of
 
+# JAX has two words for it, of which lowering uses the second.
+_LOWERING_PLATFORM = {"gpu": "cuda"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
@@ -136,8 +139,8 @@ def explain(
         function=function,
     )
     del out_sharding
-    here = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
-    platform = here if platform is None else platform
+    here = _LOWERING_PLATFORM.get(jax.default_backend(), jax.default_backend())
+    platform = here if platform is None else _LOWERING_PLATFORM.get(platform, platform)
     choice = dispatch.choose(
         geometry, dtype, platform, implementation, compat.canonicalize_precision(precision)
     )

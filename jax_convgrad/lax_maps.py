@@ -53,6 +53,9 @@ def input_grad(
     """The map dX of a convolution: dy, dilated by the stride, convolved with the flipped filter."""
     g = geometry
     lhs_spec, rhs_spec, out_spec = g.dimension_numbers
+    if 0 in g.window_sizes:  # which is no convolution to XLA
+        dtype = dy.dtype if preferred_element_type is None else preferred_element_type
+        return jnp.zeros_like(dy, dtype, shape=g.lhs_shape)
     if g.groups > 1:
         # The group axis moves from the filter's output to its input features, which
         # are the output features of this convolution.

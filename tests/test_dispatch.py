@@ -183,6 +183,40 @@ def test_explanation_agrees_with_the_program():
     assert wide.dtype == "float32"
 
 
+def test_explanation_takes_either_name_of_a_gpu():
+    names = ("gpu", "cuda")
+    assert len({jax_convgrad.explain(X, W, (2, 2), "SAME", platform=p).reason for p in names}) == 1
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+def test_a_window_of_size_zero_gives_zeros(implementation):
+    g = oracles.geometry((2, 3, 5, 4), (6, 3, 0, 2), None, ((1, 0), (0, 1)))
+    dy, w = jnp.ones(g.out_shape), jnp.ones(g.rhs_shape)
+    dx = jax_convgrad.conv_input_grad(
+        dy, w, g.lhs_shape, padding=g.padding, implementation=implementation
+    )
+    np.testing.assert_array_equal(dx, np.zeros(g.lhs_shape))
+
+
+LOST_IN_BENCHMARKS = [
+    # lhs, rhs (channels last), stride: rows that were slower than lax on some processor
+    ((2, 161, 700, 1), (5, 5, 1, 64), 2),
+    ((2, 112, 112, 16), (1, 1, 16, 96), 1),
+    ((1, 224, 224, 3), (3, 3, 3, 64), 1),
+]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("lhs", "rhs", "stride"), LOST_IN_BENCHMARKS)
+def test_rows_that_lost_to_lax_go_to_lax(monkeypatch, lhs, rhs, stride):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+    layouts = ("NHWC", "HWIO", "NHWC")
+    g = oracles.geometry(lhs, rhs, (stride, stride), "SAME", dimension_numbers=layouts)
+    choice = dispatch.choose(g, "float32", "cpu")
+    assert choice.implementation == "xla"
+    assert "lax is faster" in choice.reason
+
+
 def test_explanation_for_another_platform_has_no_roofline():
     explanation = jax_convgrad.explain(X, W, (2, 2), "SAME", platform="tpu")
     assert (explanation.implementation, explanation.roofline_us) == ("xla", None)
