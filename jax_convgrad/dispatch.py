@@ -81,13 +81,50 @@ def result_dtype(operand_dtype: Any, preferred_element_type: Any, function: str)
 
 
 @dataclasses.dataclass(frozen=True)
+class NativePlan:
+    """How a kernel will do a problem, in the native planner's words.
+
+    Attributes:
+        kernel: the kernel's name.
+        workspace_bytes: scratch memory that the custom call brings as a result.
+        tile: rows, columns and slice of the matrix product that a CUDA block computes;
+            zeros for kernels that are no such product.
+        stages: slices of the operands that a block has in flight.
+        split_k: parts of the sum, if more than one kernel adds it up.
+        blocks: CUDA blocks of the grid.
+        threads: threads of a block.
+        shared_bytes: shared memory of a block.
+        model_us: the planner's estimate on its reference GPU, 0 on a CPU.
+    """
+
+    kernel: str
+    workspace_bytes: int
+    tile: tuple[int, int, int]
+    stages: int
+    split_k: int
+    blocks: int
+    threads: int
+    shared_bytes: int
+    model_us: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Choice:
-    """What runs: "native" with a kernel and its scratch memory, or "xla"; and why."""
+    """What runs: "native" with a plan, or "xla"; and why."""
 
     implementation: Literal["native", "xla"]
     reason: str
-    kernel: str | None = None
-    workspace_bytes: int = 0
+    plan: NativePlan | None = None
+
+    @property
+    def kernel(self) -> str | None:
+        """The kernel's name, None for "xla"."""
+        return None if self.plan is None else self.plan.kernel
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory of the kernel."""
+        return 0 if self.plan is None else self.plan.workspace_bytes
 
 
 def unsupported_dtype(dtype: Any) -> str | None:
@@ -113,20 +150,32 @@ def require_not_native(implementation: Implementation, reason: str) -> None:
 
 
 def plan(
-    geometry: ConvGeometry, dtype: Any, platform: str, precision: Any = None
-) -> tuple[str, int]:
-    """The native planner's word: a kernel's name and the bytes of scratch it wants."""
+    geometry: ConvGeometry,
+    dtype: Any,
+    platform: str,
+    precision: Any = None,
+    kernel: str = custom_call.AUTO_KERNEL,
+) -> NativePlan:
+    """The native planner's word.
+
+    Args:
+        geometry: the convolution.
+        dtype: a dtype that the kernels take.
+        platform: "cpu" or "cuda", whose module was built.
+        precision: canonical lax precision.
+        kernel: a kernel by name, or "auto".
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: there is no such kernel, or it does not take this geometry.
+    """
     module = native.module_for(platform)
     assert module is not None, platform
-    attributes = custom_call.attributes(geometry, platform, precision)
-    planned = module.plan(
-        np.dtype(dtype).name,
-        geometry.lhs_shape,
-        geometry.rhs_shape,
-        geometry.out_shape,
-        attributes,
-    )
-    return planned["kernel"], planned["workspace_bytes"]
+    attributes = custom_call.attributes(geometry, platform, precision, kernel)
+    shapes = (geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape)
+    return NativePlan(**module.plan(np.dtype(dtype).name, *shapes, attributes))
 
 
 def choose(
@@ -167,18 +216,17 @@ def choose(
     if reason is not None:
         require_not_native(implementation, reason)
         return Choice("xla", reason)
-    kernel, workspace_bytes = plan(geometry, dtype, platform, precision)
+    planned = plan(geometry, dtype, platform, precision)
     if implementation == "native":
-        return Choice("native", "implementation='native'", kernel, workspace_bytes)
+        return Choice("native", "implementation='native'", planned)
     if partitioned:
         return Choice("xla", "the program is partitioned over devices by XLA")
     if switch() == "on":
-        reason = f"the {kernel} kernel covers it, and {SWITCH}=on"
-        return Choice("native", reason, kernel, workspace_bytes)
-    slower = _slower_than_xla(geometry, dtype, platform, kernel)
+        return Choice("native", f"the {planned.kernel} kernel covers it, and {SWITCH}=on", planned)
+    slower = _slower_than_xla(geometry, dtype, platform, planned.kernel)
     if slower is not None:
         return Choice("xla", slower)
-    return Choice("native", f"the {kernel} kernel covers it", kernel, workspace_bytes)
+    return Choice("native", f"the {planned.kernel} kernel covers it", planned)
 
 
 def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: str) -> str | None:

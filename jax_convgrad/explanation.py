@@ -30,7 +30,7 @@ class Explanation:
         implementation: "native" or "xla".
         kernel: name of the kernel, None for "xla".
         reason: why this implementation.
-        workspace_bytes: scratch memory of the kernel.
+        plan: how the kernel does it, None for "xla".
         flops: floating-point operations, products with padding and zeros not counted.
         bytes_moved: least memory traffic: dy and rhs read, dX written, once each.
         roofline_us: least time in microseconds on this machine's default device, from
@@ -44,11 +44,29 @@ class Explanation:
     implementation: str
     kernel: str | None
     reason: str
-    workspace_bytes: int
+    plan: dispatch.NativePlan | None
     flops: int
     bytes_moved: int
     roofline_us: float | None
     roofs: roofline.Roofs | None
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Scratch memory of the kernel."""
+        return 0 if self.plan is None else self.plan.workspace_bytes
+
+    def _grid(self) -> str:
+        """How a CUDA kernel cuts the problem up."""
+        plan = self.plan
+        assert plan is not None
+        tile = " x ".join(map(str, plan.tile)) if any(plan.tile) else "none"
+        split = f", sum in {plan.split_k} parts" if plan.split_k > 1 else ""
+        # 132 multiprocessors: the reference GPU of csrc/cuda/rungs.h.
+        return (
+            f"tile {tile}, {plan.stages} stages, {plan.shared_bytes} B shared{split}; "
+            f"{plan.blocks} blocks of {plan.threads} threads, {plan.blocks / 132:.3g} for each of "
+            f"132 multiprocessors; model {plan.model_us:.4g} us"
+        )
 
     def __str__(self) -> str:
         name = self.implementation if self.kernel is None else f"native, kernel {self.kernel}"
@@ -58,6 +76,8 @@ class Explanation:
             f"  work      {self.flops / 1e6:.6g} MFLOP, {self.bytes_moved / 1e6:.6g} MB, "
             f"workspace {self.workspace_bytes / 1e6:.6g} MB",
         ]
+        if self.plan is not None and self.platform == "cuda":
+            lines.append(f"  grid      {self._grid()}")
         if self.roofs is not None and self.roofline_us is not None:
             lines.append(
                 f"  roofline  {self.roofline_us:.4g} us at {self.roofs.flops_per_s / 1e9:.4g} "
@@ -155,7 +175,7 @@ def explain(
         implementation=choice.implementation,
         kernel=choice.kernel,
         reason=choice.reason,
-        workspace_bytes=choice.workspace_bytes,
+        plan=choice.plan,
         flops=geometry.flops,
         bytes_moved=bytes_moved,
         roofline_us=None if roofs is None else roofs.time_us(geometry.flops, bytes_moved),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_convgrad import ConvGeometry, custom_call, native
+from jax_convgrad import ConvGeometry, custom_call, dispatch, native
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TARGET = f"@{native.TARGET}("
@@ -115,14 +115,11 @@ def geometry(*args, **kwargs):
 
 def plan(g, dtype, kernel="auto", platform="cpu", precision=None):
     """The native planner's (kernel, workspace bytes), or None if the kernel does not fit."""
-    attributes = custom_call.attributes(g, platform, precision, kernel)
     try:
-        planned = native.module_for(platform).plan(
-            dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes
-        )
+        planned = dispatch.plan(g, dtype, platform, precision, kernel)
     except ValueError:
         return None
-    return planned["kernel"], planned["workspace_bytes"]
+    return planned.kernel, planned.workspace_bytes
 
 
 def kernels_for(g, dtype):

@@ -313,3 +313,18 @@ def test_precision_reaches_the_call():
     assert "allow_tf32 = false" in text("highest")
     with jax.default_matmul_precision("highest"):
         assert "allow_tf32 = false" in text(None)
+
+
+@pytest.mark.skipif(native.cuda is None, reason="the CUDA module was not built")
+def test_explanation_shows_how_a_cuda_kernel_cuts_the_problem_up():
+    x = jax.ShapeDtypeStruct((64, 128, 56, 56), "float32")
+    w = jax.ShapeDtypeStruct((128, 128, 3, 3), "float32")
+    explanation = jax_convgrad.explain(
+        x, w, (1, 1), "SAME", implementation="native", precision="highest", platform="cuda"
+    )
+    plan = explanation.plan
+    assert plan.blocks > 0
+    assert plan.threads % 32 == 0
+    assert plan.model_us > 0
+    for part in (f"{plan.blocks} blocks", f"{plan.shared_bytes} B shared", "model"):
+        assert part in str(explanation)

@@ -59,7 +59,6 @@ def input_grad_params(geometry: ConvGeometry) -> dict[str, Any]:
 
 def _forced(geometry: ConvGeometry, dtype: str, platform: str, kernel: str, precision: Any) -> Any:
     """The custom call with one kernel by name, or None if that kernel does not take it."""
-    attributes = custom_call.attributes(geometry, platform, precision, kernel)
     module = native.module_for(platform)
     if module is None:
         raise ToolError(f"--kernel needs compiled kernels: the {platform} module was not built")
@@ -67,11 +66,12 @@ def _forced(geometry: ConvGeometry, dtype: str, platform: str, kernel: str, prec
         names = ", ".join(module.kernel_names())
         raise ToolError(f"--kernel must be one of {names} on {platform}, got {kernel!r}")
     try:
-        workspace_bytes = module.plan(
-            dtype, geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape, attributes
-        )["workspace_bytes"]
+        workspace_bytes = dispatch.plan(
+            geometry, dtype, platform, precision, kernel
+        ).workspace_bytes
     except ValueError:
         return None
+    attributes = custom_call.attributes(geometry, platform, precision, kernel)
     lhs, rhs, out = custom_call.layouts(geometry, platform)
     struct: Any = jax.ShapeDtypeStruct
     call: Any = jax.ffi.ffi_call(
