@@ -1,6 +1,9 @@
 // The XLA FFI handlers and their pybind11 module. One file, compiled once into
 // each module: `_cpu`, and `_cuda` with CONVGRAD_CUDA defined. Handlers check,
 // translate and delegate; the arithmetic is behind kernel.h.
+//
+// With CONVGRAD_EMULATED as well, the handler is one for the CPU: the tests run the CUDA
+// kernels there (tests/emulator).
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -9,6 +12,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -157,6 +161,17 @@ ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy
   return ffi::Error::Success();
 }
 
+#ifdef CONVGRAD_EMULATED
+ffi::Error InputGradEmulated(CallAttributes call, ffi::AnyBuffer dy, ffi::AnyBuffer w,
+                             ffi::Result<ffi::AnyBuffer> dx,
+                             ffi::Result<ffi::Buffer<ffi::U8>> workspace) {
+  // NaNs, so that a test sees what a kernel leaves unwritten.
+  std::memset(dx->untyped_data(), 0xff, dx->size_bytes());
+  std::memset(workspace->untyped_data(), 0xff, workspace->size_bytes());
+  return InputGrad(nullptr, call, dy, w, dx, workspace);
+}
+#endif
+
 #else
 
 // A parallel loop over XLA's own pool. The calling thread takes tasks like every
@@ -242,7 +257,15 @@ ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer d
 }  // namespace
 }  // namespace convgrad
 
-#ifdef CONVGRAD_CUDA
+#ifdef CONVGRAD_EMULATED
+XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGradEmulated,
+                       ffi::Ffi::Bind()
+                           .Attrs<convgrad::CallAttributes>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::Buffer<ffi::U8>>());
+#elif defined(CONVGRAD_CUDA)
 XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGrad,
                        ffi::Ffi::Bind()
                            .Ctx<ffi::PlatformStream<CUstream_st*>>()

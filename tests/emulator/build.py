@@ -1,0 +1,171 @@
+"""Builds the CUDA sources for the CPU with a host compiler, at test time.
+
+Objects are cached by the hash of their preprocessed source and flags, so that nothing is
+compiled twice, not even for a copy of the sources in which one file was changed.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import importlib.util
+import os
+import pathlib
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import types
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+EMULATOR = pathlib.Path("tests/emulator")
+MODULE = "_emulated"
+
+_COMMON = ("-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+# -O1 keeps a sanitizer's compile times down; its run time is in the checks.
+_SANITIZED = ("-O1", "-g", "-fno-working-directory", "-fno-omit-frame-pointer")
+VARIANTS = {
+    "plain": ("-O2",),
+    "address": (*_SANITIZED, "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "thread": (*_SANITIZED, "-fsanitize=thread"),
+}
+# A report is a failure, with a status that no test returns.
+SANITIZER_STATUS = 99
+SANITIZER_OPTIONS = {
+    "ASAN_OPTIONS": f"exitcode={SANITIZER_STATUS}:detect_stack_use_after_return=0",
+    "UBSAN_OPTIONS": f"exitcode={SANITIZER_STATUS}:print_stacktrace=1",
+    "TSAN_OPTIONS": f"exitcode={SANITIZER_STATUS}:halt_on_error=1",
+}
+
+
+class BuildError(Exception):
+    """The compiler's complaint."""
+
+
+def compiler() -> str | None:
+    """The host compiler, or None."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def cache_folder() -> pathlib.Path:
+    """Where objects are kept: CONVGRAD_EMULATOR_CACHE, or this user's temporary folder."""
+    default = pathlib.Path(tempfile.gettempdir(), f"convgrad-emulator-{os.getuid()}")
+    folder = pathlib.Path(os.environ.get("CONVGRAD_EMULATOR_CACHE", default))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise BuildError(f"{folder} belongs to somebody else")
+    return folder
+
+
+def _run(command: list[str], cwd: pathlib.Path) -> bytes:
+    result = subprocess.run(command, cwd=cwd, capture_output=True, check=False)
+    if result.returncode != 0:
+        raise BuildError(f"{' '.join(command)}\n{result.stderr.decode(errors='replace')}")
+    return result.stdout
+
+
+def _cached(name: str, key: bytes, command: list[str], cwd: pathlib.Path) -> pathlib.Path:
+    """Runs a command that ends in `-o PATH`, unless the cache has its output."""
+    digest = hashlib.sha256("\0".join(command).encode() + key).hexdigest()[:24]
+    path = cache_folder() / f"{digest}-{name}"
+    if not path.exists():
+        # Renamed when complete: several test processes may build at once.
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+            unfinished = pathlib.Path(folder, name)
+            _run([*command, "-o", str(unfinished)], cwd)
+            unfinished.rename(path)
+    return path
+
+
+def _object(source: pathlib.Path, flags: tuple[str, ...], root: pathlib.Path) -> pathlib.Path:
+    # Relative paths, from the root: those in diagnostics are then the same for any copy.
+    language = ("-x", "c++", str(source))
+    command = [str(compiler()), *_COMMON, *flags, f"-I{EMULATOR}", "-Icsrc"]
+    preprocessed = _run([*command, "-E", *language], root)
+    return _cached(source.stem + ".o", preprocessed, [*command, "-c", *language], root)
+
+
+def _objects(
+    sources: list[pathlib.Path], flags: tuple[str, ...], root: pathlib.Path
+) -> list[pathlib.Path]:
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda source: _object(source, flags, root), sources))
+
+
+def _link(
+    name: str, objects: list[pathlib.Path], flags: tuple[str, ...], root: pathlib.Path
+) -> pathlib.Path:
+    command = [str(compiler()), *map(str, objects), *flags, "-pthread"]
+    return _cached(name, b"", command, root)
+
+
+def kernel_sources(root: pathlib.Path = ROOT) -> list[pathlib.Path]:
+    """The CUDA sources, relative to the root."""
+    found = [root / "csrc/kernel.cu", *sorted((root / "csrc/cuda").glob("*.cu"))]
+    return [path.relative_to(root) for path in found]
+
+
+def program(
+    sources: list[pathlib.Path],
+    variant: str = "plain",
+    root: pathlib.Path = ROOT,
+    flags: tuple[str, ...] = (),
+) -> pathlib.Path:
+    """Compiles and links a program that needs neither Python nor JAX.
+
+    Args:
+        sources: C++ and CUDA sources, relative to the root.
+        variant: a key of `VARIANTS`.
+        root: the checkout, or a copy of its `csrc` and `tests/emulator`.
+        flags: more flags for the compiler.
+
+    Returns:
+        The executable's path.
+
+    Raises:
+        BuildError: something does not compile.
+    """
+    flags = (*VARIANTS[variant], *flags)
+    return _link(sources[0].stem, _objects(sources, flags, root), flags, root)
+
+
+def core(variant: str = "plain", root: pathlib.Path = ROOT) -> pathlib.Path:
+    """The program of core.cc: all kernels over a list of problems."""
+    sources = [EMULATOR / "core.cc", pathlib.Path("csrc/problem.cc"), *kernel_sources(root)]
+    return program(sources, variant, root)
+
+
+def module() -> types.ModuleType:
+    """The Python module with the FFI handlers, as `_cuda` is but for the CPU.
+
+    Raises:
+        BuildError: something does not compile.
+    """
+    import jax
+    import pybind11
+
+    from jax_convgrad import native
+
+    flags = VARIANTS["plain"]
+    # In a library of its own, whose only thread-local data are the kernels' static shared
+    # memory: the emulator fills them all with NaNs.
+    kernels = _link("kernels.so", _objects(kernel_sources(), flags, ROOT), ("-shared",), ROOT)
+    includes = (sysconfig.get_paths()["include"], pybind11.get_include(), jax.ffi.include_dir())
+    definitions = (
+        "-DCONVGRAD_CUDA",
+        "-DCONVGRAD_EMULATED",
+        f"-DCONVGRAD_MODULE={MODULE}",
+        f'-DCONVGRAD_VERSION="{native.__version__}"',
+        "-fvisibility=hidden",
+    )
+    system = tuple(f"-isystem{path}" for path in includes)
+    sources = [pathlib.Path("csrc/ffi.cc"), pathlib.Path("csrc/problem.cc")]
+    objects = _objects(sources, ("-O1", *definitions, *system), ROOT)
+    name = MODULE + sysconfig.get_config_var("EXT_SUFFIX")
+    path = _link(name, [*objects, kernels], ("-shared",), ROOT)
+    spec = importlib.util.spec_from_file_location(MODULE, path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -1,0 +1,92 @@
+"""The problems that the emulated kernels run, and the lines that core.cc reads them from."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Iterable, Iterator
+
+from jax_convgrad import ConvGeometry, custom_call
+from jax_convgrad.tools.geometries import (
+    Case,
+    make_geometry,
+    named_cases,
+    random_cases,
+    reduction_taps,
+    tolerance,
+)
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+# (CUDA_EMULATOR_EAGER, CUDA_EMULATOR_ORDER): spread over cases, so that each sees one.
+MODES = (("0", "0"), ("1", "1"), ("0", "7"), ("1", "0"), ("0", "1"), ("1", "7"))
+
+
+def environment(mode: tuple[str, str]) -> dict[str, str]:
+    """The emulator's settings by a row of `MODES`."""
+    return {"CUDA_EMULATOR_EAGER": mode[0], "CUDA_EMULATOR_ORDER": mode[1]}
+
+
+def products(g: ConvGeometry) -> int:
+    """Products behind the whole of dX, an upper bound."""
+    return math.prod(g.lhs_shape) * reduction_taps(g)
+
+
+def wide_cases() -> list[Case]:
+    """Geometries whose offsets take the kernels' 64-bit arithmetic, though they are small."""
+    table = {
+        # More phases than the table of the 32-bit kernels has.
+        "phases_beyond_table": make_geometry((75,), (40,), (5, 6), stride=37, padding=((3, 2),)),
+        "phases_beyond_table_2d": make_geometry((41, 5), (35, 2), (3, 4), stride=(33, 1)),
+        # h*lhs_dilation and r*rhs_dilation beyond 2^31.
+        "span_beyond_int32": make_geometry(
+            (3,), (2,), (4, 5), stride=1 << 30, lhs_dilation=1 << 30,
+            rhs_dilation=1 << 30,
+        ),
+    }  # fmt: skip
+    return [Case(name, geometry) for name, geometry in table.items()]
+
+
+def small_cases(random_count: int, seed: int, most_products: int = 1 << 20) -> Iterator[Case]:
+    """Named and random geometries that an emulated kernel computes in a fraction of a second."""
+    for case in [*named_cases(), *wide_cases(), *random_cases(random_count, seed)]:
+        if 0 not in case.geometry.lhs_shape and products(case.geometry) <= most_products:
+            yield case
+
+
+def bound(g: ConvGeometry, dtype: str, *, allow_tf32: bool = True) -> float:
+    """The tolerance on a GPU, where float32 may be TF32."""
+    return tolerance("tf32" if dtype == "float32" and allow_tf32 else dtype, reduction_taps(g))
+
+
+def line(
+    case: Case,
+    dtype: str,
+    *,
+    kernel: str = "*",
+    special: bool = False,
+    allow_tf32: bool = True,
+    platform: str = "cuda",
+) -> str:
+    """A problem in the words of core.cc. The platform says which layouts."""
+    g = case.geometry
+    attributes = custom_call.attributes(g, platform, None)
+    lists = [g.lhs_shape, g.rhs_shape, g.out_shape]
+    lists += [
+        attributes[name]
+        for name in (
+            "window_strides", "padding", "lhs_dilation", "rhs_dilation", "lhs_spec", "rhs_spec",
+            "out_spec", "lhs_layout", "rhs_layout", "out_layout",
+        )
+    ]  # fmt: skip
+    words = [case.name, dtype, kernel, int(special)]
+    words += [f"{bound(g, dtype, allow_tf32=allow_tf32):.17g}", int(allow_tf32)]
+    for values in lists:
+        words += [len(values), *values]
+    words += [g.feature_group_count, g.batch_group_count]
+    return " ".join(map(str, words))
+
+
+def write(path: pathlib.Path, lines: Iterable[str]) -> pathlib.Path:
+    """Writes a file for core.cc."""
+    path.write_text("".join(f"{text}\n" for text in lines))
+    return path

@@ -1,0 +1,230 @@
+"""The CUDA kernels on the CPU, through JAX: every rung that takes a problem, in every dtype.
+
+csrc/kernel.cu and csrc/cuda/*.cu are compiled as they are, see emulator/cuda_emulator.h.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from conftest import SEED
+from emulator import build, cases
+from jax import lax
+from jax.interpreters import mlir
+
+import jax_convgrad
+from jax_convgrad import custom_call, dispatch, input_grad, native
+from jax_convgrad.tools.geometries import make_geometry, normwise_error, random_cases
+
+if build.compiler() is None:
+    pytest.skip("no host compiler", allow_module_level=True)
+
+TARGET = "convgrad_input_grad_emulated"
+# Rungs that round float32 products to TF32 where the precision allows it, by how their
+# names begin.
+TF32_RUNGS = ("mma", "pointwise")
+LITERAL = {case.name for case in cases.wide_cases()}
+CASES = list(cases.small_cases(16, SEED))
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The emulated CUDA module, its handler registered for the CPU."""
+    module = build.module()
+    (handler,) = module.targets().values()
+    jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
+    return module
+
+
+@pytest.fixture
+def set_mode(monkeypatch):
+    """Sets the emulator's copies and thread order, by a row of `cases.MODES`."""
+
+    def set_mode(mode):
+        for name, value in cases.environment(mode).items():
+            monkeypatch.setenv(name, value)
+
+    return set_mode
+
+
+def plans(module, g, dtype, precision=None):
+    """{kernel: workspace bytes} of the kernels that take a problem."""
+    found = {}
+    for name in module.kernel_names():
+        attributes = custom_call.attributes(g, "cuda", precision, name)
+        try:
+            plan = module.plan(dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
+        except ValueError:
+            continue
+        found[name] = plan["workspace_bytes"]
+    return found
+
+
+def program(module, g, dtype, precision=None):
+    """A jitted function of (dy, w) that computes {kernel: dX} by every kernel."""
+    planned = plans(module, g, dtype, precision)
+    lhs, rhs, out = custom_call.layouts(g, "cuda")
+
+    def call(dy, w, name):
+        results = (
+            jax.ShapeDtypeStruct(g.lhs_shape, dy.dtype),
+            jax.ShapeDtypeStruct((planned[name],), np.uint8),
+        )
+        call = jax.ffi.ffi_call(
+            TARGET, results, input_layouts=[out, rhs], output_layouts=[lhs, (0,)]
+        )
+        return call(dy, w, **custom_call.attributes(g, "cuda", precision, name))[0]
+
+    return jax.jit(lambda dy, w: {name: call(dy, w, name) for name in planned})
+
+
+def check(module, case, dtype, rng, precision=None):
+    """Compares every kernel with float64."""
+    g = case.geometry
+    dy, w = oracles.operands(rng, g, dtype)
+    reference = (oracles.literal_input_grad if case.name in LITERAL else oracles.lax_input_grad)(
+        dy, w, g
+    )
+    with jax.enable_x64(True):
+        results = program(module, g, dtype, precision)(dy, w)
+    assert "direct" in results
+    for name, dx in results.items():
+        tf32 = name.startswith(TF32_RUNGS) and custom_call.allows_tf32(precision)
+        bound = cases.bound(g, dtype, allow_tf32=tf32)
+        assert normwise_error(dx, reference) <= bound, (name, g)
+
+
+# Two dtypes for each: test_emulator_core.py has all, and is faster.
+@pytest.mark.parametrize("turn", [0, 1])
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
+def test_kernels_against_float64(emulated, set_mode, rng, index, turn):
+    dtype = cases.DTYPES[(index + 2 * turn) % 4]
+    set_mode(cases.MODES[(index + turn) % len(cases.MODES)])
+    highest = (lax.Precision.HIGHEST,) * 2 if index % 2 else None
+    check(emulated, CASES[index], dtype, rng, highest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", cases.MODES, ids="eager{0[0]}-order{0[1]}".format)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_kernels_against_float64_in_every_mode(emulated, set_mode, rng, dtype, mode):
+    set_mode(mode)
+    sweep = [*CASES, *random_cases(60, SEED + 1)]
+    for index, case in enumerate(sweep):
+        if 0 not in case.geometry.lhs_shape:
+            check(emulated, case, dtype, rng, (lax.Precision.HIGHEST,) * 2 if index % 2 else None)
+        if index % 20 == 19:
+            jax.clear_caches()
+
+
+SPECIAL = {
+    "dense": make_geometry((6, 5), (3, 3), (5, 7), padding=1),
+    "strided": make_geometry((9, 8), (3, 2), (4, 6), stride=(2, 3), padding=((2, 1), (0, 1))),
+    "dilated": make_geometry((7,), (3,), (9, 8), lhs_dilation=2, rhs_dilation=3, padding=4),
+    "depthwise": make_geometry((5, 6), (3, 3), (8, 8), padding=1, feature_groups=8),
+    "pointwise": make_geometry((4, 5), (1, 1), (16, 24)),
+    "few_channels": make_geometry((9, 9), (3, 3), (3, 16), stride=2, padding=1),
+}
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("operand", ["dy", "w", "both"])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_nan_and_inf_reach_what_the_definition_connects(emulated, rng, name, operand, dtype):
+    g = SPECIAL[name]
+    dy, w = oracles.operands(rng, g, dtype)
+    for array in {"dy": (dy,), "w": (w,), "both": (dy, w)}[operand]:
+        places = rng.choice(array.size, 3, replace=False)
+        array.reshape(-1)[places] = np.array([np.nan, np.inf, -np.inf], array.dtype)
+    expected = oracles.literal_input_grad(dy, w, g)
+    finite = np.isfinite(expected)
+    with jax.enable_x64(True):
+        results = program(emulated, g, dtype)(dy, w)
+    for kernel, dx in results.items():
+        dx = np.asarray(dx).astype(np.float64)
+        np.testing.assert_array_equal(dx[~finite], expected[~finite], err_msg=kernel)
+        assert normwise_error(dx[finite], expected[finite]) <= cases.bound(g, dtype), kernel
+
+
+@pytest.mark.parametrize("name", ["dense", "strided", "depthwise", "pointwise", "few_channels"])
+def test_same_bits_in_every_thread_order(emulated, set_mode, monkeypatch, rng, name):
+    # Several blocks of rows and of channels.
+    shapes = {
+        "dense": make_geometry((14, 14), (3, 3), (72, 24), batch=3, padding=1),
+        "strided": make_geometry((15, 15), (3, 3), (70, 20), batch=4, stride=2, padding=1),
+        "depthwise": make_geometry((13, 13), (3, 3), (40, 40), padding=1, feature_groups=40),
+        "pointwise": make_geometry((12, 12), (1, 1), (80, 48)),
+        "few_channels": make_geometry((31, 31), (5, 5), (3, 32), stride=2, padding=2),
+    }
+    g = shapes[name]
+    for dtype in ("float32", "bfloat16"):
+        dy, w = oracles.operands(rng, g, dtype)
+        function = program(emulated, g, dtype)
+        first = None
+        for threads, mode in enumerate(cases.MODES, start=1):
+            set_mode(mode)
+            monkeypatch.setenv("CUDA_EMULATOR_THREADS", str(threads))
+            results = {kernel: np.asarray(dx) for kernel, dx in function(dy, w).items()}
+            first = first or results
+            for kernel, dx in results.items():
+                assert dx.tobytes() == first[kernel].tobytes(), (kernel, dtype, mode)
+
+
+@pytest.mark.parametrize("case", cases.wide_cases(), ids=lambda case: case.name)
+def test_64_bit_arithmetic_is_what_the_wide_cases_take(emulated, case):
+    # As FitsIn32Bits: phases beyond its table, or positions beyond 2^31.
+    g = case.geometry
+    phases = [s // np.gcd(s, d) for s, d in zip(g.window_strides, g.lhs_dilation, strict=True)]
+    spans = [(n - 1) * d for n, d in zip(g.in_sizes, g.lhs_dilation, strict=True)]
+    assert max(phases) > 32 or max(spans) >= 1 << 31
+    assert "direct" in plans(emulated, g, "float32")
+
+
+@pytest.fixture
+def lowered_for_cuda(emulated, monkeypatch):
+    """Makes the CPU lowering of the primitive the CUDA one, on the emulated module."""
+    monkeypatch.setattr(native, "cuda", emulated)
+    monkeypatch.setattr(native, "TARGET", TARGET)
+
+    def register(platform):
+        rule = functools.partial(input_grad._lower, platform=platform)
+        mlir.register_lowering(input_grad.conv_input_grad_p, rule, platform="cpu")
+        jax.clear_caches()
+
+    register("cuda")
+    yield
+    register("cpu")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["first", "last", "odd"])
+def test_grad_reaches_the_emulated_kernels(lowered_for_cuda, rng, layout, dtype):
+    g = make_geometry((9, 8), (3, 3), (6, 10), stride=2, padding=1, dimension_numbers=layout)
+    x = jnp.asarray(rng.standard_normal(g.lhs_shape), dtype)
+    dy, w = (jnp.asarray(v) for v in oracles.operands(rng, g, dtype))
+    assert dispatch.choose(g, dtype, "cuda").implementation == "native"
+
+    def loss(conv):
+        return lambda x, w: (conv(x, w, **g.conv_params()) * dy).astype(jnp.float32).sum()
+
+    grad = jax.jit(jax.grad(loss(jax_convgrad.conv_general_dilated), argnums=(0, 1)))
+    assert grad.lower(x, w).as_text().count(f"@{TARGET}(") == 1
+    dx, dw = grad(x, w)
+    expected_dw = jax.grad(loss(lax.conv_general_dilated), argnums=1)(x, w)
+    assert normwise_error(dx, oracles.lax_input_grad(dy, w, g)) <= cases.bound(g, dtype)
+    assert normwise_error(dw, expected_dw) <= cases.bound(g, dtype)
+
+
+def test_vmap_of_grad_reaches_the_emulated_kernels(lowered_for_cuda, rng):
+    g = make_geometry((7, 7), (3, 3), (4, 6), padding=1)
+    dy = jnp.asarray(rng.standard_normal((3, *g.out_shape)), jnp.float32)
+    w = jnp.asarray(rng.standard_normal(g.rhs_shape), jnp.float32)
+    function = functools.partial(
+        jax_convgrad.conv_input_grad, lhs_shape=g.lhs_shape, **g.conv_params()
+    )
+    dx = jax.jit(jax.vmap(function, (0, None)))(dy, w)
+    for each, expected in zip(dx, dy, strict=True):
+        assert normwise_error(each, oracles.lax_input_grad(expected, w, g)) <= 1e-3
