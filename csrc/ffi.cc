@@ -19,6 +19,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -104,18 +105,25 @@ std::string PlanProblem(const Problem& problem, const std::string& kernel, int c
 std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
                     const ffi::AnyBuffer& w, const ffi::AnyBuffer& dx,
                     int64_t workspace_bytes, Problem* problem, Plan* plan) {
+  const Ints lhs_shape = ToInts(dx.dimensions()), rhs_shape = ToInts(w.dimensions()),
+             out_shape = ToInts(dy.dimensions());
+  const std::string shapes = ShowShapes(lhs_shape, rhs_shape, out_shape);
   const std::optional<DType> dtype = ToDType(dx.element_type());
   if (!dtype || dy.element_type() != dx.element_type() ||
       w.element_type() != dx.element_type()) {
-    return "dy, w and dx must share one dtype of f64, f32, bf16 and f16";
+    std::ostringstream message;
+    message << "dy, w and dx must share one dtype of F64, F32, BF16 and F16, got "
+            << dy.element_type() << ", " << w.element_type() << " and "
+            << dx.element_type() << " for " << shapes;
+    return message.str();
   }
   const Attributes attributes{
       ToInts(call.window_strides), ToInts(call.padding),     ToInts(call.lhs_dilation),
       ToInts(call.rhs_dilation),   ToInts(call.lhs_spec),    ToInts(call.rhs_spec),
       ToInts(call.out_spec),       ToInts(call.lhs_layout),  ToInts(call.rhs_layout),
       ToInts(call.out_layout),     call.feature_group_count, call.batch_group_count};
-  if (std::string error = MakeProblem(ToInts(dx.dimensions()), ToInts(w.dimensions()),
-                                      ToInts(dy.dimensions()), attributes, problem);
+  if (std::string error =
+          MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, problem);
       !error.empty()) {
     return error;
   }
@@ -124,11 +132,11 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
   if (std::string error =
           PlanProblem(*problem, std::string(call.kernel), CudaCapability(), plan);
       !error.empty()) {
-    return error;
+    return error + " for " + shapes;
   }
   if (workspace_bytes < plan->workspace_bytes) {
     return "workspace must have " + std::to_string(plan->workspace_bytes) +
-           " bytes, got " + std::to_string(workspace_bytes);
+           " bytes, got " + std::to_string(workspace_bytes) + " for " + shapes;
   }
   return "";
 }
@@ -137,11 +145,17 @@ ffi::Error Invalid(const std::string& what) {
   return ffi::Error::InvalidArgument("convgrad_input_grad: " + what);
 }
 
+// Also for exceptions, such as that of no memory: none may reach XLA.
+ffi::Error Failed(const char* what) {
+  return ffi::Error(ffi::ErrorCode::kInternal,
+                    std::string("convgrad_input_grad: ") + what);
+}
+
 #ifdef CONVGRAD_CUDA
 
 ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy,
                      ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> dx,
-                     ffi::Result<ffi::Buffer<ffi::U8>> workspace) {
+                     ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
   Problem problem;
   Plan plan;
   if (std::string error =
@@ -154,11 +168,9 @@ ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy
   const char* error =
       LaunchCuda(stream, problem, plan, dy.untyped_data(), w.untyped_data(),
                  dx->untyped_data(), workspace->untyped_data());
-  if (error != nullptr) {
-    return ffi::Error(ffi::ErrorCode::kInternal,
-                      std::string("convgrad_input_grad: ") + error);
-  }
-  return ffi::Error::Success();
+  return error == nullptr ? ffi::Error::Success() : Failed(error);
+} catch (const std::exception& e) {
+  return Failed(e.what());
 }
 
 #ifdef CONVGRAD_EMULATED
@@ -247,9 +259,8 @@ ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer d
            RunInPool(pool, count, task);
          });
   return ffi::Error::Success();
-} catch (const std::exception& e) {  // out of memory: no exception may reach XLA
-  return ffi::Error(ffi::ErrorCode::kInternal,
-                    std::string("convgrad_input_grad: ") + e.what());
+} catch (const std::exception& e) {
+  return Failed(e.what());
 }
 
 #endif

@@ -78,10 +78,10 @@ std::string CheckAttributes(const Attributes& a, size_t rank) {
     }
   }
   if (a.feature_group_count < 1 || a.batch_group_count < 1 ||
+      a.feature_group_count > kMaxParameter || a.batch_group_count > kMaxParameter ||
       (a.feature_group_count > 1 && a.batch_group_count > 1)) {
-    return "feature_group_count and batch_group_count must be positive and at most one "
-           "of "
-           "them more than 1, got " +
+    return "feature_group_count and batch_group_count must be from 1 to 2^31 and at most "
+           "one of them more than 1, got " +
            std::to_string(a.feature_group_count) + " and " +
            std::to_string(a.batch_group_count);
   }
@@ -90,10 +90,15 @@ std::string CheckAttributes(const Attributes& a, size_t rank) {
 
 }  // namespace
 
+std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
+                       const Ints& out_shape) {
+  return "lhs " + Show(lhs_shape) + ", rhs " + Show(rhs_shape) + ", out " +
+         Show(out_shape);
+}
+
 std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,
                         const Ints& out_shape, const Attributes& a, Problem* problem) {
-  const std::string shapes =
-      "lhs " + Show(lhs_shape) + ", rhs " + Show(rhs_shape) + ", out " + Show(out_shape);
+  const std::string shapes = ShowShapes(lhs_shape, rhs_shape, out_shape);
   const size_t rank = lhs_shape.size();
   if (rhs_shape.size() != rank || out_shape.size() != rank || rank < 2 ||
       rank > 2 + kAxes) {
@@ -110,7 +115,9 @@ std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,
       elements *= std::max<int64_t>(size, 1);
     }
   }
-  if (std::string error = CheckAttributes(a, rank); !error.empty()) return error;
+  if (std::string error = CheckAttributes(a, rank); !error.empty()) {
+    return error + " for " + shapes;
+  }
 
   const int64_t lhs_batch = lhs_shape[a.lhs_spec[0]],
                 lhs_feature = lhs_shape[a.lhs_spec[1]];
@@ -119,7 +126,11 @@ std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,
                 out_feature = out_shape[a.out_spec[1]];
   const int64_t groups = std::max(a.feature_group_count, a.batch_group_count);
   const bool batch_groups = a.batch_group_count > 1;
-  if (lhs_feature != rhs_in * a.feature_group_count) {
+  // By division: a product with a count that a caller made up may overflow.
+  const auto is_multiple = [](int64_t value, int64_t part, int64_t count) {
+    return value % count == 0 && value / count == part;
+  };
+  if (!is_multiple(lhs_feature, rhs_in, a.feature_group_count)) {
     return "lhs features must be rhs input features times feature_group_count, got " +
            std::to_string(lhs_feature) + " and " + std::to_string(rhs_in) + " * " +
            std::to_string(a.feature_group_count) + " in " + shapes;
@@ -128,7 +139,7 @@ std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,
     return "out features must be rhs output features, a multiple of the group count " +
            std::to_string(groups) + ", got " + shapes;
   }
-  if (lhs_batch != out_batch * a.batch_group_count) {
+  if (!is_multiple(lhs_batch, out_batch, a.batch_group_count)) {
     return "lhs batch must be out batch times batch_group_count " +
            std::to_string(a.batch_group_count) + ", got " + shapes;
   }

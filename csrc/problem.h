@@ -25,6 +25,10 @@ struct Attributes {
   int64_t feature_group_count, batch_group_count;
 };
 
+// The three shapes, for a message.
+std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
+                       const Ints& out_shape);
+
 // Fills `problem` (but for dtype and allow_tf32) and returns the empty string, or
 // says what is wrong with the request.
 std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,

@@ -19,6 +19,20 @@ def _natural(text: str) -> int:
     return value
 
 
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = _natural(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be at least 1, got 0")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m jax_convgrad", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -62,16 +76,16 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     add("--peers", default="lax", help="comma-separated: lax,torch (default lax)")
     add("--class", dest="classes", action="append", metavar="NAME",
         help="only this class of layers; may be repeated")  # fmt: skip
-    add("--per-class", type=_natural, metavar="COUNT", help="at most COUNT layers of each class")
-    add("--batch-budget", type=float, metavar="MFLOP",
+    add("--per-class", type=_count, metavar="COUNT", help="at most COUNT layers of each class")
+    add("--batch-budget", type=_positive, metavar="MFLOP",
         help="shrink the batch N of each layer until one gradient costs at most this many "
         "MFLOP, a byte of least memory traffic counting as 16 FLOP; N is at least 1")  # fmt: skip
     add("--implementation", choices=("auto", "native", "xla"), default="auto",
         help="native measures the kernel even where dispatch takes lax (default auto)")  # fmt: skip
     add("--precision", choices=("default", "highest"), default="default",
         help="on a GPU, default lets float32 be TF32, for every peer")  # fmt: skip
-    add("--row-seconds", type=float, default=2.0, help="time to measure one row (default 2)")
-    add("--limit", type=_natural, help="only the first LIMIT rows")
+    add("--row-seconds", type=_positive, default=2.0, help="time to measure one row (default 2)")
+    add("--limit", type=_count, help="only the first LIMIT rows")
     add("--seed", type=_natural, default=0)
     add("--json", type=pathlib.Path, dest="json_path", help="write the results here")
     add("--png", type=pathlib.Path, dest="png_path", help="draw them here")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.lax import conv_general_dilated as lax_conv_general_dilated
@@ -16,7 +15,7 @@ from jax.lax import conv_transpose as lax_conv_transpose
 from . import compat, dispatch, lax_maps
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
-from .input_grad import bind_input_grad
+from .input_grad import as_array, bind_input_grad
 from .transposed import transposed_geometry
 
 
@@ -91,6 +90,7 @@ def conv_general_dilated(
     """
     function = "conv_general_dilated"
     dispatch.check_implementation(implementation, function)
+    dispatch.check_out_sharding(out_sharding, function)
     lhs_shape = shape_of(lhs, "lhs", function)
     rhs_shape = shape_of(rhs, "rhs", function)
     if not is_static(lhs_shape) or not is_static(rhs_shape):
@@ -121,8 +121,9 @@ def conv_general_dilated(
         batch_group_count,
         function=function,
     )
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-    check_dtypes(lhs, rhs, function)
+    lhs, rhs = as_array(lhs, "lhs", function), as_array(rhs, "rhs", function)
+    check_dtypes(lhs.dtype, rhs.dtype, function)
+    dispatch.result_dtype(lhs.dtype, preferred_element_type, function)  # raises if it does not fit
     if (reason := dispatch.unsupported(geometry, lhs.dtype)) is not None:
         dispatch.require_not_native(implementation, reason)
     lhs, rhs = compat.match_varying_axes(lhs, rhs)
@@ -140,10 +141,10 @@ def conv_general_dilated(
 
 def check_dtypes(lhs: Any, rhs: Any, function: str) -> None:
     """Raises lax's TypeError unless both operands have one dtype."""
-    if lhs.dtype != rhs.dtype:
+    if lhs != rhs:
         raise TypeError(
-            f"{function} requires arguments to have the same dtypes, got {lhs.dtype}, "
-            f"{rhs.dtype}. (Tip: jnp.convert_element_type may be useful here.)"
+            f"{function} requires arguments to have the same dtypes, got {lhs}, "
+            f"{rhs}. (Tip: jnp.convert_element_type may be useful here.)"
         )
 
 
@@ -289,8 +290,8 @@ def conv_transpose(
             preferred_element_type,
             use_consistent_padding,
         )
-    lhs, rhs = jnp.asarray(lhs), jnp.asarray(rhs)
-    check_dtypes(lhs, rhs, function)
+    lhs, rhs = as_array(lhs, "lhs", function), as_array(rhs, "rhs", function)
+    check_dtypes(lhs.dtype, rhs.dtype, function)
     geometry = transposed_geometry(
         lhs_shape,
         rhs_shape,
@@ -312,4 +313,5 @@ def conv_transpose(
         precision=compat.canonicalize_precision(precision),
         preferred_element_type=preferred_element_type,
         implementation=implementation,
+        function=function,
     )

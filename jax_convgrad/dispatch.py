@@ -12,6 +12,7 @@ import math
 import os
 from typing import Any, Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -34,7 +35,7 @@ def switch() -> Literal["on", "off"] | None:
     Read once: a value that changed later could not reach functions already compiled.
     """
     value = os.environ.get(SWITCH)
-    if value is None:
+    if not value:  # an empty variable counts as unset
         return None
     match value.lower():
         case "on":
@@ -46,14 +47,27 @@ def switch() -> Literal["on", "off"] | None:
 
 def check_implementation(implementation: Any, function: str) -> None:
     """Raises unless `implementation` is one that the public functions document."""
-    if implementation not in (None, "native", "xla"):
+    known = implementation is None or (
+        isinstance(implementation, str) and implementation in ("native", "xla")
+    )
+    if not known:
         raise ValueError(
             f"{function} implementation must be None, 'native' or 'xla', got {implementation!r}."
         )
 
 
+def check_out_sharding(out_sharding: Any, function: str) -> None:
+    """Raises unless `out_sharding` is a sharding, a partition specification or None."""
+    kinds = (jax.sharding.Sharding, jax.sharding.PartitionSpec)
+    if out_sharding is not None and not isinstance(out_sharding, kinds):
+        raise TypeError(
+            f"{function} out_sharding must be a jax.sharding.Sharding, a PartitionSpec or None, "
+            f"got {out_sharding!r}."
+        )
+
+
 def result_dtype(operand_dtype: Any, preferred_element_type: Any, function: str) -> Any:
-    """The dtype of a result, or a TypeError if the preferred one is narrower.
+    """The dtype of a result, or a TypeError if the preferred one is narrower or of another kind.
 
     Args:
         operand_dtype: dtype of the operands.
@@ -66,7 +80,21 @@ def result_dtype(operand_dtype: Any, preferred_element_type: Any, function: str)
     operand_dtype = jnp.dtype(operand_dtype)
     if preferred_element_type is None:
         return operand_dtype
-    dtype = jnp.dtype(preferred_element_type)
+    try:
+        dtype = jnp.dtype(preferred_element_type)
+    except TypeError:
+        raise TypeError(
+            f"{function} preferred_element_type must be a dtype, got {preferred_element_type!r}."
+        ) from None
+    kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
+    operand_kind, kind = (
+        next((k for k in kinds if jnp.issubdtype(d, k)), None) for d in (operand_dtype, dtype)
+    )
+    if kind is None or (kind != operand_kind and (operand_kind, kind) != kinds[:2]):
+        raise TypeError(
+            f"{function} preferred_element_type must be of the operands' kind, or floating for "
+            f"integers, got {dtype} for operands of dtype {operand_dtype}."
+        )
     if all(jnp.issubdtype(d, jnp.floating) for d in (dtype, operand_dtype)):
         # By width alone, as in lax; 8-bit floats have no promotion to ask for.
         narrower = jnp.finfo(dtype).bits < jnp.finfo(operand_dtype).bits

@@ -144,8 +144,10 @@ def explain(
     if platform is not None and not isinstance(platform, str):
         raise TypeError(f"{function} platform must be a string or None, got {platform!r}.")
     lhs_shape, rhs_shape = shape_of(lhs, "lhs", function), shape_of(rhs, "rhs", function)
-    check_dtypes(lhs, rhs, function)
-    dtype = dispatch.result_dtype(lhs.dtype, preferred_element_type, function)
+    # What the arrays are in JAX: 32 bits wide unless 64-bit types are enabled.
+    dtype, rhs_dtype = (jax.dtypes.canonicalize_dtype(x.dtype) for x in (lhs, rhs))
+    check_dtypes(dtype, rhs_dtype, function)
+    dtype = dispatch.result_dtype(dtype, preferred_element_type, function)
     geometry = ConvGeometry.parse(
         lhs_shape,
         rhs_shape,
@@ -158,7 +160,7 @@ def explain(
         batch_group_count,
         function=function,
     )
-    del out_sharding
+    dispatch.check_out_sharding(out_sharding, function)
     here = _LOWERING_PLATFORM.get(jax.default_backend(), jax.default_backend())
     platform = here if platform is None else _LOWERING_PLATFORM.get(platform, platform)
     choice = dispatch.choose(

@@ -13,6 +13,7 @@ import operator
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeAlias
 
+import jax.numpy as jnp
 from jax import lax
 
 DimensionNumbers: TypeAlias = tuple[str, str, str] | lax.ConvDimensionNumbers | None
@@ -49,10 +50,36 @@ def shape_of(value: Any, argument: str, function: str) -> tuple[int, ...]:
     Returns:
         The shape as a tuple.
     """
-    shape = getattr(value, "shape", None)
-    if shape is None or not hasattr(value, "dtype"):
+    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
+    if shape is None or dtype is None:
         raise TypeError(f"{function} {argument} must be an array, got {type(value).__name__}.")
+    try:
+        numbers = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
+    except TypeError:  # some other library's dtype
+        numbers = False
+    if not numbers:
+        raise TypeError(f"{function} {argument} must be an array of numbers, got dtype {dtype}.")
     return tuple(shape)
+
+
+def sequence_of(value: Any, argument: str, function: str, what: str) -> tuple[Any, ...]:
+    """Returns a sequence as a tuple, or raises a TypeError; a string is none.
+
+    Args:
+        value: what the user passed.
+        argument: the name of the argument.
+        function: the public function it was passed to.
+        what: what was expected, for the message.
+
+    Returns:
+        The elements.
+    """
+    try:
+        if not isinstance(value, str):
+            return tuple(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{function} {argument} must be {what}, got {value!r}.")
 
 
 def _int(value: Any, what: str, function: str) -> int:
@@ -66,14 +93,11 @@ def _int(value: Any, what: str, function: str) -> int:
 
 def _ints(value: Any, argument: str, function: str, length: int, low: int) -> tuple[int, ...]:
     """A sequence of `length` integers, none below `low`."""
-    if isinstance(value, str) or not hasattr(value, "__len__"):
-        raise TypeError(
-            f"{function} {argument} must be a sequence of {length} integers, got {value!r}."
-        )
+    value = sequence_of(value, argument, function, f"a sequence of {length} integers")
     if len(value) != length:
         raise ValueError(
             f"{function} window and {argument} must have the same number of dimensions, "
-            f"but got {length} and {len(value)} ({argument}={tuple(value)})."
+            f"but got {length} and {len(value)} ({argument}={value})."
         )
     result = tuple(_int(v, f"{argument}[{i}]", function) for i, v in enumerate(value))
     if any(v < low or v >= _MAX_PARAMETER for v in result):
@@ -89,10 +113,12 @@ def _dimension_numbers(
     dnums = lax.conv_dimension_numbers(lhs_shape, rhs_shape, value)  # raises lax's own errors
     specs = []
     for name, spec in zip(dnums._fields, dnums, strict=True):
-        spec = tuple(_int(d, f"dimension_numbers.{name}", function) for d in spec)
+        name = f"dimension_numbers.{name}"
+        spec = sequence_of(spec, name, function, f"{len(lhs_shape)} dimensions")
+        spec = tuple(_int(d, name, function) for d in spec)
         if sorted(spec) != list(range(len(lhs_shape))):
             raise ValueError(
-                f"{function} dimension_numbers.{name} must be a permutation of the "
+                f"{function} {name} must be a permutation of the "
                 f"{len(lhs_shape)} dimensions, got {spec}."
             )
         specs.append(spec)

@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 
 from . import compat, custom_call, dispatch, lax_maps, native
 from .dispatch import Implementation
-from .geometry import ConvGeometry, DimensionNumbers, Padding, shape_of
+from .geometry import ConvGeometry, DimensionNumbers, Padding, sequence_of, shape_of
 
 conv_input_grad_p = jex_core.Primitive("conv_input_grad")
 
@@ -87,11 +87,10 @@ def conv_input_grad(
     """
     function = "conv_input_grad"
     dispatch.check_implementation(implementation, function)
+    dispatch.check_out_sharding(out_sharding, function)
     dy_shape, w_shape = shape_of(dy, "dy", function), shape_of(w, "w", function)
-    if isinstance(lhs_shape, str) or not hasattr(lhs_shape, "__len__"):
-        raise TypeError(f"{function} lhs_shape must be a sequence of integers, got {lhs_shape!r}.")
-    lhs_shape = tuple(lhs_shape)
-    dy, w = jnp.asarray(dy), jnp.asarray(w)
+    lhs_shape = sequence_of(lhs_shape, "lhs_shape", function, "a sequence of integers")
+    dy, w = as_array(dy, "dy", function), as_array(w, "w", function)
     if dy.dtype != w.dtype:
         raise TypeError(
             f"{function} requires arguments to have the same dtypes, got {dy.dtype} for dy and "
@@ -100,7 +99,7 @@ def conv_input_grad(
     batchless = len(lhs_shape) == len(dy_shape) == len(w_shape) - 1
     if batchless:
         lhs_shape, dy_shape = (1, *lhs_shape), (1, *dy_shape)
-        dimension_numbers = _with_batch(dimension_numbers, function)
+        dimension_numbers = _with_batch(dimension_numbers, len(dy_shape), function)
     geometry = ConvGeometry.parse(
         lhs_shape,
         w_shape,
@@ -132,16 +131,25 @@ def conv_input_grad(
     return dx[0] if batchless else dx
 
 
-def _with_batch(dimension_numbers: Any, function: str) -> Any:
+def as_array(value: Any, argument: str, function: str) -> jax.Array:
+    """Returns `jnp.asarray(value)`, or raises a TypeError that names the argument."""
+    try:
+        return jnp.asarray(value)
+    except TypeError:
+        raise TypeError(
+            f"{function} {argument} must be an array, got {type(value).__name__}."
+        ) from None
+
+
+def _with_batch(dimension_numbers: Any, rank: int, function: str) -> Any:
     """Dimension numbers of a single image, with the batch put in front."""
     if dimension_numbers is None:
         return None
-    specs = tuple(dimension_numbers)
-    if len(specs) != 3 or not all(isinstance(spec, str) for spec in specs):
-        raise TypeError(
-            f"{function} dimension_numbers of an image without a batch axis must be None or "
-            f"three strings such as ('CHW', 'OIHW', 'CHW'), got {dimension_numbers!r}."
-        )
+    what = "None or three strings such as ('CHW', 'OIHW', 'CHW') for an image without a batch axis"
+    specs = sequence_of(dimension_numbers, "dimension_numbers", function, what)
+    strings = len(specs) == 3 and all(isinstance(spec, str) for spec in specs)
+    if not strings or [len(spec) for spec in specs] != [rank, rank + 1, rank]:
+        raise TypeError(f"{function} dimension_numbers must be {what}, got {dimension_numbers!r}.")
     return ("N" + specs[0], specs[1], "N" + specs[2])
 
 
@@ -154,6 +162,7 @@ def bind_input_grad(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
     implementation: Implementation = None,
+    function: str = "conv_input_grad",
 ) -> jax.Array:
     """Binds the primitive for operands that already fit the geometry.
 
@@ -161,7 +170,7 @@ def bind_input_grad(
     that dtype, as the transpose of a convolution with `preferred_element_type` is in lax.
     """
     if preferred_element_type is not None:
-        dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, "conv_input_grad")
+        dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, function)
         if dispatch.unsupported_dtype(dtype) is None:
             dy, rhs = dy.astype(dtype), rhs.astype(dtype)
             preferred_element_type = None
@@ -179,6 +188,11 @@ def bind_input_grad(
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
+    if out_sharding is not None:
+        raise ValueError(
+            f"{function} out_sharding is for meshes with explicit axes, which the operands are "
+            f"not on, got {out_sharding!r}."
+        )
     return _bind(dy, rhs, geometry=geometry, precision=precision, implementation=implementation)
 
 
@@ -191,8 +205,14 @@ def _bind(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("geometry", "precision", "implementation"))
-def _evaluate(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
+def _compiled(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     return conv_input_grad_p.bind(dy, rhs, **params)
+
+
+def _evaluate(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
+    # A primitive is compiled also where jit is disabled: it would come back here for ever.
+    with jax.disable_jit(False):
+        return _compiled(dy, rhs, **params)
 
 
 def _abstract_eval(dy: Any, rhs: Any, *, geometry: ConvGeometry, **_: Any) -> Any:

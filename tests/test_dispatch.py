@@ -183,6 +183,17 @@ def test_explanation_agrees_with_the_program():
     assert wide.dtype == "float32"
 
 
+def test_explanation_is_of_what_runs_without_64_bit_types():
+    x, w = np.ones(X.shape, "float64"), np.ones(W.shape, "float32")
+    assert jax_convgrad.explain(x, w, (2, 2), "SAME").dtype == "float32"
+
+
+@pytest.mark.parametrize("value", ["", "on"])
+def test_an_empty_switch_is_an_unset_one(monkeypatch, value):
+    monkeypatch.setenv(dispatch.SWITCH, value)
+    assert dispatch.switch.__wrapped__() == (value or None)
+
+
 def test_explanation_takes_either_name_of_a_gpu():
     names = ("gpu", "cuda")
     assert len({jax_convgrad.explain(X, W, (2, 2), "SAME", platform=p).reason for p in names}) == 1

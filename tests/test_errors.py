@@ -6,6 +6,7 @@ and what was expected, in every public function that takes the argument.
 
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -178,7 +179,48 @@ ROWS = [
     (ALL, {"implementation": ["xla"]}, ValueError, ["implementation", "['xla']", "None"]),
     (ALL, {"precision": "best"}, ValueError, ["Precision", "best", "highest"]),
     (ALL, {"precision": 3}, ValueError, ["Precision", "3", "highest"]),
-    (ALL, {"preferred_element_type": "float99"}, TypeError, ["float99"]),
+    (ALL, {"preferred_element_type": "float99"}, TypeError, ["preferred_element_type", "float99"]),
+    (ALL, {"preferred_element_type": 3}, TypeError, ["preferred_element_type", "got 3", "dtype"]),
+    (ALL, {"preferred_element_type": "complex64"}, TypeError, ["preferred_element_type", "kind"]),
+    (ALL, {"implementation": np.array("xla")}, ValueError, ["implementation", "array", "'native'"]),
+    (ALL, {"implementation": np.array([1, 2])}, ValueError, ["implementation", "[1, 2]"]),
+    (CONVOLUTIONS, {"out_sharding": "x"}, TypeError, ["out_sharding", "'x'", "PartitionSpec"]),
+    (
+        (conv_input_grad,),
+        {"out_sharding": jax.sharding.PartitionSpec("x")},
+        ValueError,
+        ["out_sharding", "'x'", "explicit"],
+    ),
+    (GEOMETRIC, {"window_strides": np.array(2)}, TypeError, ["window_strides", "2 integers"]),
+    (GEOMETRIC, {"rhs_dilation": jnp.array(2)}, TypeError, ["rhs_dilation", "2 integers"]),
+    ((conv_input_grad,), {"lhs_shape": np.array(3)}, TypeError, ["lhs_shape", "array(3)"]),
+    (
+        GEOMETRIC,
+        {"dimension_numbers": lax.ConvDimensionNumbers(5, (0, 1, 2, 3), (0, 1, 2, 3))},
+        TypeError,
+        ["dimension_numbers.lhs_spec", "got 5", "4 dimensions"],
+    ),
+    (
+        (conv_input_grad,),
+        {"dy": DY[0], "lhs_shape": X.shape[1:], "dimension_numbers": ("NCHW", "OIHW", "NCHW")},
+        TypeError,
+        ["dimension_numbers", "'NCHW'", "'CHW'", "without a batch axis"],
+    ),
+    (
+        (conv_input_grad,),
+        {"dy": DY[0], "lhs_shape": X.shape[1:], "dimension_numbers": 5},
+        TypeError,
+        ["dimension_numbers", "got 5", "'CHW'"],
+    ),
+    (
+        (conv_general_dilated, conv_transpose),
+        {"lhs": jax.ShapeDtypeStruct(X.shape, "float32")},
+        TypeError,
+        ["lhs", "array", "ShapeDtypeStruct"],
+    ),
+    (OF_ARRAYS, {"lhs": np.full(X.shape, None)}, TypeError, ["lhs", "numbers", "object"]),
+    (OF_ARRAYS, {"rhs": np.full(W.shape, "w")}, TypeError, ["rhs", "numbers", "U1"]),
+    (OF_ARRAYS, {"lhs": jax.random.key(0)}, TypeError, ["lhs", "numbers", "key"]),
     (
         ALL,
         {"preferred_element_type": jnp.bfloat16},

@@ -69,7 +69,19 @@ ROWS = {
         ["rank", "5", "(1, 1, 1, 1, 1, 1)"],
     ),
     "workspace of the wrong dtype": ({"dtypes": ("float32",) * 3 + ("int32",)}, []),
-    "operand dtypes differ": ({"dtypes": ("float32", "bfloat16", "float32")}, ["dtype"]),
+    "operand dtypes differ": (
+        {"dtypes": ("float32", "bfloat16", "float32")},
+        ["F32, BF16 and F32", "(1, 4, 2, 5)", "(4, 2, 3, 3)"],
+    ),
+    # Products of these counts and a size wrap around to the size that would fit.
+    "feature group count that overflows": (
+        {"feature_group_count": np.int64(2**62 + 1), "w": (0, 4, 1, 1), "dy": (1, 0, 1, 1)},
+        ["feature_group_count", str(2**62 + 1), "(0, 4, 1, 1)"],
+    ),
+    "batch group count that overflows": (
+        {"batch_group_count": np.int64(2**62 + 1), "w": (0, 4, 1, 1), "dy": (4, 0, 1, 1)},
+        ["batch_group_count", str(2**62 + 1), "(0, 4, 1, 1)"],
+    ),
     "result dtype differs": ({"dtypes": ("float32", "float32", "float16")}, ["dtype"]),
     "integers": ({"dtypes": ("int32",) * 3}, ["dtype"]),
     "complex numbers": ({"dtypes": ("complex64",) * 3}, ["dtype"]),
