@@ -127,7 +127,7 @@ def problems(check: str) -> list[str]:
         "vectors": make_geometry((5, 3), (3, 1), (6, 8), batch=4, padding=((1, 1), (0, 0)),
                                  dimension_numbers=("HNWC", "HWIO", "NHWC")),
         "one_image": make_geometry((6, 6), (3, 3), (8, 9), batch=1, padding=1),
-        "two_tiles": make_geometry((14, 14), (3, 3), (4, 5), batch=1, padding=1),
+        "two_tiles": make_geometry((14, 14), (1, 5), (4, 5), batch=1, padding=((0, 0), (2, 2))),
         "wide": make_geometry((75,), (40,), (5, 6), stride=37, padding=((3, 2),)),
     }  # fmt: skip
     lines = []
