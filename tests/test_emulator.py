@@ -19,8 +19,8 @@ import jax_convgrad
 from jax_convgrad import custom_call, dispatch, input_grad, native
 from jax_convgrad.tools.geometries import make_geometry, normwise_error, random_cases
 
-if build.compiler() is None:
-    pytest.skip("no host compiler", allow_module_level=True)
+if (reason := build.missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 TARGET = "convgrad_input_grad_emulated"
 # Rungs that may round float32 products to TF32 where the precision allows it.

@@ -4,8 +4,8 @@ import pytest
 from conftest import SEED
 from emulator import build, cases, mutations
 
-if build.compiler() is None:
-    pytest.skip("no host compiler", allow_module_level=True)
+if (reason := build.missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 
 def lines(all_cases, dtypes=cases.DTYPES):

@@ -38,6 +38,12 @@ SANITIZER_OPTIONS = {
 }
 
 
+def missing() -> str | None:
+    """Why the emulator's tests cannot run here, or None; never where they must run."""
+    required = os.environ.get("JAX_CONVGRAD_REQUIRE_NATIVE") == "1"
+    return None if required or compiler() else "no host compiler"
+
+
 class BuildError(Exception):
     """The compiler's complaint."""
 
