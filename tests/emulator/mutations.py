@@ -74,8 +74,8 @@ MUTATIONS = [
     Mutation("direct leaves the last element", _DIRECT,
              "id < static_cast<Count>(params.outputs)",
              "id + 1 < static_cast<Count>(params.outputs)"),
-    Mutation("direct writes beyond the last element", _DIRECT,
-             "id < static_cast<Count>(params.outputs)", "id <= static_cast<Count>(params.outputs)",
+    Mutation("direct writes one step too far", _DIRECT,
+             "dx_at += i * dimension.dx;", "dx_at += (i + 1) * dimension.dx;",
              variant="address"),
     # ---- tiled
     Mutation("tiled without the barrier that publishes rows", _TILED,
