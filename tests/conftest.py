@@ -46,13 +46,16 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "native: needs the compiled CPU module")
 
 
+# Run only by -m with their name.
+LONG = ("slow", "sanitizer", "mutation")
+
+
 def pytest_collection_modifyitems(config, items):
-    if "slow" in config.option.markexpr:
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    if slow:
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in set(slow)]
+    left_out = [marker for marker in LONG if marker not in config.option.markexpr]
+    deselected = {item for item in items if any(map(item.get_closest_marker, left_out))}
+    if deselected:
+        config.hook.pytest_deselected(items=list(deselected))
+        items[:] = [item for item in items if item not in deselected]
 
 
 def pytest_report_header():

@@ -6,8 +6,8 @@ import subprocess
 import pytest
 from emulator import build
 
-if build.compiler() is None:
-    pytest.skip("no host compiler", allow_module_level=True)
+if (reason := build.missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
 
 # kernel of planted_bugs.cu: (variant, eager copies, what is reported)
 PLANTED = {

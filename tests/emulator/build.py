@@ -38,6 +38,12 @@ SANITIZER_OPTIONS = {
 }
 
 
+def missing() -> str | None:
+    """Why the emulator's tests cannot run here, or None; never where they must run."""
+    required = os.environ.get("JAX_CONVGRAD_REQUIRE_NATIVE") == "1"
+    return None if required or compiler() else "no host compiler"
+
+
 class BuildError(Exception):
     """The compiler's complaint."""
 
@@ -129,10 +135,12 @@ def program(
     return _link(sources[0].stem, _objects(sources, flags, root), flags, root)
 
 
-def core(variant: str = "plain", root: pathlib.Path = ROOT) -> pathlib.Path:
-    """The program of core.cc: all kernels over a list of problems."""
+def core(
+    variant: str = "plain", root: pathlib.Path = ROOT, flags: tuple[str, ...] = ()
+) -> pathlib.Path:
+    """The program of core.cc, all kernels over a list of problems; arguments as `program`'s."""
     sources = [EMULATOR / "core.cc", pathlib.Path("csrc/problem.cc"), *kernel_sources(root)]
-    return program(sources, variant, root)
+    return program(sources, variant, root, flags)
 
 
 def module() -> types.ModuleType:

@@ -1,0 +1,72 @@
+"""The CUDA kernels on the CPU without JAX: quick, under sanitizers, and with mistakes put in."""
+
+import pytest
+from conftest import SEED
+from emulator import build, cases, mutations
+
+if (reason := build.missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+
+def lines(all_cases, dtypes=cases.DTYPES):
+    """Every case in every dtype, float32 with and without TF32."""
+    for index, case in enumerate(all_cases):
+        for dtype in dtypes:
+            yield cases.line(case, dtype, allow_tf32=True)
+            if dtype == "float32":
+                yield cases.line(case, dtype, allow_tf32=False)
+        yield cases.line(case, dtypes[index % len(dtypes)], platform="cpu", allow_tf32=False)
+        yield cases.line(case, dtypes[(index + 1) % len(dtypes)], special=True, allow_tf32=False)
+
+
+def check(program, problems, mode, folder):
+    result = mutations.run_core(program, problems, mode, folder)
+    failed = [line for line in result.stdout.splitlines() if not line.startswith("pass ")]
+    assert result.returncode == 0, "\n".join(failed[:40])
+    assert result.stdout.count("pass ") > 0
+
+
+@pytest.mark.parametrize("mode", cases.MODES, ids="eager{0[0]}-order{0[1]}".format)
+def test_kernels_against_the_literal_sum(tmp_path, mode):
+    # A third of the problems in each mode, hence each in two of the six.
+    problems = list(lines(cases.small_cases(10, SEED, 1 << 18)))
+    check(build.core(), problems[cases.MODES.index(mode) % 3 :: 3], mode, tmp_path)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.parametrize(
+    ("variant", "most_products", "mode"),
+    [("address", 1 << 17, ("0", "1")), ("thread", 1 << 13, ("1", "0"))],
+)
+def test_kernels_under_a_sanitizer(tmp_path, variant, most_products, mode):
+    small = list(cases.small_cases(6, SEED, most_products))
+    # Each in one dtype: the kernels differ by it in a template parameter.
+    problems = [
+        cases.line(case, cases.DTYPES[index % 4], special=index % 5 == 4, allow_tf32=index % 2 == 0)
+        for index, case in enumerate(small)
+    ]
+    check(build.core(variant), problems, mode, tmp_path)
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("kind", ["values", "special"])
+@pytest.mark.parametrize("variant", build.VARIANTS)
+def test_without_a_mutation_all_is_well(tmp_path, variant, kind):
+    check(build.core(variant), mutations.problems(kind), cases.MODES[0], tmp_path)
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.name)
+def test_mutation_is_caught(tmp_path, mutation):
+    root = mutations.apply(mutation, tmp_path / "copy")
+    problems = mutations.problems(mutation.check)
+    result = mutations.run_core(
+        build.core(mutation.variant, root), problems, mutation.mode, tmp_path
+    )
+    expected = 1 if mutation.variant == "plain" else build.SANITIZER_STATUS
+    assert result.returncode == expected, result.stdout[-2000:]
+
+
+def test_every_mutation_still_applies(tmp_path):
+    for index, mutation in enumerate(mutations.MUTATIONS):
+        mutations.apply(mutation, tmp_path / str(index))
