@@ -62,6 +62,14 @@ int WidthOfDx(const Problem& problem, const void* dx) {
   return rows.Bytes();
 }
 
+// Whether chunks are aligned and exist as a whole or not at all.
+bool IsWide(const Problem& problem, const void* dy, const void* w) {
+  const int64_t chunk = kMmaChunkBytes / SizeInBytes(problem.dtype);
+  return problem.in_channels % chunk == 0 && problem.out_channels % chunk == 0 &&
+         WidthOfDy(problem, dy) == kMmaChunkBytes &&
+         WidthOfW(problem, w) == kMmaChunkBytes;
+}
+
 // ---- tiles ------------------------------------------------------------------------
 
 struct TileChoice {
@@ -189,7 +197,7 @@ bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
   const TapCounts taps = CountTaps(problem);
   bool found = false;
   for (const TileChoice& tile : kChoices<T, kThreeProducts>) {
-    if (tile.m * tile.n == 128 * 128 && (kThreeProducts || width < 16)) continue;
+    if (tile.n == 128 && (kThreeProducts || !IsWide(problem, nullptr, nullptr))) continue;
     const int64_t tiles = CountMmaTiles(problem, tile.m, tile.n).total;
     const double slices =
         taps.most * static_cast<double>(CeilDiv(problem.out_channels, tile.k));
@@ -258,8 +266,7 @@ cudaError_t Enqueue(cudaStream_t stream, const MmaParams& params, const T* dy, c
 template <typename T, bool kThreeProducts>
 cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan& plan,
                         const T* dy, const T* w, T* dx, float4* partial) {
-  const bool wide =
-      WidthOfDy(problem, dy) == kMmaChunkBytes && WidthOfW(problem, w) == kMmaChunkBytes;
+  const bool wide = IsWide(problem, dy, w);
   const int64_t tile_m = plan.tile_m;
   // A plan assumes aligned arrays. If they are not, half a tile takes twice as many
   // blocks and no more workspace.

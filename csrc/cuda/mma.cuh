@@ -41,8 +41,9 @@
 // Limits: bf16, f16 and f32; the channels of dY and the input channels of W contiguous;
 // an image that 32-bit indices can address (the host launches part after part of the
 // batch). Worth it only where C fills a good part of kN, and K one of a slice. Copies are
-// 16 bytes wide if all strides permit, else (kWide = false) 8, 4 or, for an odd number of
-// 16-bit channels, single values that go through registers.
+// 16 bytes wide if all strides permit. Else, and if the channels end within 16 bytes, the
+// kernel with kWide = false runs: for each operand 16, 8 or 4 bytes, or, for an odd
+// number of 16-bit channels, single values that go through registers.
 
 #pragma once
 
@@ -199,7 +200,7 @@ template <typename T, bool kWide>
 __device__ __forceinline__ void CopyChunk(unsigned char* to, const T* base,
                                           int32_t offset, int valid, int width) {
   if constexpr (kWide) {
-    CopyPieces<T, 16>(to, base, offset, valid);
+    CopyAsyncOrZero(to, base + offset, valid > 0);
   } else if (width == 16) {
     CopyPieces<T, 16>(to, base, offset, valid);
   } else if (width == 8) {
