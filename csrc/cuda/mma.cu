@@ -74,13 +74,16 @@ bool IsWide(const Problem& problem, const void* dy, const void* w) {
 
 struct TileChoice {
   int64_t m, n, k, threads, shared_bytes, resident;
-  double efficiency;  // of the tensor cores, with as many warps as fit: an estimate
+  // Estimates: the part of the tensor cores' rate that a full multiprocessor reaches, and
+  // how many warps make it full. Three products for a load need fewer.
+  double efficiency, warps_when_full;
 };
 
 template <typename T, bool kThreeProducts, int kM, int kN>
 constexpr TileChoice ChoiceOf(double efficiency) {
   using S = MmaTile<T, kThreeProducts, kM, kN>;
-  return {S::kM, S::kN, S::kK, S::kThreads, S::kSharedBytes, S::kMinBlocks, efficiency};
+  return {S::kM,           S::kN,         S::kK,      S::kThreads,
+          S::kSharedBytes, S::kMinBlocks, efficiency, kThreeProducts ? 8.0 : 12.0};
 }
 
 // The first is only for wide copies and one product.
@@ -162,12 +165,11 @@ double CopyPenalty(int width) {
 // warps to keep busy.
 double ModelUs(const Problem& problem, const TileChoice& tile, int64_t tiles,
                int64_t parts, const TapCounts& taps, double products_per_us, int width) {
-  constexpr double kWarpsToSaturate = 12;
   constexpr double kStartUs = 1.0;  // of a block, until the first slice is there
   const int64_t rounds = CeilDiv(tiles * parts, ReferenceGpu::kMultiprocessors);
   const int64_t beside = std::min(rounds, tile.resident);
-  const double busy =
-      std::min(1.0, static_cast<double>(beside * tile.threads) / 32 / kWarpsToSaturate);
+  const double busy = std::min(
+      1.0, static_cast<double>(beside * tile.threads) / 32 / tile.warps_when_full);
   const double rate = products_per_us / ReferenceGpu::kMultiprocessors * tile.efficiency /
                       CopyPenalty(width);
   const double products_of_tap = static_cast<double>(
