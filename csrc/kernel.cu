@@ -4,6 +4,8 @@
 //
 //   direct         any problem, by the definition                     cuda/direct.cuh
 //   tiled          implicit GEMM on the FP32 and FP64 units           cuda/tiled.cuh
+//   mma            implicit GEMM on the tensor cores, mma.sync        cuda/mma.cuh
+//   mma_3xtf32     the same with the accuracy of float32              cuda/mma.cuh
 
 #include <algorithm>
 #include <cstdint>
@@ -34,6 +36,8 @@ constexpr int kAnyLater = 1 << 30;
 constexpr Rung kRungs[] = {
     {"direct", PlanDirect, LaunchDirect, 80, kAnyLater},
     {"tiled", PlanTiled, LaunchTiled, 80, kAnyLater},
+    {"mma", PlanMma, LaunchMma, 80, kAnyLater},
+    {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, 80, kAnyLater},
 };
 constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
 

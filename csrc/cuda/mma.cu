@@ -1,0 +1,364 @@
+// The plans and launches of "mma" and "mma_3xtf32" (mma.cuh).
+
+#include "mma.cuh"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+
+#include "../kernel.h"
+#include "geometry.cuh"
+#include "platform.cuh"
+#include "rungs.h"
+
+namespace convgrad {
+namespace {
+
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a grid's first dimension
+constexpr int64_t kMaxParts = 32;
+constexpr int64_t kMinSlicesOfPart =
+    8;  // fewer, and filling the ring is most of the work
+constexpr int64_t kMaxWorkspaceBytes = int64_t{64} << 20;
+
+// ---- how wide copies may be -------------------------------------------------------
+
+// The bytes, a power of two up to 16, to which all of an operand's rows are aligned. The
+// stride of a dimension of size one says nothing.
+class Alignment {
+ public:
+  Alignment(const void* base, int64_t element_bytes)
+      : bits_(reinterpret_cast<uintptr_t>(base) | kMmaChunkBytes),
+        element_bytes_(static_cast<uintptr_t>(element_bytes)) {}
+  void Add(int64_t size, int64_t stride) {
+    if (size > 1) bits_ |= static_cast<uintptr_t>(stride) * element_bytes_;
+  }
+  int Bytes() const { return static_cast<int>(bits_ & (~bits_ + 1)); }
+
+ private:
+  uintptr_t bits_, element_bytes_;
+};
+
+int WidthOfDy(const Problem& problem, const void* dy) {
+  Alignment rows(dy, SizeInBytes(problem.dtype));
+  rows.Add(problem.batch, problem.dy.batch);
+  rows.Add(problem.groups, problem.dy.group);
+  for (int i = 0; i < kAxes; ++i) rows.Add(problem.axis[i].out, problem.dy.axis[i]);
+  return rows.Bytes();
+}
+
+int WidthOfW(const Problem& problem, const void* w) {
+  Alignment rows(w, SizeInBytes(problem.dtype));
+  rows.Add(problem.groups, problem.w.group);
+  rows.Add(problem.out_channels, problem.w.out_channel);
+  for (int i = 0; i < kAxes; ++i) rows.Add(problem.axis[i].win, problem.w.axis[i]);
+  return rows.Bytes();
+}
+
+int WidthOfDx(const Problem& problem, const void* dx) {
+  Alignment rows(dx, SizeInBytes(problem.dtype));
+  rows.Add(problem.batch, problem.dx.batch);
+  rows.Add(problem.groups, problem.dx.group);
+  for (int i = 0; i < kAxes; ++i) rows.Add(problem.axis[i].in, problem.dx.axis[i]);
+  return rows.Bytes();
+}
+
+// Whether chunks are aligned and exist as a whole or not at all.
+bool IsWide(const Problem& problem, const void* dy, const void* w) {
+  const int64_t chunk = kMmaChunkBytes / SizeInBytes(problem.dtype);
+  return problem.in_channels % chunk == 0 && problem.out_channels % chunk == 0 &&
+         WidthOfDy(problem, dy) == kMmaChunkBytes &&
+         WidthOfW(problem, w) == kMmaChunkBytes;
+}
+
+// ---- tiles ------------------------------------------------------------------------
+
+struct TileChoice {
+  int64_t m, n, k, threads, shared_bytes, resident;
+  // Estimates: the part of the tensor cores' rate that a full multiprocessor reaches, and
+  // how many warps make it full. Three products for a load need fewer.
+  double efficiency, warps_when_full;
+};
+
+template <typename T, bool kThreeProducts, int kM, int kN>
+constexpr TileChoice ChoiceOf(double efficiency) {
+  using S = MmaTile<T, kThreeProducts, kM, kN>;
+  return {S::kM,           S::kN,         S::kK,      S::kThreads,
+          S::kSharedBytes, S::kMinBlocks, efficiency, kThreeProducts ? 8.0 : 12.0};
+}
+
+// The first is only for wide copies and one product.
+template <typename T, bool kThreeProducts>
+constexpr TileChoice kChoices[] = {
+    ChoiceOf<T, kThreeProducts, 128, 128>(1.0),
+    ChoiceOf<T, kThreeProducts, 128, 64>(0.9),
+    ChoiceOf<T, kThreeProducts, 64, 64>(0.75),
+};
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The blocks of one part of the sum, dimension by dimension.
+struct MmaTileCounts {
+  int64_t row_tiles, channel_tiles, phases[kAxes], total;
+};
+
+MmaTileCounts CountMmaTiles(const Problem& problem, int64_t tile_m, int64_t tile_n) {
+  MmaTileCounts count{};
+  int64_t rows = problem.batch, phases = 1;
+  for (int i = 0; i < kAxes; ++i) {
+    const Axis& a = problem.axis[i];
+    // The first phase has the most positions; a phase beyond `in` has none.
+    rows *= MakePhase(a, 0).h_count;
+    count.phases[i] = std::min(PhaseCount(a), a.in);
+    phases *= count.phases[i];
+  }
+  count.row_tiles = CeilDiv(rows, tile_m);
+  count.channel_tiles = CeilDiv(problem.in_channels, tile_n);
+  count.total = problem.groups * phases * count.row_tiles * count.channel_tiles;
+  return count;
+}
+
+// ---- plans ------------------------------------------------------------------------
+
+double BytesMoved(const Problem& problem) {
+  double dx = static_cast<double>(problem.in_channels);
+  double dy = static_cast<double>(problem.out_channels);
+  double w = dx * dy * static_cast<double>(problem.groups);
+  dx *= static_cast<double>(problem.batch * problem.groups);
+  dy *= static_cast<double>(problem.batch * problem.groups);
+  for (const Axis& a : problem.axis) {
+    dx *= static_cast<double>(a.in);
+    dy *= static_cast<double>(a.out);
+    w *= static_cast<double>(a.win);
+  }
+  return (dx + dy + w) * static_cast<double>(SizeInBytes(problem.dtype));
+}
+
+// The taps of the phase that has the most, and of a phase on average.
+struct TapCounts {
+  double most, average;
+};
+
+TapCounts CountTaps(const Problem& problem) {
+  TapCounts taps{1, 1};
+  for (const Axis& a : problem.axis) {
+    const int64_t phases = std::min(PhaseCount(a), a.in);
+    int64_t most = 0, all = 0;
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const int64_t count = MakePhase(a, phase).r_count;
+      most = std::max(most, count);
+      all += count;
+    }
+    taps.most *= static_cast<double>(most);
+    taps.average *= static_cast<double>(all) / static_cast<double>(phases);
+  }
+  return taps;
+}
+
+// What narrow copies cost, as a factor of the time: an estimate, by the number of
+// instructions.
+double CopyPenalty(int width) {
+  return width >= 16 ? 1.0 : width == 8 ? 1.1 : width == 4 ? 1.3 : 1.8;
+}
+
+// The time of a problem cut up like this. Blocks are dealt out to multiprocessors; each
+// shares the tensor cores of one with as many as fit beside it, and they take that many
+// warps to keep busy.
+double ModelUs(const Problem& problem, const TileChoice& tile, int64_t tiles,
+               int64_t parts, const TapCounts& taps, double products_per_us, int width) {
+  constexpr double kStartUs = 1.0;  // of a block, until the first slice is there
+  const int64_t rounds = CeilDiv(tiles * parts, ReferenceGpu::kMultiprocessors);
+  const int64_t beside = std::min(rounds, tile.resident);
+  const double busy = std::min(
+      1.0, static_cast<double>(beside * tile.threads) / 32 / tile.warps_when_full);
+  const double rate = products_per_us / ReferenceGpu::kMultiprocessors * tile.efficiency /
+                      CopyPenalty(width);
+  const double products_of_tap = static_cast<double>(
+      tile.m * tile.n * CeilDiv(problem.out_channels, tile.k) * tile.k);
+  const double average = products_of_tap * taps.average / static_cast<double>(parts);
+  const double longest = products_of_tap * taps.most / static_cast<double>(parts);
+  const double multiply_us =
+      std::max(static_cast<double>(rounds) * average, longest) / (rate * busy) +
+      kStartUs * static_cast<double>(CeilDiv(rounds, tile.resident));
+  const double copy_us = BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs;
+  double us = ReferenceGpu::kLaunchUs + std::max(multiply_us, copy_us);
+  if (parts > 1) {
+    const double partial_bytes = static_cast<double>(tiles * parts * tile.m * tile.n) * 4;
+    us += ReferenceGpu::kLaunchUs + 2 * partial_bytes / ReferenceGpu::kCopyBytesPerUs;
+  }
+  return us;
+}
+
+template <typename T, bool kThreeProducts>
+bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
+  if (problem.dy.channel != 1 && problem.out_channels > 1) return false;
+  if (problem.w.in_channel != 1 && problem.in_channels > 1) return false;
+  const int64_t images = ImagesIn32Bits(problem, kMmaSlack);
+  if (images == 0) return false;
+  const bool whole = images == problem.batch;
+  const int width = std::min(WidthOfDy(problem, nullptr), WidthOfW(problem, nullptr));
+  const TapCounts taps = CountTaps(problem);
+  bool found = false;
+  for (const TileChoice& tile : kChoices<T, kThreeProducts>) {
+    if (tile.n == 128 && (kThreeProducts || !IsWide(problem, nullptr, nullptr))) continue;
+    const int64_t tiles = CountMmaTiles(problem, tile.m, tile.n).total;
+    const double slices =
+        taps.most * static_cast<double>(CeilDiv(problem.out_channels, tile.k));
+    for (int64_t parts = 1; parts <= kMaxParts; ++parts) {
+      const int64_t bytes = parts == 1 ? 0 : parts * tiles * tile.m * tile.n * 4;
+      if (parts > 1 &&
+          (!whole || slices < static_cast<double>(parts * kMinSlicesOfPart) ||
+           bytes > kMaxWorkspaceBytes)) {
+        break;
+      }
+      if (tiles * parts > kMaxBlocks) break;
+      const double us =
+          ModelUs(problem, tile, tiles, parts, taps, products_per_us, width);
+      if (found && us >= plan->model_us) continue;
+      found = true;
+      plan->workspace_bytes = bytes;
+      plan->tile_m = tile.m;
+      plan->tile_n = tile.n;
+      plan->tile_k = tile.k;
+      plan->stages = kMmaStages;
+      plan->split_k = parts;
+      plan->blocks = tiles * parts;
+      plan->threads = tile.threads;
+      plan->shared_bytes = tile.shared_bytes;
+      plan->model_us = us;
+    }
+  }
+  return found;
+}
+
+// ---- launches ---------------------------------------------------------------------
+
+MmaParams MakeMmaParams(const Problem& problem, int64_t tile_m, int64_t tile_n,
+                        int64_t parts, const void* dy, const void* w, const void* dx) {
+  const MmaTileCounts count = CountMmaTiles(problem, tile_m, tile_n);
+  MmaParams params{};
+  params.geometry = MakeGeometry<int32_t>(problem);
+  params.row_tiles = static_cast<unsigned>(count.row_tiles);
+  params.channel_tiles = static_cast<unsigned>(count.channel_tiles);
+  for (int i = 0; i < kAxes; ++i) {
+    params.phases[i] = static_cast<unsigned>(count.phases[i]);
+  }
+  params.tiles = static_cast<unsigned>(count.total);
+  params.parts = static_cast<unsigned>(parts);
+  params.tile_m = static_cast<int>(tile_m);
+  params.tile_n = static_cast<int>(tile_n);
+  params.dy_width = WidthOfDy(problem, dy);
+  params.w_width = WidthOfW(problem, w);
+  params.vector_store = (problem.dx.channel == 1 || problem.in_channels == 1) &&
+                        WidthOfDx(problem, dx) >= (problem.dtype == DType::kF32 ? 8 : 16);
+  return params;
+}
+
+template <typename T, bool kThreeProducts, int kM, int kN, bool kWide>
+cudaError_t Enqueue(cudaStream_t stream, const MmaParams& params, const T* dy, const T* w,
+                    T* dx, float4* partial) {
+  static_assert(sizeof(MmaParams) + 4 * sizeof(void*) <= kMaxParameterBytes,
+                "the kernel's parameters must fit in constant memory's 4 KiB");
+  using S = MmaTile<T, kThreeProducts, kM, kN>;
+  return CU_LAUNCH((MmaKernel<T, kThreeProducts, kM, kN, kWide>),
+                   dim3(params.tiles * params.parts), dim3(S::kThreads), S::kSharedBytes,
+                   stream, params, dy, w, dx, partial);
+}
+
+// One part of the batch.
+template <typename T, bool kThreeProducts>
+cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan& plan,
+                        const T* dy, const T* w, T* dx, float4* partial) {
+  const bool wide = IsWide(problem, dy, w);
+  const int64_t tile_m = plan.tile_m;
+  // A plan assumes aligned arrays. If they are not, half a tile takes twice as many
+  // blocks and no more workspace.
+  const int64_t tile_n = wide ? plan.tile_n : std::min<int64_t>(plan.tile_n, 64);
+  const MmaParams params =
+      MakeMmaParams(problem, tile_m, tile_n, plan.split_k, dy, w, dx);
+  const auto enqueue = [&] {
+    if constexpr (!kThreeProducts) {
+      if (tile_n == 128) {
+        return Enqueue<T, kThreeProducts, 128, 128, true>(stream, params, dy, w, dx,
+                                                          partial);
+      }
+    }
+    if (tile_m == 128) {
+      return wide ? Enqueue<T, kThreeProducts, 128, 64, true>(stream, params, dy, w, dx,
+                                                              partial)
+                  : Enqueue<T, kThreeProducts, 128, 64, false>(stream, params, dy, w, dx,
+                                                               partial);
+    }
+    return wide ? Enqueue<T, kThreeProducts, 64, 64, true>(stream, params, dy, w, dx,
+                                                           partial)
+                : Enqueue<T, kThreeProducts, 64, 64, false>(stream, params, dy, w, dx,
+                                                            partial);
+  };
+  const cudaError_t status = enqueue();
+  if (status != cudaSuccess || plan.split_k == 1) return status;
+  const int64_t strips =
+      static_cast<int64_t>(params.tiles) * (tile_m * tile_n / kMmaStripElements);
+  return CU_LAUNCH((MmaReduceKernel<T>),
+                   dim3(static_cast<unsigned>(CeilDiv(strips, kMmaReduceWarps))),
+                   dim3(kMmaReduceWarps * 32), 0, stream, params, dy, w, dx,
+                   static_cast<const float4*>(partial));
+}
+
+template <typename T, bool kThreeProducts>
+const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan& plan,
+                        const void* dy, const void* w, void* dx, void* workspace) {
+  const int64_t images = ImagesIn32Bits(problem, kMmaSlack);
+  if (images == 0) return "the mma kernel does not take this problem";
+  Problem part = problem;
+  for (int64_t n = 0; n < problem.batch; n += images) {
+    part.batch = std::min(images, problem.batch - n);
+    const cudaError_t status = EnqueuePart<T, kThreeProducts>(
+        stream, part, plan, static_cast<const T*>(dy) + n * problem.dy.batch,
+        static_cast<const T*>(w), static_cast<T*>(dx) + n * problem.dx.batch,
+        static_cast<float4*>(workspace));
+    if (status != cudaSuccess) return ErrorText(status);
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+bool PlanMma(const Problem& problem, Plan* plan) {
+  switch (problem.dtype) {
+    case DType::kF64: return false;
+    case DType::kF32:
+      return problem.allow_tf32 &&
+             PlanTyped<float, false>(problem, ReferenceGpu::kMmaTf32PerUs, plan);
+    case DType::kBF16:
+      return PlanTyped<__nv_bfloat16, false>(problem, ReferenceGpu::kMma16PerUs, plan);
+    case DType::kF16:
+      return PlanTyped<__half, false>(problem, ReferenceGpu::kMma16PerUs, plan);
+  }
+  return false;
+}
+
+const char* LaunchMma(CUstream_st* stream, const Problem& problem, const Plan& plan,
+                      const void* dy, const void* w, void* dx, void* workspace) {
+  switch (problem.dtype) {
+    case DType::kF64: break;
+    case DType::kF32:
+      return LaunchTyped<float, false>(stream, problem, plan, dy, w, dx, workspace);
+    case DType::kBF16:
+      return LaunchTyped<__nv_bfloat16, false>(stream, problem, plan, dy, w, dx,
+                                               workspace);
+    case DType::kF16:
+      return LaunchTyped<__half, false>(stream, problem, plan, dy, w, dx, workspace);
+  }
+  return "the mma kernel takes no float64";
+}
+
+bool PlanMma3xTf32(const Problem& problem, Plan* plan) {
+  return problem.dtype == DType::kF32 &&
+         PlanTyped<float, true>(problem, ReferenceGpu::kMmaTf32PerUs / 3, plan);
+}
+
+const char* LaunchMma3xTf32(CUstream_st* stream, const Problem& problem, const Plan& plan,
+                            const void* dy, const void* w, void* dx, void* workspace) {
+  return LaunchTyped<float, true>(stream, problem, plan, dy, w, dx, workspace);
+}
+
+}  // namespace convgrad

@@ -1,0 +1,759 @@
+// "mma" and "mma_3xtf32": implicit GEMM on the tensor cores through mma.sync, sm_80 and
+// newer.
+//
+// For one group and one phase (phase.h; i and t count positions and taps of the phase),
+//
+//   dX[m, c] = sum over t, k  dY[m - t, k] * W[t][k, c],      m = (n, i0, i1, i2)
+//
+// is a product of M x (taps*K) and (taps*K) x C. Neither matrix exists in memory: row m
+// of A for tap t is the pixel p(i) - t*p_per_r of dY, whose channels are contiguous, and
+// row (t, k) of B is a row of W, whose input channels are contiguous. All phases, all
+// groups and all parts of the sum (split K) are blocks of one launch.
+//
+// Tiling. A block computes kM rows by kN channels and walks through the taps, and for
+// each tap through K in slices of 64 bytes: 32 channels of bf16 or f16, 16 of f32. Slices
+// go from global memory straight into a ring of kStages in shared memory (cp.async), so
+// that kStages - 1 of them are under way while one is multiplied; one barrier a slice. A
+// warp computes kWarpM x 32, in mma.sync tiles of 16 x 8 and 32 bytes of K. Chunks of 16
+// bytes are permuted within a row of shared memory such that neither the copies nor the
+// reads of fragments have bank conflicts.
+//
+//   A, rows of 4 chunks:    chunk ^ (row / 2 % 4)   ldmatrix, whatever the type
+//   B, bf16 and f16:        chunk ^ (k % 8)         ldmatrix, transposing
+//   B, f32:                 chunk ^ (k % 4 * 2)     a word at a time
+//
+// f32. "mma" rounds both operands to TF32, an error of up to 2^-11 each. "mma_3xtf32"
+// splits each into hi + lo, both TF32, and adds lo*hi, hi*lo and hi*hi, which leaves
+// about 2^-22. Adding to its accumulator a tensor core truncates, and over a long sum
+// that would drift towards zero by more than this; so these three products are summed
+// from zero and added to the sum by an ordinary, rounding addition.
+//
+// Split K. With few tiles the slices of each are dealt out to several blocks. These write
+// f32 partial tiles to the workspace, and a second kernel adds them in a fixed order.
+//
+// Padding. Taps that see nothing but padding from every row of the tile are left out.
+// Otherwise a pixel outside dY is a row of zeros in A, and so is what lies beyond the
+// last channel. Multiplied by an Inf or a NaN a zero gives a NaN that is not in the
+// definition; the same happens where splitting or rounding to TF32 overflows. So each
+// result that is not finite is computed again by the definition (DirectSum), which is
+// slow, exact and costs ordinary problems one test an output.
+//
+// Limits: bf16, f16 and f32; the channels of dY and the input channels of W contiguous;
+// an image that 32-bit indices can address (the host launches part after part of the
+// batch). Worth it only where C fills a good part of kN, and K one of a slice. Copies are
+// 16 bytes wide if all strides permit. Else, and if the channels end within 16 bytes, the
+// kernel with kWide = false runs: for each operand 16, 8 or 4 bytes, or, for an odd
+// number of 16-bit channels, single values that go through registers.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "direct.cuh"
+#include "geometry.cuh"
+#include "platform.cuh"
+#include "primitives.cuh"
+#include "tiled.cuh"
+
+namespace convgrad {
+
+constexpr int kMmaStages = 4;
+constexpr int kMmaSliceBytes = 64;  // of a row of A
+constexpr int kMmaChunkBytes = 16;
+constexpr int kMmaWarpN = 32;
+// What a warp's sums are cut into for the way out: 16 rows by kMmaWarpN channels, of
+// which a lane holds 4 x 4.
+constexpr int kMmaStripRows = 16;
+constexpr int kMmaStripTiles = kMmaWarpN / 8;
+constexpr int kMmaStripElements = kMmaStripRows * kMmaWarpN;
+constexpr int kMmaReduceWarps = 4;
+constexpr int kMmaReduceMinBlocks = 4;  // 128 registers; ptxas by itself takes too few
+// Counts beyond a channel dimension that a block may form but never reads.
+constexpr int kMmaSlack = 128;
+
+// Where a tile lies: rows m0.. of a phase and group, channels c0..
+struct MmaPlace {
+  int32_t c0, m0, group;
+  int32_t h0[kAxes], positions[kAxes];
+  PhaseTaps<int32_t> phase[kAxes];
+  int32_t per_image, row_count;
+};
+
+template <typename T, bool kThreeProducts, int kTileM, int kTileN>
+struct MmaTile {
+  static constexpr int kM = kTileM, kN = kTileN;
+  static constexpr int kK = kMmaSliceBytes / static_cast<int>(sizeof(T));
+  static constexpr int kWarpM = kM == 64 ? 32 : 64;
+  static constexpr int kWarpTilesM = kWarpM / kMmaStripRows;
+  static constexpr int kWarpsN = kN / kMmaWarpN;
+  static constexpr int kThreads = kM / kWarpM * kWarpsN * 32;
+  // 128, 168 and 128 registers a thread, and with three products 255 and 168.
+  static constexpr int kMinBlocks =
+      kThreads == 256 ? 2 : (kM == 128 ? 3 : 4) - (kThreeProducts ? 1 : 0);
+
+  static constexpr int kChunk = kMmaChunkBytes / static_cast<int>(sizeof(T));
+  static constexpr int kChunksA = kMmaSliceBytes / kMmaChunkBytes;  // of a row
+  static constexpr int kChunksB = kN / kChunk;
+  // A thread copies chunks of one column of A and B, this many rows apart.
+  static constexpr int kStepA = kThreads / kChunksA;
+  static constexpr int kStepB = kThreads / kChunksB;
+  static constexpr int kCopiesA = kM / kStepA;
+  static constexpr int kCopiesB = kK / kStepB;
+
+  static constexpr int kBytesA = kM * kMmaSliceBytes;
+  static constexpr int kBytesB = kK * kN * static_cast<int>(sizeof(T));
+  static constexpr int kStageBytes = kBytesA + kBytesB;
+  static constexpr int kRowsAt = kMmaStages * kStageBytes;
+  static constexpr int kSpansAt =
+      kRowsAt + kM * static_cast<int>(sizeof(TileRow<int32_t>));
+  static constexpr int kPlaceAt =
+      kSpansAt + kAxes * static_cast<int>(sizeof(TapSpan<int32_t>));
+  static constexpr int kSharedBytes = kPlaceAt + static_cast<int>(sizeof(MmaPlace));
+
+  static_assert(kM % kStepA == 0 && kK % kStepB == 0, "threads share the copies evenly");
+  static_assert(kStepA % 8 == 0 && kStepB % 8 == 0,
+                "all chunks of a thread are permuted alike");
+  static_assert(kChunksB >= 8, "the permutation of B needs eight chunks");
+  static_assert(kN <= kMmaSlack && kK <= kMmaSlack,
+                "offsets are formed up to the end of a tile");
+};
+
+struct MmaParams {
+  Geometry<int32_t> geometry;
+  // A block's number is ((part of the sum, group, phases..., row tile), channel tile).
+  // Phases need not have equally many rows: there are tiles for the largest, and some
+  // have nothing to do.
+  unsigned row_tiles, channel_tiles, phases[kAxes];
+  unsigned tiles, parts;
+  int tile_m, tile_n;
+  int dy_width, w_width;  // bytes that a copy may have, of use if not kWide
+  bool vector_store;      // dX takes aligned stores of 16 bytes, of f32: 8
+};
+
+__device__ __forceinline__ MmaPlace PlaceTile(const MmaParams& params, unsigned id) {
+  const Geometry<int32_t>& g = params.geometry;
+  MmaPlace at;
+  at.c0 = static_cast<int32_t>(id % params.channel_tiles) * params.tile_n;
+  id /= params.channel_tiles;
+  at.m0 = static_cast<int32_t>(id % params.row_tiles) * params.tile_m;
+  id /= params.row_tiles;
+#pragma unroll
+  for (int a = kAxes - 1; a >= 0; --a) {
+    at.h0[a] = static_cast<int32_t>(id % params.phases[a]);
+    id /= params.phases[a];
+    at.phase[a] = TapsOfPhase(g.axis[a], at.h0[a]);
+    at.positions[a] = g.axis[a].h_step.Quotient(g.axis[a].in - at.h0[a] - 1) + 1;
+  }
+  at.group = static_cast<int32_t>(id);
+  at.per_image = at.positions[0] * at.positions[1] * at.positions[2];
+  at.row_count = g.batch * at.per_image;
+  return at;
+}
+
+// What row m of a phase is: an image, a position in dX and, for tap zero, one in dY.
+struct MmaRow {
+  int32_t n, h[kAxes], p[kAxes];
+};
+
+__device__ __forceinline__ MmaRow RowOf(const Geometry<int32_t>& g, const MmaPlace& at,
+                                        int32_t m) {
+  MmaRow row;
+  row.n = m / at.per_image;
+  int32_t rest = m - row.n * at.per_image;
+#pragma unroll
+  for (int a = kAxes - 1; a >= 0; --a) {
+    const int32_t i = rest % at.positions[a];
+    rest /= at.positions[a];
+    row.h[a] = at.h0[a] + i * g.axis[a].h_step.divisor;
+    row.p[a] = at.phase[a].p0 + i * g.axis[a].p_per_h;
+  }
+  return row;
+}
+
+__device__ __forceinline__ int32_t OffsetInDx(const Geometry<int32_t>& g,
+                                              const MmaPlace& at, const MmaRow& row) {
+  int32_t offset = row.n * g.dx_batch + at.group * g.dx_group;
+#pragma unroll
+  for (int a = 0; a < kAxes; ++a) offset += row.h[a] * g.axis[a].dx_stride;
+  return offset;
+}
+
+// ---- copies -----------------------------------------------------------------------
+
+// Copies a chunk to shared memory of which `valid` bytes exist (none if negative) and the
+// rest become zeros. `base` is any address that may be named.
+template <typename T, int kBytes>
+__device__ __forceinline__ void CopyPieces(unsigned char* to, const T* base,
+                                           int32_t offset, int valid) {
+  constexpr int kElements = kBytes / static_cast<int>(sizeof(T));
+#pragma unroll
+  for (int piece = 0; piece < kMmaChunkBytes / kBytes; ++piece) {
+    const int left = valid - piece * kBytes;
+    const int bytes = left < 0 ? 0 : left < kBytes ? left : kBytes;
+    CopyAsync<kBytes>(to + piece * kBytes,
+                      bytes > 0 ? base + offset + piece * kElements : base, bytes);
+  }
+}
+
+template <typename T, bool kWide>
+__device__ __forceinline__ void CopyChunk(unsigned char* to, const T* base,
+                                          int32_t offset, int valid, int width) {
+  if constexpr (kWide) {
+    CopyAsyncOrZero(to, base + offset, valid > 0);
+  } else if (width == 16) {
+    CopyPieces<T, 16>(to, base, offset, valid);
+  } else if (width == 8) {
+    CopyPieces<T, 8>(to, base, offset, valid);
+  } else {
+    CopyPieces<T, 4>(to, base, offset, valid);
+  }
+}
+
+// The same by way of registers, for 16-bit values that lie at odd places.
+struct alignas(kMmaChunkBytes) MmaChunk {
+  uint32_t word[4];
+};
+
+template <typename T>
+__device__ __forceinline__ MmaChunk LoadChunk(const T* __restrict__ base, int32_t offset,
+                                              int valid) {
+  constexpr int kElements = kMmaChunkBytes / static_cast<int>(sizeof(T));
+  T element[kElements];
+#pragma unroll
+  for (int e = 0; e < kElements; ++e) {
+    element[e] = e * static_cast<int>(sizeof(T)) < valid ? base[offset + e] : T{};
+  }
+  MmaChunk chunk;
+  std::memcpy(&chunk, element, sizeof(chunk));
+  return chunk;
+}
+
+// ---- products ---------------------------------------------------------------------
+
+__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
+                                    const uint32_t (&b)[2], __nv_bfloat16) {
+  MmaBf16(d, a, b);
+}
+__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
+                                    const uint32_t (&b)[2], __half) {
+  MmaF16(d, a, b);
+}
+__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
+                                    const uint32_t (&b)[2], float) {
+  MmaTf32(d, a, b);
+}
+
+__device__ __forceinline__ float FromBits(uint32_t bits) {
+  float v;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+// v less its rounding to TF32, rounded itself: the two add up to v but for 2^-22 of it.
+__device__ __forceinline__ uint32_t RestOfTf32(float v, uint32_t rounded) {
+  return RoundToTf32(v - FromBits(rounded));
+}
+
+// The fragments of B for step `step` of a slice, for the warp's four tiles: what a lane
+// holds of 32 bytes of K by kMmaWarpN channels.
+template <typename T, int kN>
+__device__ __forceinline__ void LoadFragmentsB(uint32_t (&b)[kMmaStripTiles][2],
+                                               const unsigned char* slice, int step,
+                                               int warp_n, int lane) {
+  constexpr int kRowBytes = kN * static_cast<int>(sizeof(T));
+  if constexpr (sizeof(T) == 2) {
+    const int k = step * 16 + lane % 16;
+#pragma unroll
+    for (int j = 0; j < kMmaStripTiles; j += 2) {
+      const int chunk = warp_n / 8 + j + lane / 16;
+      uint32_t r[4];
+      LoadMatrixX4Transposed(r,
+                             slice + k * kRowBytes + (chunk ^ lane % 8) * kMmaChunkBytes);
+      b[j][0] = r[0];
+      b[j][1] = r[1];
+      b[j + 1][0] = r[2];
+      b[j + 1][1] = r[3];
+    }
+  } else {
+    const int k = step * 8 + lane % 4;
+    const int column = lane / 4;
+#pragma unroll
+    for (int j = 0; j < kMmaStripTiles; ++j) {
+      const int chunk = warp_n / 4 + 2 * j + column / 4;
+      const unsigned char* const at = slice + k * kRowBytes +
+                                      (chunk ^ lane % 4 * 2) * kMmaChunkBytes +
+                                      column % 4 * 4;
+      b[j][0] = *reinterpret_cast<const uint32_t*>(at);
+      b[j][1] = *reinterpret_cast<const uint32_t*>(at + 4 * kRowBytes);
+    }
+  }
+}
+
+// Adds the product of two slices to a warp's sums.
+template <typename T, bool kThreeProducts, typename S>
+__device__ __forceinline__ void MultiplySlices(
+    const unsigned char* slice_a, const unsigned char* slice_b, int warp_m, int warp_n,
+    int lane, float (&sum)[S::kWarpTilesM][kMmaStripTiles][4]) {
+#pragma unroll
+  for (int step = 0; step < kMmaSliceBytes / 32; ++step) {
+    uint32_t b[kMmaStripTiles][2], b_lo[kThreeProducts ? kMmaStripTiles : 1][2];
+    LoadFragmentsB<T, S::kN>(b, slice_b, step, warp_n, lane);
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int j = 0; j < kMmaStripTiles; ++j) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const float v = FromBits(b[j][e]);
+          b[j][e] = RoundToTf32(v);
+          if constexpr (kThreeProducts) b_lo[j][e] = RestOfTf32(v, b[j][e]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < S::kWarpTilesM; ++i) {
+      const int row = warp_m + i * kMmaStripRows + lane % 16;
+      const int chunk = (step * 2 + lane / 16) ^ (lane / 2 % 4);
+      uint32_t a[4], a_lo[4];
+      LoadMatrixX4(a, slice_a + row * kMmaSliceBytes + chunk * kMmaChunkBytes);
+      if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const float v = FromBits(a[e]);
+          a[e] = RoundToTf32(v);
+          if constexpr (kThreeProducts) a_lo[e] = RestOfTf32(v, a[e]);
+        }
+      }
+      if constexpr (kThreeProducts) {
+        // Tile by tile the three would wait for each other.
+        float part[kMmaStripTiles][4] = {};
+#pragma unroll
+        for (int j = 0; j < kMmaStripTiles; ++j) Mma(part[j], a_lo, b[j], T{});
+#pragma unroll
+        for (int j = 0; j < kMmaStripTiles; ++j) Mma(part[j], a, b_lo[j], T{});
+#pragma unroll
+        for (int j = 0; j < kMmaStripTiles; ++j) Mma(part[j], a, b[j], T{});
+#pragma unroll
+        for (int j = 0; j < kMmaStripTiles; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[i][j][e] += part[j][e];
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kMmaStripTiles; ++j) Mma(sum[i][j], a, b[j], T{});
+      }
+    }
+  }
+}
+
+// ---- the way out ------------------------------------------------------------------
+
+// word[q] of lane t of a quad goes to word[t] of lane q.
+__device__ __forceinline__ void TransposeQuad(uint32_t (&word)[4], int lane) {
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool upper = (lane & bit) != 0;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) {
+      if (q & bit) continue;
+      const uint32_t got =
+          __shfl_xor_sync(0xffffffffu, upper ? word[q] : word[q | bit], bit);
+      word[q] = upper ? got : word[q];
+      word[q | bit] = upper ? word[q | bit] : got;
+    }
+  }
+}
+
+// Stores kCount adjacent channels of a row, of those that exist.
+template <int kCount, typename T>
+__device__ __forceinline__ void StoreChannels(const MmaParams& params,
+                                              const T (&value)[kCount], int32_t row_at,
+                                              int32_t c, T* __restrict__ dx) {
+  const Geometry<int32_t>& g = params.geometry;
+  struct alignas(kCount * sizeof(T)) Packed {
+    T element[kCount];
+  } packed;
+#pragma unroll
+  for (int e = 0; e < kCount; ++e) packed.element[e] = value[e];
+  if (params.vector_store && c + kCount <= g.in_channels) {
+    *reinterpret_cast<Packed*>(dx + row_at + c) = packed;
+  } else {
+#pragma unroll
+    for (int e = 0; e < kCount; ++e) {
+      if (c + e < g.in_channels) dx[row_at + (c + e) * g.dx_channel] = value[e];
+    }
+  }
+}
+
+// Stores a strip whose first channel is c. A lane has rows lane/4 and lane/4 + 8, which
+// lie at row_at in dX if there is such a row. Returns which of its sums are not finite:
+// bit 4*j + e for sum[j][e].
+template <typename T>
+__device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
+                                               const float (&sum)[kMmaStripTiles][4],
+                                               const int32_t (&row_at)[2],
+                                               const bool (&row_exists)[2], int32_t c,
+                                               int lane, T* __restrict__ dx) {
+  unsigned special = 0;
+#pragma unroll
+  for (int j = 0; j < kMmaStripTiles; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const bool finite = sum[j][e] - sum[j][e] == 0.0f;
+      special |= static_cast<unsigned>(!finite) << (4 * j + e);
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (sizeof(T) == 2) {
+      // A lane has two channels of each of four tiles. Exchanged within the quad, these
+      // are the eight of one tile, which are one store.
+      uint32_t word[kMmaStripTiles];
+#pragma unroll
+      for (int j = 0; j < kMmaStripTiles; ++j) {
+        const T pair[2] = {Narrow(sum[j][2 * half], T{}),
+                           Narrow(sum[j][2 * half + 1], T{})};
+        std::memcpy(&word[j], pair, sizeof(pair));
+      }
+      TransposeQuad(word, lane);
+      T value[8];
+      std::memcpy(value, word, sizeof(value));
+      if (row_exists[half]) {
+        StoreChannels(params, value, row_at[half], c + lane % 4 * 8, dx);
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kMmaStripTiles; ++j) {
+        const T value[2] = {sum[j][2 * half], sum[j][2 * half + 1]};
+        if (row_exists[half]) {
+          StoreChannels(params, value, row_at[half], c + j * 8 + lane % 4 * 2, dx);
+        }
+      }
+    }
+  }
+  return special;
+}
+
+// Computes again, by the definition, the elements of `special`: bit 16*i + 4*j + e for
+// e of tile j of strip i of a warp, whose first row and channel are m and c. A lane's
+// results may have been stored by another one, hence the barrier.
+template <typename T>
+__device__ __forceinline__ void Repair(const MmaParams& params, const MmaPlace& at,
+                                       uint64_t special, int32_t m, int32_t c, int lane,
+                                       const T* __restrict__ dy, const T* __restrict__ w,
+                                       T* __restrict__ dx) {
+  const Geometry<int32_t>& g = params.geometry;
+  __syncwarp();
+#pragma unroll 1
+  for (int bit = 0; special != 0; ++bit, special >>= 1) {
+    if ((special & 1) == 0) continue;
+    const int e = bit % 4;
+    const int32_t row_m = m + bit / 16 * kMmaStripRows + lane / 4 + e / 2 * 8;
+    const int32_t row_c = c + bit / 4 % 4 * 8 + lane % 4 * 2 + e % 2;
+    if (row_m >= at.row_count || row_c >= g.in_channels) continue;
+    const MmaRow row = RowOf(g, at, row_m);
+    const float sum =
+        DirectSum<T, int32_t>(g, row.h, row.n * g.dy_batch + at.group * g.dy_group,
+                              at.group * g.w_group + row_c * g.w_in_channel, dy, w);
+    dx[OffsetInDx(g, at, row) + row_c * g.dx_channel] = Narrow(sum, T{});
+  }
+}
+
+// Where a lane's part of tile j of a strip lies in the workspace, as an index of float4.
+// Strips of a tile are numbered by rows.
+__device__ __forceinline__ size_t PartialAt(size_t tile, int strips, int strip, int j,
+                                            int lane) {
+  return ((tile * strips + strip) * kMmaStripTiles + j) * 32 + lane;
+}
+
+// ---- the kernels ------------------------------------------------------------------
+
+template <typename T, bool kThreeProducts, int kTileM, int kTileN, bool kWide>
+__global__ void __launch_bounds__(
+    (MmaTile<T, kThreeProducts, kTileM, kTileN>::kThreads),
+    (MmaTile<T, kThreeProducts, kTileM, kTileN>::kMinBlocks))
+    MmaKernel(const __grid_constant__ MmaParams params, const T* __restrict__ dy,
+              const T* __restrict__ w, T* __restrict__ dx, float4* __restrict__ partial) {
+  using S = MmaTile<T, kThreeProducts, kTileM, kTileN>;
+  constexpr int kSize = static_cast<int>(sizeof(T));
+  CU_DYNAMIC_SHARED(shared);
+  TileRow<int32_t>* const rows = reinterpret_cast<TileRow<int32_t>*>(shared + S::kRowsAt);
+  TapSpan<int32_t>* const spans =
+      reinterpret_cast<TapSpan<int32_t>*>(shared + S::kSpansAt);
+
+  const Geometry<int32_t>& g = params.geometry;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = thread % 32;
+  const int warp_m = thread / 32 / S::kWarpsN * S::kWarpM;
+  const int warp_n = thread / 32 % S::kWarpsN * kMmaWarpN;
+  const unsigned part = blockIdx.x / params.tiles;
+  const MmaPlace at = PlaceTile(params, blockIdx.x - part * params.tiles);
+  if (at.m0 >= at.row_count) return;
+  // Read again from here after the products, which leave no registers for it.
+  MmaPlace& kept = *reinterpret_cast<MmaPlace*>(shared + S::kPlaceAt);
+  if (thread == 0) kept = at;
+
+  for (int r = thread; r < S::kM; r += S::kThreads) {
+    TileRow<int32_t> row = {{-1, -1, -1}, 0, 0};
+    if (at.m0 + r < at.row_count) {
+      const MmaRow of = RowOf(g, at, at.m0 + r);
+      row.dy = of.n * g.dy_batch + at.group * g.dy_group;
+      row.dx = OffsetInDx(g, at, of);
+#pragma unroll
+      for (int a = 0; a < kAxes; ++a) {
+        row.p[a] = of.p[a];
+        row.dy += of.p[a] * g.axis[a].dy_stride;
+      }
+    }
+    rows[r] = row;
+  }
+  __syncthreads();
+
+  // The taps that some row of the tile may need. Rows are in lexicographic order, so on
+  // an axis they lie between the first and the last row's position as long as these two
+  // agree on everything before that axis, and anywhere if not.
+  int32_t taps = 1;
+  {
+    const int32_t m_end = at.m0 + S::kM < at.row_count ? at.m0 + S::kM : at.row_count;
+    const TileRow<int32_t>& first = rows[0];
+    const TileRow<int32_t>& last = rows[m_end - 1 - at.m0];
+    bool together = at.m0 / at.per_image == (m_end - 1) / at.per_image;
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) {
+      const AxisGeometry<int32_t>& axis = g.axis[a];
+      const int32_t lowest = at.phase[a].p0;
+      const int32_t highest = lowest + (at.positions[a] - 1) * axis.p_per_h;
+      const TapRange<int32_t> live =
+          LiveTaps(axis, together ? first.p[a] : lowest, together ? last.p[a] : highest,
+                   at.phase[a].r_count);
+      together = together && first.p[a] == last.p[a];
+      taps *= live.count;
+      if (thread == 0) {
+        spans[a] = {live.count, live.first * axis.p_per_r.divisor,
+                    at.phase[a].r0 + live.first * axis.r_step};
+      }
+    }
+  }
+  __syncthreads();
+
+  // This block's part of the slices, and the first of them.
+  const int32_t slices_per_tap = (g.out_channels + S::kK - 1) / S::kK;
+  const int64_t all_slices = static_cast<int64_t>(taps) * slices_per_tap;
+  const int32_t first_slice = static_cast<int32_t>(all_slices * part / params.parts);
+  const int32_t slices =
+      static_cast<int32_t>(all_slices * (part + 1) / params.parts) - first_slice;
+
+  // What this thread copies: its chunks' places in a slice and in global memory.
+  const int a_row = thread / S::kChunksA, a_k = thread % S::kChunksA * S::kChunk;
+  const int b_row = thread / S::kChunksB;
+  const int a_to =
+      a_row * kMmaSliceBytes + (thread % S::kChunksA ^ a_row / 2 % 4) * kMmaChunkBytes;
+  const int b_to =
+      b_row * S::kN * kSize +
+      (thread % S::kChunksB ^ (kSize == 2 ? b_row % 8 : b_row % 4 * 2)) * kMmaChunkBytes;
+  int32_t a_from[S::kCopiesA];
+#pragma unroll
+  for (int j = 0; j < S::kCopiesA; ++j) a_from[j] = rows[a_row + j * S::kStepA].dy + a_k;
+  const int32_t b_c = at.c0 + thread % S::kChunksB * S::kChunk;
+  const int32_t b_from = at.group * g.w_group + b_row * g.w_out_channel + b_c;
+  const int b_valid = (g.in_channels - b_c) * kSize < kMmaChunkBytes
+                          ? static_cast<int>(g.in_channels - b_c) * kSize
+                          : kMmaChunkBytes;
+
+  // The slice that is copied next: live tap t, channels k0.. of dY.
+  int32_t t[kAxes] = {}, k0 = 0, dy_tap = 0, w_tap = 0;
+  unsigned inside = 0;  // bit j: copy j of A is inside dY for this tap
+  const auto locate_tap = [&] {
+    int32_t shift[kAxes];
+    dy_tap = 0;
+    w_tap = 0;
+#pragma unroll
+    for (int a = 0; a < kAxes; ++a) {
+      const AxisGeometry<int32_t>& axis = g.axis[a];
+      shift[a] = spans[a].shift + t[a] * axis.p_per_r.divisor;
+      dy_tap -= shift[a] * axis.dy_stride;
+      w_tap += (spans[a].r + t[a] * axis.r_step) * axis.w_stride;
+    }
+    inside = 0;
+#pragma unroll
+    for (int j = 0; j < S::kCopiesA; ++j) {
+      inside |= static_cast<unsigned>(Reaches(g, rows[a_row + j * S::kStepA], shift))
+                << j;
+    }
+  };
+  if (slices > 0) {
+    int32_t tap = first_slice / slices_per_tap;
+    k0 = (first_slice - tap * slices_per_tap) * S::kK;
+#pragma unroll
+    for (int a = kAxes - 1; a >= 0; --a) {
+      t[a] = tap % spans[a].count;
+      tap /= spans[a].count;
+    }
+    locate_tap();
+  }
+
+  // Copies that go through registers end after the slice before has been multiplied.
+  constexpr bool kStaged = !kWide && kSize == 2;
+  MmaChunk a_staged[kStaged ? S::kCopiesA : 1], b_staged[kStaged ? S::kCopiesB : 1];
+  const auto begin_copies = [&](int stage) {
+    unsigned char* const slice = shared + stage * S::kStageBytes;
+    const int a_left = (g.out_channels - k0 - a_k) * kSize;
+    const int a_valid = a_left < kMmaChunkBytes ? a_left : kMmaChunkBytes;
+#pragma unroll
+    for (int j = 0; j < S::kCopiesA; ++j) {
+      const int valid = inside >> j & 1 ? a_valid : 0;
+      const int32_t from = a_from[j] + dy_tap + k0;
+      if (kStaged && params.dy_width < 4) {
+        a_staged[kStaged ? j : 0] = LoadChunk(dy, from, valid);
+      } else {
+        CopyChunk<T, kWide>(slice + a_to + j * S::kStepA * kMmaSliceBytes, dy, from,
+                            valid, params.dy_width);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < S::kCopiesB; ++j) {
+      const int32_t k = k0 + j * S::kStepB;
+      const int valid = b_row + k < g.out_channels ? b_valid : 0;
+      const int32_t from = b_from + w_tap + k * g.w_out_channel;
+      if (kStaged && params.w_width < 4) {
+        b_staged[kStaged ? j : 0] = LoadChunk(w, from, valid);
+      } else {
+        CopyChunk<T, kWide>(slice + S::kBytesA + b_to + j * S::kStepB * S::kN * kSize, w,
+                            from, valid, params.w_width);
+      }
+    }
+    k0 += S::kK;
+    if (k0 >= g.out_channels) {
+      k0 = 0;
+      ++t[2];
+      if (t[2] == spans[2].count) {
+        t[2] = 0;
+        ++t[1];
+      }
+      if (t[1] == spans[1].count) {
+        t[1] = 0;
+        ++t[0];
+      }
+      locate_tap();
+    }
+  };
+  const auto end_copies = [&](int stage) {
+    if constexpr (kStaged) {
+      unsigned char* const slice = shared + stage * S::kStageBytes;
+      if (params.dy_width < 4) {
+#pragma unroll
+        for (int j = 0; j < S::kCopiesA; ++j) {
+          *reinterpret_cast<MmaChunk*>(slice + a_to + j * S::kStepA * kMmaSliceBytes) =
+              a_staged[j];
+        }
+      }
+      if (params.w_width < 4) {
+#pragma unroll
+        for (int j = 0; j < S::kCopiesB; ++j) {
+          *reinterpret_cast<MmaChunk*>(slice + S::kBytesA + b_to +
+                                       j * S::kStepB * S::kN * kSize) = b_staged[j];
+        }
+      }
+    }
+  };
+
+  float sum[S::kWarpTilesM][kMmaStripTiles][4] = {};
+#pragma unroll 1
+  for (int stage = 0; stage < kMmaStages - 1; ++stage) {
+    if (stage < slices) {
+      begin_copies(stage);
+      end_copies(stage);
+    }
+    CopyAsyncCommit();
+  }
+  int stage = 0;
+#pragma unroll 1
+  for (int32_t slice = 0; slice < slices; ++slice) {
+    // The barrier publishes this slice. It also means that nobody still reads the one
+    // before, whose stage is filled next.
+    CopyAsyncWait<kMmaStages - 2>();
+    __syncthreads();
+    const bool more = slice + kMmaStages - 1 < slices;
+    const int free_stage = stage == 0 ? kMmaStages - 1 : stage - 1;
+    if (more) begin_copies(free_stage);
+    CopyAsyncCommit();
+    const unsigned char* const slice_a = shared + stage * S::kStageBytes;
+    MultiplySlices<T, kThreeProducts, S>(slice_a, slice_a + S::kBytesA, warp_m, warp_n,
+                                         lane, sum);
+    if (more) end_copies(free_stage);
+    stage = stage == kMmaStages - 1 ? 0 : stage + 1;
+  }
+
+  if (params.parts > 1) {
+    constexpr int kStrips = S::kM / kMmaStripRows * S::kWarpsN;
+#pragma unroll
+    for (int i = 0; i < S::kWarpTilesM; ++i) {
+      const int strip = (warp_m / kMmaStripRows + i) * S::kWarpsN + warp_n / kMmaWarpN;
+#pragma unroll
+      for (int j = 0; j < kMmaStripTiles; ++j) {
+        const float (&v)[4] = sum[i][j];
+        partial[PartialAt(blockIdx.x, kStrips, strip, j, lane)] = {v[0], v[1], v[2],
+                                                                   v[3]};
+      }
+    }
+    return;
+  }
+  const int32_t m0 = kept.m0 + warp_m, c0 = kept.c0 + warp_n;
+  const int32_t row_count = kept.row_count;
+  uint64_t special = 0;
+#pragma unroll
+  for (int i = 0; i < S::kWarpTilesM; ++i) {
+    const int row = i * kMmaStripRows + lane / 4;
+    const int32_t row_at[2] = {rows[warp_m + row].dx, rows[warp_m + row + 8].dx};
+    const bool row_exists[2] = {m0 + row < row_count, m0 + row + 8 < row_count};
+    const unsigned found = StoreStrip(params, sum[i], row_at, row_exists, c0, lane, dx);
+    special |= static_cast<uint64_t>(found) << (16 * i);
+  }
+  Repair(params, kept, special, m0, c0, lane, dy, w, dx);
+}
+
+// Adds up the parts of the sums of a problem, a warp for each strip.
+template <typename T>
+__global__ void __launch_bounds__(kMmaReduceWarps * 32, kMmaReduceMinBlocks)
+    MmaReduceKernel(const __grid_constant__ MmaParams params, const T* __restrict__ dy,
+                    const T* __restrict__ w, T* __restrict__ dx,
+                    const float4* __restrict__ partial) {
+  const Geometry<int32_t>& g = params.geometry;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const unsigned warp = blockIdx.x * kMmaReduceWarps + threadIdx.x / 32;
+  const int strips_n = params.tile_n / kMmaWarpN;
+  const int strips = params.tile_m / kMmaStripRows * strips_n;
+  const unsigned tile = warp / strips;
+  const int strip = static_cast<int>(warp - tile * strips);
+  if (tile >= params.tiles) return;
+  const MmaPlace at = PlaceTile(params, tile);
+  const int32_t m = at.m0 + strip / strips_n * kMmaStripRows;
+  const int32_t c = at.c0 + strip % strips_n * kMmaWarpN;
+  if (m >= at.row_count || c >= g.in_channels) return;
+
+  float sum[kMmaStripTiles][4] = {};
+#pragma unroll 2
+  for (unsigned part = 0; part < params.parts; ++part) {
+    const size_t block = static_cast<size_t>(part) * params.tiles + tile;
+#pragma unroll
+    for (int j = 0; j < kMmaStripTiles; ++j) {
+      const float4 v = partial[PartialAt(block, strips, strip, j, lane)];
+      sum[j][0] += v.x;
+      sum[j][1] += v.y;
+      sum[j][2] += v.z;
+      sum[j][3] += v.w;
+    }
+  }
+  int32_t row_at[2] = {};
+  bool row_exists[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int32_t row = m + lane / 4 + half * 8;
+    row_exists[half] = row < at.row_count;
+    if (row_exists[half]) row_at[half] = OffsetInDx(g, at, RowOf(g, at, row));
+  }
+  const unsigned special = StoreStrip(params, sum, row_at, row_exists, c, lane, dx);
+  Repair(params, at, special, m, c, lane, dy, w, dx);
+}
+
+}  // namespace convgrad
