@@ -339,3 +339,16 @@ def test_explanation_shows_how_a_cuda_kernel_cuts_the_problem_up():
     assert plan.model_us > 0
     for part in (f"{plan.blocks} blocks", f"{plan.shared_bytes} B shared", "model"):
         assert part in str(explanation)
+
+
+@pytest.mark.native
+def test_export_takes_the_exemption_that_the_readme_names(rng):
+    dy, w = oracles.operands(rng, G, "float32")
+    function = jax.jit(
+        lambda dy, w: jax_convgrad.conv_input_grad(dy, w, G.lhs_shape, (2, 2), "SAME")
+    )
+    exemption = jax.export.DisabledSafetyCheck.custom_call(native.TARGET)
+    with pytest.raises(ValueError, match=native.TARGET):
+        jax.export.export(function)(dy, w)
+    exported = jax.export.export(function, disabled_checks=[exemption])(dy, w)
+    np.testing.assert_array_equal(exported.call(dy, w), function(dy, w))

@@ -219,7 +219,10 @@ def main(
     Returns:
         The exit status: 1 if a result of ours was wrong or did not come.
     """
-    options = {name: str(v) if isinstance(v, pathlib.Path) else v for name, v in locals().items()}
+    options = {
+        name: _portable(value) if isinstance(value, pathlib.Path) else value
+        for name, value in locals().items()
+    }
     if png_path is not None:
         require("matplotlib", "--png")
     _writable(json_path)
@@ -262,6 +265,12 @@ def main(
 
         plots.draw(report, png_path)
     return _conclude(console, report)
+
+
+def _portable(path: pathlib.Path) -> str:
+    """A path as a report shows it: without the folders above the working directory."""
+    absolute, here = path.resolve(), pathlib.Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else path.name
 
 
 def _run(
