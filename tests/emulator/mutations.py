@@ -99,7 +99,7 @@ MUTATIONS = [
     Mutation("tiled takes padding for dY", _TILED,
              "(dy_inside >> j & 1) && dy_k", "dy_k", variant="address"),
     Mutation("tiled stores rows beyond the last", _TILED,
-             "if (m0 + row_of(i) >= row_count) continue;", "", variant="address"),
+             "if (m0 + row_of(i) >= row_count) continue;", ""),
     Mutation("tiled stores channels beyond the last", _TILED,
              "if (c + j < g.in_channels) {", "{", variant="address"),
     Mutation("tiled stores unaligned vectors", _TILED,
