@@ -124,8 +124,8 @@ def problems(check: str) -> list[str]:
         "dilated": make_geometry((6, 5), (3, 3), (6, 10), stride=(2, 3), lhs_dilation=(3, 2),
                                  rhs_dilation=(2, 3), padding=((4, 3), (5, 2))),
         "odd_channels_last": make_geometry((5, 5), (3, 3), (6, 9), stride=2, padding=1),
-        "vectors": make_geometry((5, 3), (3, 1), (6, 8), batch=4, padding=((1, 1), (0, 0)),
-                                 dimension_numbers=("HNWC", "HWIO", "NHWC")),
+        # Strides over images are whole vectors, those over pixels are not.
+        "vectors": make_geometry((4, 4), (3, 3), (6, 8), batch=4, padding=1, batch_groups=2),
         "one_image": make_geometry((6, 6), (3, 3), (8, 9), batch=1, padding=1),
         "two_tiles": make_geometry((14, 14), (1, 5), (4, 5), batch=1, padding=((0, 0), (2, 2))),
         "wide": make_geometry((75,), (40,), (5, 6), stride=37, padding=((3, 2),)),
