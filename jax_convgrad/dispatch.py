@@ -66,6 +66,12 @@ def check_out_sharding(out_sharding: Any, function: str) -> None:
         )
 
 
+def _bits(dtype: Any) -> int:
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits
+    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
+
+
 def result_dtype(operand_dtype: Any, preferred_element_type: Any, function: str) -> Any:
     """The dtype of a result, or a TypeError if the preferred one is narrower or of another kind.
 
@@ -88,19 +94,16 @@ def result_dtype(operand_dtype: Any, preferred_element_type: Any, function: str)
         ) from None
     kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
     operand_kind, kind = (
-        next((k for k in kinds if jnp.issubdtype(d, k)), None) for d in (operand_dtype, dtype)
+        jnp.integer if d == jnp.bool_ else next((k for k in kinds if jnp.issubdtype(d, k)), None)
+        for d in (operand_dtype, dtype)
     )
     if kind is None or (kind != operand_kind and (operand_kind, kind) != kinds[:2]):
         raise TypeError(
             f"{function} preferred_element_type must be of the operands' kind, or floating for "
             f"integers, got {dtype} for operands of dtype {operand_dtype}."
         )
-    if all(jnp.issubdtype(d, jnp.floating) for d in (dtype, operand_dtype)):
-        # By width alone, as in lax; 8-bit floats have no promotion to ask for.
-        narrower = jnp.finfo(dtype).bits < jnp.finfo(operand_dtype).bits
-    else:
-        narrower = jnp.result_type(operand_dtype, dtype) != dtype
-    if narrower:
+    # By width alone, as in lax: promotion may be forbidden, and 8-bit floats have none.
+    if _bits(dtype) < _bits(operand_dtype):
         raise TypeError(
             f"{function} preferred_element_type must not be narrower than the operands' dtype "
             f"{operand_dtype}, got {dtype}."

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax import lax
 
 import jax_convgrad
 from jax_convgrad import dispatch, native
@@ -352,3 +353,19 @@ def test_export_takes_the_exemption_that_the_readme_names(rng):
         jax.export.export(function)(dy, w)
     exported = jax.export.export(function, disabled_checks=[exemption])(dy, w)
     np.testing.assert_array_equal(exported.call(dy, w), function(dy, w))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "preferred"),
+    [("float16", "float32"), ("int8", "int16"), ("int16", "float32"), ("bool", "int32"),
+     ("bfloat16", "float16"), ("complex64", "complex64")],
+)  # fmt: skip
+def test_preferred_element_type_needs_no_promotion_rule(dtype, preferred):
+    x, w = jnp.ones((1, 2, 4), dtype), jnp.ones((3, 2, 2), dtype)
+    params = {"padding": "VALID", "preferred_element_type": preferred}
+    with jax.numpy_dtype_promotion("strict"):
+        ours = jax_convgrad.conv_general_dilated(x, w, (1,), **params)
+        expected = lax.conv_general_dilated(x, w, (1,), **params)
+        dx = jax_convgrad.conv_input_grad(jnp.ones((1, 3, 3), dtype), w, x.shape, **params)
+    np.testing.assert_array_equal(ours, expected)
+    assert dx.dtype == preferred
