@@ -17,6 +17,7 @@ from jax.interpreters import mlir
 
 import jax_convgrad
 from jax_convgrad import custom_call, dispatch, input_grad, native
+from jax_convgrad.tools import layers
 from jax_convgrad.tools.geometries import make_geometry, normwise_error, random_cases
 
 if (reason := build.missing()) is not None:
@@ -227,3 +228,34 @@ def test_vmap_of_grad_reaches_the_emulated_kernels(lowered_for_cuda, rng):
     dx = jax.jit(jax.vmap(function, (0, None)))(dy, w)
     for each, expected in zip(dx, dy, strict=True):
         assert normwise_error(each, oracles.lax_input_grad(expected, w, g)) <= 1e-3
+
+
+LAYERS = layers.load(layers.default_path(), "NHWC")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_planner_names_a_kernel_for_every_layer_of_the_table(emulated, dtype):
+    for layer in LAYERS:
+        g = layer.geometry
+        attributes = custom_call.attributes(g, "cuda", None)
+        plan = emulated.plan(dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
+        assert plan["kernel"] in emulated.kernel_names()
+        assert plan["model_us"] > 0
+        _, rhs_spec, _ = g.dimension_numbers
+        out_channels, in_channels = (g.rhs_shape[d] for d in rhs_spec[:2])
+        if g.groups == 1 and min(out_channels, in_channels) >= 32:
+            assert plan["kernel"] != "direct", layer
+
+
+@pytest.mark.parametrize("kernel", ["auto", "mma", "tiled"])
+def test_workspace_does_not_depend_on_the_gpu(emulated, kernel):
+    # Small M, so that the sum is split.
+    g = make_geometry((7, 7), (3, 3), (512, 512), batch=4, padding=1)
+    attributes = custom_call.attributes(g, "cuda", None, kernel)
+    shapes = (g.lhs_shape, g.rhs_shape, g.out_shape)
+    plans = [
+        emulated.plan("bfloat16", *shapes, attributes, capability=c) for c in (80, 90, 100, 120)
+    ]
+    assert len({plan["workspace_bytes"] for plan in plans}) == 1
+    with pytest.raises(ValueError, match="kernel"):
+        emulated.plan("bfloat16", *shapes, attributes, capability=75)

@@ -32,9 +32,7 @@ using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,
                                    const Plan& plan, const void* dy, const void* w,
                                    void* dx, void* workspace);
 
-PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32, PlanPointwise, PlanDepthwise,
-    PlanFewChannels;
-LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32, LaunchPointwise,
-    LaunchDepthwise, LaunchFewChannels;
+PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32;
+LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32;
 
 }  // namespace convgrad

@@ -21,9 +21,18 @@ DTYPES = ("float64", "float32", "bfloat16", "float16")
 MODES = (("0", "0"), ("1", "1"), ("0", "7"), ("1", "0"), ("0", "1"), ("1", "7"))
 
 
+# Bytes of memory that was never written: NaNs, or numbers that are finite and large. The
+# latter show mistakes that a kernel repairs because their results are not finite.
+NAN_POISON, FINITE_POISON = "255", "71"
+
+
 def environment(mode: tuple[str, str]) -> dict[str, str]:
-    """The emulator's settings by a row of `MODES`."""
-    return {"CUDA_EMULATOR_EAGER": mode[0], "CUDA_EMULATOR_ORDER": mode[1]}
+    """The emulator's settings by a row of `MODES`: with the natural order NaNs as poison."""
+    return {
+        "CUDA_EMULATOR_EAGER": mode[0],
+        "CUDA_EMULATOR_ORDER": mode[1],
+        "CUDA_EMULATOR_POISON": NAN_POISON if mode[1] == "0" else FINITE_POISON,
+    }
 
 
 def products(g: ConvGeometry) -> int:

@@ -25,6 +25,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda_emulator/environment.h"
 #include "cuda_emulator/numbers.h"
 #include "kernel.h"
 #include "problem.h"
@@ -75,7 +76,7 @@ class Array {
     constexpr size_t kAlignment = 64;  // XLA's
     if (posix_memalign(&memory, kAlignment, bytes_) != 0) throw std::bad_alloc();
     memory_.reset(memory);
-    std::memset(memory, 0xff, bytes_);  // NaNs
+    std::memset(memory, cuda_emulator::PoisonByte(), bytes_);
   }
 
   int64_t count() const { return count_; }

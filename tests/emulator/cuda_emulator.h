@@ -20,9 +20,10 @@
 // time.
 //
 // Environment, read at every launch:
-//   CUDA_EMULATOR_ORDER    0 natural (the default), 1 reversed, n shuffled by seed n
-//   CUDA_EMULATOR_EAGER    1: cp.async copies when it is issued, else when it is waited
-//   for CUDA_EMULATOR_THREADS  blocks in flight; always one under a sanitizer
+// - CUDA_EMULATOR_ORDER: 0 natural (the default), 1 reversed, n shuffled by seed n
+// - CUDA_EMULATOR_EAGER: 1 for cp.async that copies when issued, else when waited for
+// - CUDA_EMULATOR_POISON: the byte that memory holds before it is written (255: NaNs)
+// - CUDA_EMULATOR_THREADS: blocks in flight; always one under a sanitizer
 
 #pragma once
 

@@ -39,6 +39,7 @@ class Mutation:
 
 _DIRECT, _TILED = "csrc/cuda/direct.cuh", "csrc/cuda/tiled.cuh"
 _GEOMETRY, _PHASE = "csrc/cuda/geometry.cuh", "csrc/phase.h"
+_MMA = "csrc/cuda/mma.cuh"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -108,6 +109,23 @@ MUTATIONS = [
     Mutation("tiled drops taps at a tile's edge", _TILED,
              "together ? first.p[a] : lowest, together ? last.p[a] : highest",
              "first.p[a], last.p[a]"),
+    # ---- mma. Finite poison: it repairs results that are not finite.
+    Mutation("mma waits for one copy too few", _MMA,
+             "CopyAsyncWait<kMmaStages - 2>()", "CopyAsyncWait<kMmaStages - 1>()",
+             mode=("0", "1")),
+    Mutation("mma without the barrier of its ring", _MMA,
+             "    CopyAsyncWait<kMmaStages - 2>();\n    __syncthreads();",
+             "    CopyAsyncWait<kMmaStages - 2>();\n    __syncwarp();", mode=("0", "1")),
+    Mutation("mma copies into the stage being read", _MMA,
+             "if (more) begin_copies(free_stage);", "if (more) begin_copies(stage);",
+             mode=("1", "1")),
+    Mutation("mma_3xtf32 without one of its products", _MMA,
+             "Mma(part[j], a_lo, b[j], T{});", "Mma(part[j], a, b_lo[j], T{});"),
+    Mutation("mma reads a row of B at the wrong place", _MMA,
+             "(chunk ^ lane % 8)", "chunk"),
+    Mutation("mma takes padding for dY", _MMA,
+             "inside >> j & 1 ? a_valid : 0", "a_valid", variant="address"),
+    Mutation("mma transposes half a quad", _MMA, "bit <= 2", "bit <= 1"),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
              "  if (thread >= S::kThreads - 32 && c0 + S::kN > g.in_channels) return;\n"

@@ -19,14 +19,10 @@
 #include <vector>
 
 #include "block.h"
+#include "environment.h"
 #include "runtime.h"
 
 namespace cuda_emulator {
-
-inline unsigned EnvironmentNumber(const char* name, unsigned otherwise) {
-  const char* const text = std::getenv(name);
-  return text == nullptr ? otherwise : static_cast<unsigned>(std::atoi(text));
-}
 
 // What a GPU of capability 9.0 allows.
 inline cudaError_t CheckConfiguration(dim3 grid, dim3 block, int shared_bytes) {
@@ -43,9 +39,6 @@ inline cudaError_t CheckConfiguration(dim3 grid, dim3 block, int shared_bytes) {
   return cudaSuccess;
 }
 
-// All bits set are a NaN in every floating type, and -1 in the integers.
-constexpr int kPoison = 0xff;
-
 // Static shared memory is thread-local data of the program or library that holds the
 // kernels. The emulator's one such variable survives; nothing else may be in there.
 inline void PoisonStaticShared() {
@@ -58,7 +51,7 @@ inline void PoisonStaticShared() {
           const auto& header = info->dlpi_phdr[i];
           if (header.p_type != PT_TLS) continue;
           if (own < data || own >= data + header.p_memsz) continue;
-          std::memset(data, kPoison, header.p_memsz);
+          std::memset(data, PoisonByte(), header.p_memsz);
           return 1;
         }
         return 0;
@@ -78,7 +71,7 @@ class SharedMemory {
       throw std::bad_alloc();
     }
     memory_ = static_cast<unsigned char*>(memory);
-    if (bytes_ > 0) std::memset(memory_, kPoison, bytes_);
+    if (bytes_ > 0) std::memset(memory_, PoisonByte(), bytes_);
   }
   ~SharedMemory() { std::free(memory_); }
   SharedMemory(const SharedMemory&) = delete;

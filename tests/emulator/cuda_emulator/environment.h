@@ -1,0 +1,22 @@
+// The emulator's settings, from environment variables.
+
+#pragma once
+
+#include <cstdlib>
+
+namespace cuda_emulator {
+
+inline unsigned EnvironmentNumber(const char* name, unsigned otherwise) {
+  const char* const text = std::getenv(name);
+  return text == nullptr ? otherwise : static_cast<unsigned>(std::atoi(text));
+}
+
+// What memory holds before it is written: this byte. By default all bits are set, a NaN
+// in every floating type. A kernel that computes results again that are not finite
+// repairs what such a NaN would show, so there a byte that gives finite garbage (71) says
+// more.
+inline int PoisonByte() {
+  return static_cast<int>(EnvironmentNumber("CUDA_EMULATOR_POISON", 0xff));
+}
+
+}  // namespace cuda_emulator
