@@ -230,7 +230,7 @@ def test_vmap_of_grad_reaches_the_emulated_kernels(lowered_for_cuda, rng):
         assert normwise_error(each, oracles.lax_input_grad(expected, w, g)) <= 1e-3
 
 
-LAYERS = layers.load(layers.default_path(), "NHWC")
+LAYERS = layers.load(build.ROOT / "benchmarks/layers.json", "NHWC")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
