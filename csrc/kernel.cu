@@ -63,14 +63,6 @@ bool Choose(const Problem& problem, const char* kernel, int capability, Plan* be
 
 // ---- the rungs that take anything -------------------------------------------------
 
-// A grid's first dimension; the other two end at 65535.
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-
-TileCounts CountTilesFor(const Problem& problem) {
-  return problem.dtype == DType::kF64 ? CountTiles<double>(problem)
-                                      : CountTiles<float>(problem);
-}
-
 // The function's products, inserted zeros left out.
 double Products(const Problem& problem) {
   double products = static_cast<double>(problem.batch * problem.groups) *
@@ -124,8 +116,6 @@ const char* LaunchDirect(CUstream_st* stream, const Problem& problem, const Plan
 }
 
 bool PlanTiled(const Problem& problem, Plan* plan) {
-  const TileCounts count = CountTilesFor(problem);
-  if (count.total > kMaxBlocks) return false;
   const auto fill = [&](auto shape) {
     using S = decltype(shape);
     plan->tile_m = S::kM;
@@ -135,6 +125,8 @@ bool PlanTiled(const Problem& problem, Plan* plan) {
     plan->shared_bytes = S::kSharedBytes;
   };
   problem.dtype == DType::kF64 ? fill(Tile<double>{}) : fill(Tile<float>{});
+  const TileCounts count = CountTiles(problem, plan->tile_m, plan->tile_n);
+  if (count.total > kMaxBlocks) return false;
   plan->stages = 2;
   plan->blocks = count.total;
   // A wave of blocks takes as long as its slowest one: all taps, K padded to whole
@@ -180,7 +172,10 @@ bool PlanCuda(const Problem& problem, const char* kernel, int capability, Plan* 
   if (!Choose(problem, kernel, capability, plan)) return false;
   // A program may run on another GPU than it was lowered for, where another rung is the
   // fastest: room for whichever needs the most.
+  int planned = capability;  // rungs that start alike are planned for once
   for (const Rung& rung : kRungs) {
+    if (rung.lowest == planned) continue;
+    planned = rung.lowest;
     Plan other{};
     if (Choose(problem, kernel, rung.lowest, &other)) {
       plan->workspace_bytes = std::max(plan->workspace_bytes, other.workspace_bytes);

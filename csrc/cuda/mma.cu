@@ -14,7 +14,6 @@
 namespace convgrad {
 namespace {
 
-constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a grid's first dimension
 constexpr int64_t kMaxParts = 32;
 constexpr int64_t kMinSlicesOfPart =
     8;  // fewer, and filling the ring is most of the work
@@ -95,27 +94,6 @@ constexpr TileChoice kChoices[] = {
 };
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The blocks of one part of the sum, dimension by dimension.
-struct MmaTileCounts {
-  int64_t row_tiles, channel_tiles, phases[kAxes], total;
-};
-
-MmaTileCounts CountMmaTiles(const Problem& problem, int64_t tile_m, int64_t tile_n) {
-  MmaTileCounts count{};
-  int64_t rows = problem.batch, phases = 1;
-  for (int i = 0; i < kAxes; ++i) {
-    const Axis& a = problem.axis[i];
-    // The first phase has the most positions; a phase beyond `in` has none.
-    rows *= MakePhase(a, 0).h_count;
-    count.phases[i] = std::min(PhaseCount(a), a.in);
-    phases *= count.phases[i];
-  }
-  count.row_tiles = CeilDiv(rows, tile_m);
-  count.channel_tiles = CeilDiv(problem.in_channels, tile_n);
-  count.total = problem.groups * phases * count.row_tiles * count.channel_tiles;
-  return count;
-}
 
 // ---- plans ------------------------------------------------------------------------
 
@@ -200,7 +178,7 @@ bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
   bool found = false;
   for (const TileChoice& tile : kChoices<T, kThreeProducts>) {
     if (tile.n == 128 && (kThreeProducts || !IsWide(problem, nullptr, nullptr))) continue;
-    const int64_t tiles = CountMmaTiles(problem, tile.m, tile.n).total;
+    const int64_t tiles = CountTiles(problem, tile.m, tile.n).total;
     const double slices =
         taps.most * static_cast<double>(CeilDiv(problem.out_channels, tile.k));
     for (int64_t parts = 1; parts <= kMaxParts; ++parts) {
@@ -234,7 +212,7 @@ bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
 
 MmaParams MakeMmaParams(const Problem& problem, int64_t tile_m, int64_t tile_n,
                         int64_t parts, const void* dy, const void* w, const void* dx) {
-  const MmaTileCounts count = CountMmaTiles(problem, tile_m, tile_n);
+  const TileCounts count = CountTiles(problem, tile_m, tile_n);
   MmaParams params{};
   params.geometry = MakeGeometry<int32_t>(problem);
   params.row_tiles = static_cast<unsigned>(count.row_tiles);

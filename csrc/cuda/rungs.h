@@ -26,6 +26,9 @@ struct ReferenceGpu {
   static constexpr double kMmaTf32PerUs = 150e6;
 };
 
+// Blocks of a grid's first dimension; the other two end at 65535.
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
+
 using PlanFunction = bool(const Problem& problem, Plan* plan);
 // Returns null, or a static error text.
 using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,

@@ -423,9 +423,7 @@ struct TileCounts {
   int64_t row_tiles, channel_tiles, phases[kAxes], total;
 };
 
-template <typename Acc>
-TileCounts CountTiles(const Problem& problem) {
-  using S = Tile<Acc>;
+inline TileCounts CountTiles(const Problem& problem, int64_t tile_m, int64_t tile_n) {
   TileCounts count{};
   int64_t rows = problem.batch, phases = 1;
   for (int i = 0; i < kAxes; ++i) {
@@ -435,8 +433,8 @@ TileCounts CountTiles(const Problem& problem) {
     count.phases[i] = PhaseCount(a) < a.in ? PhaseCount(a) : a.in;
     phases *= count.phases[i];
   }
-  count.row_tiles = (rows + S::kM - 1) / S::kM;
-  count.channel_tiles = (problem.in_channels + S::kN - 1) / S::kN;
+  count.row_tiles = (rows + tile_m - 1) / tile_m;
+  count.channel_tiles = (problem.in_channels + tile_n - 1) / tile_n;
   count.total = problem.groups * phases * count.row_tiles * count.channel_tiles;
   return count;
 }
@@ -448,7 +446,7 @@ cudaError_t EnqueueTiled(cudaStream_t stream, const Problem& problem, const T* d
   using S = Tile<Acc>;
   static_assert(sizeof(TiledParams<Index>) + 3 * sizeof(void*) <= kMaxParameterBytes,
                 "the kernel's parameters must fit in constant memory's 4 KiB");
-  const TileCounts count = CountTiles<Acc>(problem);
+  const TileCounts count = CountTiles(problem, S::kM, S::kN);
   TiledParams<Index> params{};
   params.geometry = MakeGeometry<Index>(problem);
   params.row_tiles = static_cast<unsigned>(count.row_tiles);
