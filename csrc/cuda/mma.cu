@@ -8,6 +8,7 @@
 
 #include "../kernel.h"
 #include "geometry.cuh"
+#include "planning.h"
 #include "platform.cuh"
 #include "rungs.h"
 
@@ -20,46 +21,6 @@ constexpr int64_t kMinSlicesOfPart =
 constexpr int64_t kMaxWorkspaceBytes = int64_t{64} << 20;
 
 // ---- how wide copies may be -------------------------------------------------------
-
-// The bytes, a power of two up to 16, to which all of an operand's rows are aligned. The
-// stride of a dimension of size one says nothing.
-class Alignment {
- public:
-  Alignment(const void* base, int64_t element_bytes)
-      : bits_(reinterpret_cast<uintptr_t>(base) | kMmaChunkBytes),
-        element_bytes_(static_cast<uintptr_t>(element_bytes)) {}
-  void Add(int64_t size, int64_t stride) {
-    if (size > 1) bits_ |= static_cast<uintptr_t>(stride) * element_bytes_;
-  }
-  int Bytes() const { return static_cast<int>(bits_ & (~bits_ + 1)); }
-
- private:
-  uintptr_t bits_, element_bytes_;
-};
-
-int WidthOfDy(const Problem& problem, const void* dy) {
-  Alignment rows(dy, SizeInBytes(problem.dtype));
-  rows.Add(problem.batch, problem.dy.batch);
-  rows.Add(problem.groups, problem.dy.group);
-  for (int i = 0; i < kAxes; ++i) rows.Add(problem.axis[i].out, problem.dy.axis[i]);
-  return rows.Bytes();
-}
-
-int WidthOfW(const Problem& problem, const void* w) {
-  Alignment rows(w, SizeInBytes(problem.dtype));
-  rows.Add(problem.groups, problem.w.group);
-  rows.Add(problem.out_channels, problem.w.out_channel);
-  for (int i = 0; i < kAxes; ++i) rows.Add(problem.axis[i].win, problem.w.axis[i]);
-  return rows.Bytes();
-}
-
-int WidthOfDx(const Problem& problem, const void* dx) {
-  Alignment rows(dx, SizeInBytes(problem.dtype));
-  rows.Add(problem.batch, problem.dx.batch);
-  rows.Add(problem.groups, problem.dx.group);
-  for (int i = 0; i < kAxes; ++i) rows.Add(problem.axis[i].in, problem.dx.axis[i]);
-  return rows.Bytes();
-}
 
 // Whether chunks are aligned and exist as a whole or not at all.
 bool IsWide(const Problem& problem, const void* dy, const void* w) {
@@ -93,23 +54,7 @@ constexpr TileChoice kChoices[] = {
     ChoiceOf<T, kThreeProducts, 64, 64>(0.75),
 };
 
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // ---- plans ------------------------------------------------------------------------
-
-double BytesMoved(const Problem& problem) {
-  double dx = static_cast<double>(problem.in_channels);
-  double dy = static_cast<double>(problem.out_channels);
-  double w = dx * dy * static_cast<double>(problem.groups);
-  dx *= static_cast<double>(problem.batch * problem.groups);
-  dy *= static_cast<double>(problem.batch * problem.groups);
-  for (const Axis& a : problem.axis) {
-    dx *= static_cast<double>(a.in);
-    dy *= static_cast<double>(a.out);
-    w *= static_cast<double>(a.win);
-  }
-  return (dx + dy + w) * static_cast<double>(SizeInBytes(problem.dtype));
-}
 
 // The taps of the phase that has the most, and of a phase on average.
 struct TapCounts {
