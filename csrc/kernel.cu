@@ -6,6 +6,8 @@
 //   tiled          implicit GEMM on the FP32 and FP64 units           cuda/tiled.cuh
 //   mma            implicit GEMM on the tensor cores, mma.sync        cuda/mma.cuh
 //   mma_3xtf32     the same with the accuracy of float32              cuda/mma.cuh
+//   few_channels   C <= 4: taps as columns on the tensor cores cuda/few_channels.cuh
+//   few_channels_3xtf32   with the accuracy of float32 cuda/few_channels.cuh
 
 #include <algorithm>
 #include <cstdint>
@@ -38,6 +40,9 @@ constexpr Rung kRungs[] = {
     {"tiled", PlanTiled, LaunchTiled, 80, kAnyLater},
     {"mma", PlanMma, LaunchMma, 80, kAnyLater},
     {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, 80, kAnyLater},
+    {"few_channels", PlanFewChannels, LaunchFewChannels, 80, kAnyLater},
+    {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, 80,
+     kAnyLater},
 };
 constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
 

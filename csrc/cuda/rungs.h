@@ -36,6 +36,8 @@ using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,
                                    void* dx, void* workspace);
 
 PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32;
+PlanFunction PlanFewChannels, PlanFewChannels3xTf32;
 LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32;
+LaunchFunction LaunchFewChannels, LaunchFewChannels3xTf32;
 
 }  // namespace convgrad
