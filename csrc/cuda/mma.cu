@@ -20,6 +20,49 @@ constexpr int64_t kMinSlicesOfPart =
     8;  // fewer, and filling the ring is most of the work
 constexpr int64_t kMaxWorkspaceBytes = int64_t{64} << 20;
 
+// ---- patches ----------------------------------------------------------------------
+
+// A problem as it is launched: itself, or as patches a pointwise one (mma.cuh).
+struct Rewritten {
+  Problem problem;
+  int64_t run = INT32_MAX, plane = INT32_MAX;  // channels
+  int64_t run_gap = 0, plane_gap = 0;          // elements of dX
+};
+
+Rewritten AsPatches(const Problem& problem) {
+  Rewritten r{problem};
+  const int64_t channels = problem.in_channels;
+  if (problem.groups != 1) return r;
+  if (channels > 1 && (problem.dx.channel != 1 || problem.w.in_channel != 1)) return r;
+  int64_t taps = 1;  // of the axes behind
+  for (int i = kAxes - 1; i >= 0; --i) {
+    const Axis& a = problem.axis[i];
+    if (a.lhs_dilation != 1 || a.pad_lo != 0 || a.stride != a.win) return r;
+    if (a.in != a.out * a.stride) return r;
+    if (a.win > 1 && (a.rhs_dilation != 1 || problem.w.axis[i] != taps * channels)) {
+      return r;
+    }
+    taps *= a.win;
+  }
+  const int64_t rows = problem.axis[1].win, run = problem.axis[2].win * channels;
+  if (taps == 1 || (run > channels && problem.dx.axis[2] != channels)) return r;
+  r.run = run;
+  r.run_gap = problem.dx.axis[1] - run;
+  r.plane = rows * run;
+  r.plane_gap = problem.dx.axis[0] - rows * problem.dx.axis[1];
+  r.problem.in_channels = taps * channels;
+  r.problem.dx.channel = 1;
+  r.problem.w.in_channel = 1;
+  for (int i = 0; i < kAxes; ++i) {
+    r.problem.dx.axis[i] *= problem.axis[i].stride;
+    r.problem.w.axis[i] = 0;
+    r.problem.axis[i].in = problem.axis[i].out;
+    r.problem.axis[i].win = r.problem.axis[i].stride = 1;
+    r.problem.axis[i].rhs_dilation = 1;
+  }
+  return r;
+}
+
 // ---- how wide copies may be -------------------------------------------------------
 
 // Whether chunks are aligned and exist as a whole or not at all.
@@ -112,7 +155,8 @@ double ModelUs(const Problem& problem, const TileChoice& tile, int64_t tiles,
 }
 
 template <typename T, bool kThreeProducts>
-bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
+bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
+  const Problem problem = AsPatches(given).problem;
   if (problem.dy.channel != 1 && problem.out_channels > 1) return false;
   if (problem.w.in_channel != 1 && problem.in_channels > 1) return false;
   const int64_t images = ImagesIn32Bits(problem, kMmaSlack);
@@ -155,8 +199,9 @@ bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
 
 // ---- launches ---------------------------------------------------------------------
 
-MmaParams MakeMmaParams(const Problem& problem, int64_t tile_m, int64_t tile_n,
+MmaParams MakeMmaParams(const Rewritten& rewritten, int64_t tile_m, int64_t tile_n,
                         int64_t parts, const void* dy, const void* w, const void* dx) {
+  const Problem& problem = rewritten.problem;
   const TileCounts count = CountTiles(problem, tile_m, tile_n);
   MmaParams params{};
   params.geometry = MakeGeometry<int32_t>(problem);
@@ -171,8 +216,20 @@ MmaParams MakeMmaParams(const Problem& problem, int64_t tile_m, int64_t tile_n,
   params.tile_n = static_cast<int>(tile_n);
   params.dy_width = WidthOfDy(problem, dy);
   params.w_width = WidthOfW(problem, w);
-  params.vector_store = (problem.dx.channel == 1 || problem.in_channels == 1) &&
-                        WidthOfDx(problem, dx) >= (problem.dtype == DType::kF32 ? 8 : 16);
+  // Every run starts as aligned as every row does.
+  Alignment runs(nullptr, SizeInBytes(problem.dtype));
+  runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run);
+  runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run + rewritten.run_gap);
+  runs.Add(problem.in_channels / rewritten.plane + 1, rewritten.plane_gap);
+  const int width = problem.dx.channel == 1 || problem.in_channels == 1
+                        ? std::min(WidthOfDx(problem, dx), runs.Bytes())
+                        : 0;
+  params.vector_store = width >= (problem.dtype == DType::kF32 ? 8 : 16);
+  params.pair_store = problem.dtype != DType::kF32 && width >= 4;
+  params.run = Divider<int32_t>::Make(rewritten.run);
+  params.plane = Divider<int32_t>::Make(rewritten.plane);
+  params.run_gap = static_cast<int32_t>(rewritten.run_gap);
+  params.plane_gap = static_cast<int32_t>(rewritten.plane_gap);
   return params;
 }
 
@@ -189,15 +246,16 @@ cudaError_t Enqueue(cudaStream_t stream, const MmaParams& params, const T* dy, c
 
 // One part of the batch.
 template <typename T, bool kThreeProducts>
-cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan& plan,
+cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const Plan& plan,
                         const T* dy, const T* w, T* dx, float4* partial) {
+  const Problem& problem = rewritten.problem;
   const bool wide = IsWide(problem, dy, w);
   const int64_t tile_m = plan.tile_m;
   // A plan assumes aligned arrays. If they are not, half a tile takes twice as many
   // blocks and no more workspace.
   const int64_t tile_n = wide ? plan.tile_n : std::min<int64_t>(plan.tile_n, 64);
   const MmaParams params =
-      MakeMmaParams(problem, tile_m, tile_n, plan.split_k, dy, w, dx);
+      MakeMmaParams(rewritten, tile_m, tile_n, plan.split_k, dy, w, dx);
   const auto enqueue = [&] {
     if constexpr (!kThreeProducts) {
       if (tile_n == 128) {
@@ -229,11 +287,11 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan&
 template <typename T, bool kThreeProducts>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan& plan,
                         const void* dy, const void* w, void* dx, void* workspace) {
-  const int64_t images = ImagesIn32Bits(problem, kMmaSlack);
+  Rewritten part = AsPatches(problem);
+  const int64_t images = ImagesIn32Bits(part.problem, kMmaSlack);
   if (images == 0) return "the mma kernel does not take this problem";
-  Problem part = problem;
   for (int64_t n = 0; n < problem.batch; n += images) {
-    part.batch = std::min(images, problem.batch - n);
+    part.problem.batch = std::min(images, problem.batch - n);
     const cudaError_t status = EnqueuePart<T, kThreeProducts>(
         stream, part, plan, static_cast<const T*>(dy) + n * problem.dy.batch,
         static_cast<const T*>(w), static_cast<T*>(dx) + n * problem.dx.batch,

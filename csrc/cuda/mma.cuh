@@ -31,6 +31,11 @@
 // Split K. With few tiles the slices of each are dealt out to several blocks. These write
 // f32 partial tiles to the workspace, and a second kernel adds them in a fixed order.
 //
+// Patches. Where windows neither overlap nor leave gaps (patch embeddings, downsampling
+// by 2x2 of stride 2) every position has one tap, and the gradient is one product of all
+// pixels of dY with the whole filter as its columns: the problem is launched as a
+// pointwise one with R*S*C channels, which lie in runs of S*C, a row of dX apart.
+//
 // Padding. Taps that see nothing but padding from every row of the tile are left out.
 // Otherwise a pixel outside dY is a row of zeros in A, and so is what lies beyond the
 // last channel. Multiplied by an Inf or a NaN a zero gives a NaN that is not in the
@@ -49,6 +54,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "direct.cuh"
 #include "fragments.cuh"
@@ -129,6 +135,11 @@ struct MmaParams {
   int tile_m, tile_n;
   int dy_width, w_width;  // bytes that a copy may have, of use if not kWide
   bool vector_store;      // dX takes aligned stores of 16 bytes, of f32: 8
+  bool pair_store;        // or at least of 4 bytes
+  // The channels of a row of dX are in runs, of which several make a plane; the gaps are
+  // what lies between the end of one and the start of the next.
+  Divider<int32_t> run, plane;
+  int32_t run_gap, plane_gap;
 };
 
 __device__ __forceinline__ MmaPlace PlaceTile(const MmaParams& params, unsigned id) {
@@ -290,23 +301,35 @@ __device__ __forceinline__ void TransposeQuad(uint32_t (&word)[4], int lane) {
   }
 }
 
+__device__ __forceinline__ int32_t ChannelAt(const MmaParams& params, int32_t c) {
+  return c * params.geometry.dx_channel + params.run.Quotient(c) * params.run_gap +
+         params.plane.Quotient(c) * params.plane_gap;
+}
+
 // Stores kCount adjacent channels of a row, of those that exist.
 template <int kCount, typename T>
 __device__ __forceinline__ void StoreChannels(const MmaParams& params,
                                               const T (&value)[kCount], int32_t row_at,
                                               int32_t c, T* __restrict__ dx) {
   const Geometry<int32_t>& g = params.geometry;
-  struct alignas(kCount * sizeof(T)) Packed {
-    T element[kCount];
-  } packed;
+  const auto store = [&](auto width, int first) {
+    constexpr int kWidth = decltype(width)::value;
+    struct alignas(kWidth * sizeof(T)) Packed {
+      T element[kWidth];
+    } packed;
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) packed.element[e] = value[e];
+    for (int e = 0; e < kWidth; ++e) packed.element[e] = value[first + e];
+    *reinterpret_cast<Packed*>(dx + row_at + ChannelAt(params, c + first)) = packed;
+  };
   if (params.vector_store && c + kCount <= g.in_channels) {
-    *reinterpret_cast<Packed*>(dx + row_at + c) = packed;
+    store(std::integral_constant<int, kCount>{}, 0);
+  } else if (params.pair_store && c + kCount <= g.in_channels) {
+#pragma unroll
+    for (int e = 0; e < kCount; e += 2) store(std::integral_constant<int, 2>{}, e);
   } else {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      if (c + e < g.in_channels) dx[row_at + (c + e) * g.dx_channel] = value[e];
+      if (c + e < g.in_channels) store(std::integral_constant<int, 1>{}, e);
     }
   }
 }
@@ -381,7 +404,7 @@ __device__ __forceinline__ void Repair(const MmaParams& params, const MmaPlace& 
     const float sum =
         DirectSum<T, int32_t>(g, row.h, row.n * g.dy_batch + at.group * g.dy_group,
                               at.group * g.w_group + row_c * g.w_in_channel, dy, w);
-    dx[OffsetInDx(g, at, row) + row_c * g.dx_channel] = Narrow(sum, T{});
+    dx[OffsetInDx(g, at, row) + ChannelAt(params, row_c)] = Narrow(sum, T{});
   }
 }
 
