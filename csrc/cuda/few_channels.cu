@@ -120,8 +120,8 @@ bool MakeLayout(const Problem& problem, const FewProblem& few, int64_t phases,
                           kFewTilePixels);
   }
   l.tiles = CeilDiv(few.positions_all, l.positions);
-  l.pixels = RoundUp(std::min(last.out, std::min(l.positions, few.positions_all) + halo),
-                     kFewTilePixels);
+  l.copied = std::min(last.out, std::min(l.positions, few.positions_all) + halo);
+  l.pixels = RoundUp(l.copied, kFewTilePixels);
 
   l.pixel_bytes = few.slices * kFewSliceBytes + kMmaChunkBytes;
   l.stage_bytes = l.pixels * l.pixel_bytes;

@@ -61,7 +61,7 @@ constexpr int kFewStages = 4;
 constexpr int kFewSliceBytes = 64;  // of a pixel's channels: an ldmatrix for 8 pixels
 constexpr int kFewColumns = 16;     // of a warp
 constexpr int kFewTilePixels = 8;
-constexpr int kFewRun = 64;  // adjacent outputs that a warp gathers at a time
+constexpr int kFewRun = 128;  // adjacent outputs that a warp gathers at a time
 constexpr int kFewRunPerLane = kFewRun / 32;
 constexpr int kFewMostTaps = 7;
 // Counts beyond a channel dimension that a block may form but never reads.
@@ -88,7 +88,7 @@ constexpr FewShape FewShapeOf(bool three_products, int64_t taps, int64_t slices)
          : taps == 3 && slices == 1 ? FewShape{3, 1, 5, 12}
          : taps == 3 && slices == 2 ? FewShape{3, 2, 4, 12}
          : taps == 3                ? FewShape{3, 3, 2, 12}
-         : taps == 4 && slices == 1 ? FewShape{4, 1, 4, 12}
+         : taps == 4 && slices == 1 ? FewShape{4, 1, 3, 12}
          : taps == 4                ? FewShape{4, 2, 2, 12}
                                     : FewShape{kFewMostTaps, 1, 1, 12};
 }
@@ -236,8 +236,11 @@ __device__ __forceinline__ void StoreRun(const T* from, T* __restrict__ to, int 
     T element[kElements];
   };
   const int whole = count / kElements;
-  for (int i = lane; i < whole; i += 32) {
-    reinterpret_cast<Packed*>(to)[i] = reinterpret_cast<const Packed*>(from)[i];
+#pragma unroll
+  for (int i = lane; i < kFewRun / kElements; i += 32) {
+    if (i < whole) {
+      reinterpret_cast<Packed*>(to)[i] = reinterpret_cast<const Packed*>(from)[i];
+    }
   }
   const int i = whole * kElements + lane;
   if (lane < kElements && i < count) to[i] = from[i];
@@ -297,7 +300,7 @@ __device__ __forceinline__ void Gather(const FewParams& params, const FewStrip& 
 #pragma unroll 1
     for (int part = 0; part < params.parts; ++part) {
       const float* z_term = z_phase + part * params.z_part;
-#pragma unroll 4
+#pragma unroll 2
       for (int t = 0; t < params.most_taps_last; ++t, z_term += params.z_step) {
 #pragma unroll
         for (int e = 0; e < kFewRunPerLane; ++e) {
