@@ -39,7 +39,7 @@ class Mutation:
 
 _DIRECT, _TILED = "csrc/cuda/direct.cuh", "csrc/cuda/tiled.cuh"
 _GEOMETRY, _PHASE = "csrc/cuda/geometry.cuh", "csrc/phase.h"
-_MMA = "csrc/cuda/mma.cuh"
+_MMA, _FEW = "csrc/cuda/mma.cuh", "csrc/cuda/few_channels.cuh"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -126,6 +126,38 @@ MUTATIONS = [
     Mutation("mma takes padding for dY", _MMA,
              "inside >> j & 1 ? a_valid : 0", "a_valid", variant="address"),
     Mutation("mma transposes half a quad", _MMA, "bit <= 2", "bit <= 1"),
+    Mutation("mma puts all patches' rows side by side", _MMA,
+             "params.run.Quotient(c) * params.run_gap +", ""),
+    # ---- few_channels. Finite poison, as above.
+    Mutation("few_channels waits for one copy too few", _FEW,
+             "CopyAsyncWait<kFewStages - 2>()", "CopyAsyncWait<kFewStages - 1>()",
+             mode=("0", "1")),
+    Mutation("few_channels without the barrier of its ring", _FEW,
+             "CopyAsyncWait<kFewStages - 2>();\n      __syncthreads();",
+             "CopyAsyncWait<kFewStages - 2>();\n      __syncwarp();", mode=("0", "1")),
+    Mutation("few_channels copies into the stage being read", _FEW,
+             "copy_row(x + kFewStages - 1);", "copy_row(x + kFewStages);", mode=("1", "1")),
+    Mutation("few_channels gathers sums that are being written", _FEW,
+             "((x - 1) & 1)", "(x & 1)"),
+    Mutation("few_channels without the barrier between strips", _FEW,
+             "    __syncthreads();  // nobody still reads about the strip before\n", "",
+             variant="thread"),
+    Mutation("few_channels copies pixels beyond dY", _FEW,
+             "(q_end < last.out ? q_end : last.out)", "q_end", variant="address"),
+    Mutation("few_channels adds one part of K only", _FEW,
+             "part < params.parts", "part < 1"),
+    Mutation("few_channels drops the last tap of the rows", _FEW,
+             "if (kTaps == 1 || all_taps) {", "if (kTaps == 1) {"),
+    Mutation("few_channels takes all phases for the first", _FEW,
+             "u - g.axis[1].tabled[h0].p0", "u - g.axis[1].tabled[0].p0"),
+    Mutation("few_channels takes all classes of rows for the first", _FEW,
+             "params.u_first + of_class + first * apart", "params.u_first + first * apart"),
+    Mutation("few_channels gathers one pixel off", _FEW,
+             "live.first * axis.p_per_r.divisor - at.q0",
+             "live.first * axis.p_per_r.divisor - at.q0 - 1"),
+    Mutation("few_channels repairs nothing", _FEW,
+             "if (!__any_sync(0xffffffffu, special != 0)) continue;", "continue;",
+             check="special"),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
              "  if (thread >= S::kThreads - 32 && c0 + S::kN > g.in_channels) return;\n"
@@ -147,6 +179,12 @@ def problems(check: str) -> list[str]:
         "one_image": make_geometry((6, 6), (3, 3), (8, 9), batch=1, padding=1),
         "two_tiles": make_geometry((14, 14), (1, 5), (4, 5), batch=1, padding=((0, 0), (2, 2))),
         "wide": make_geometry((75,), (40,), (5, 6), stride=37, padding=((3, 2),)),
+        "patches": make_geometry((4, 6), (2, 2), (3, 8), stride=2),
+        "few_stem": make_geometry((9, 10), (7, 5), (3, 5), batch=1, stride=2, padding=3),
+        "few_deep": make_geometry((4, 5), (3, 3), (2, 200), batch=1, padding=1),
+        "few_rows_dilated": make_geometry((9, 8), (3, 2), (2, 9), rhs_dilation=(2, 3),
+                                          padding=3),
+        "few_many_images": make_geometry((2, 3), (2, 2), (1, 2), batch=1700),
     }  # fmt: skip
     lines = []
     for name, geometry in table.items():
