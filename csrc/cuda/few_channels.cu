@@ -381,9 +381,10 @@ const char* LaunchFew(cudaStream_t stream, const Problem& problem, const Plan& p
     few.planes = part.batch * part.axis[0].in;
     const T* const dy_part = static_cast<const T*>(dy) + n * problem.dy.batch;
     T* const dx_part = static_cast<T*>(dx) + n * problem.dx.batch;
-    const FewParams params = MakeFewParams(part, few, layout, rows, dy_part, dx_part);
-    const int64_t blocks =
-        std::min(plan.blocks, static_cast<int64_t>(params.strips) * layout.phase_groups);
+    FewParams params = MakeFewParams(part, few, layout, rows, dy_part, dx_part);
+    params.strip_step =
+        std::min(params.strips, static_cast<unsigned>(plan.blocks / layout.phase_groups));
+    const int64_t blocks = static_cast<int64_t>(params.strip_step) * layout.phase_groups;
     const cudaError_t status = Enqueue<T, kThreeProducts>(
         stream, few, params, plan, blocks, dy_part, static_cast<const T*>(w), dx_part);
     if (status != cudaSuccess) return ErrorText(status);

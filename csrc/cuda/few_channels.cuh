@@ -98,7 +98,7 @@ struct FewParams {
   Geometry<int32_t> geometry;
   // A block takes the strips ((image, plane), class of rows, part of the rows, tile) that
   // are its number modulo the number of blocks of its group of phases.
-  unsigned strips, phase_groups, classes, row_parts, tiles;
+  unsigned strips, strip_step, phase_groups, classes, row_parts, tiles;
   int rows;  // of u in a strip
   int u_first, u_count;
   int taps;         // along the rows, of the phase that has the most
@@ -122,17 +122,20 @@ struct FewParams {
 
 // Where a strip lies.
 struct FewStrip {
-  int32_t dy_at, dx_at;  // of the image and plane
-  int32_t plane;         // position on the first axis
-  int32_t u0, p0;        // row of the first result, row of dY of the first step
-  int32_t steps;         // rows of dY that are gone through
-  int32_t w0, outputs;   // first position, and outputs in a row of dX
-  int32_t q0, pixels;    // in a row of dY
+  unsigned id;
+  int32_t first_phase;        // the same for all strips of a block
+  int32_t dy_at, dx_at;       // of the image and plane
+  int32_t plane;              // position on the first axis
+  int32_t u0, p0;             // row of the first result, row of dY of the first step
+  int32_t steps;              // rows of dY that are gone through
+  int32_t w0, outputs;        // first position, and outputs in a row of dX
+  int32_t q0, pixels, tiles;  // in a row of dY
 };
 
-__device__ __forceinline__ FewStrip PlaceStrip(const FewParams& params, unsigned id) {
+__device__ __forceinline__ void PlaceStrip(const FewParams& params, unsigned id,
+                                           FewStrip& at) {
   const Geometry<int32_t>& g = params.geometry;
-  FewStrip at;
+  at.id = id;
   const int32_t tile = static_cast<int32_t>(id % params.tiles);
   id /= params.tiles;
   const int32_t part = static_cast<int32_t>(id % params.row_parts);
@@ -163,7 +166,7 @@ __device__ __forceinline__ FewStrip PlaceStrip(const FewParams& params, unsigned
   const int32_t q_end = i_end + params.q_high;
   at.pixels = (q_end < last.out ? q_end : last.out) - at.q0;
   if (at.pixels < 0) at.pixels = 0;
-  return at;
+  at.tiles = (at.pixels + kFewTilePixels - 1) / kFewTilePixels;
 }
 
 // ---- the filter -------------------------------------------------------------------
@@ -286,10 +289,10 @@ __device__ __forceinline__ uint32_t TermsOf(const FewParams& params, const FewSt
 // Writes the rows of dX that are complete with row u: by the whole block, a run a warp.
 template <typename T>
 __device__ __forceinline__ void Gather(const FewParams& params, const FewStrip& at,
-                                       int32_t first_phase, int32_t u, const float* z,
-                                       const uint32_t* table, T* run, int warp, int warps,
-                                       int lane, const T* __restrict__ dy,
-                                       const T* __restrict__ w, T* __restrict__ dx) {
+                                       int32_t u, const float* z, const uint32_t* table,
+                                       T* run, int warp, int warps, int lane,
+                                       const T* __restrict__ dy, const T* __restrict__ w,
+                                       T* __restrict__ dx) {
   const Geometry<int32_t>& g = params.geometry;
   const int32_t jobs = params.phases * params.runs.divisor;
 #pragma unroll 1
@@ -297,7 +300,7 @@ __device__ __forceinline__ void Gather(const FewParams& params, const FewStrip& 
     const int32_t f = params.runs.Quotient(job);
     const int32_t first = (job - f * params.runs.divisor) * kFewRun;
     const int32_t count = at.outputs - first < kFewRun ? at.outputs - first : kFewRun;
-    const int32_t h0 = first_phase + f;
+    const int32_t h0 = at.first_phase + f;
     if (count <= 0 || h0 >= params.phase_count) continue;
     const int32_t i = u - g.axis[1].tabled[h0].p0;
     const int32_t h = h0 + i * g.axis[1].h_step.divisor;
@@ -443,15 +446,18 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
   const bool all_taps =
       __any_sync(0xffffffffu, column_taps[0] == kTaps || column_taps[1] == kTaps) != 0;
 
-  const unsigned step = gridDim.x / params.phase_groups;
+  // Numbers that are needed once a strip stay in shared memory too.
+  if (thread == 0) {
+    at.id = blockIdx.x / params.phase_groups - params.strip_step;
+    at.first_phase = first_phase;
+  }
 #pragma unroll 1
-  for (unsigned strip = blockIdx.x / params.phase_groups; strip < params.strips;
-       strip += step) {
+  while (true) {
     __syncthreads();  // nobody still reads about the strip before
-    if (thread == 0) at = PlaceStrip(params, strip);
+    if (thread == 0) PlaceStrip(params, at.id + params.strip_step, at);
     __syncthreads();
+    if (at.id >= params.strips) break;
     const int32_t apart = g.axis[1].p_per_r.divisor;
-    const int tiles = (at.pixels + kFewTilePixels - 1) / kFewTilePixels;
 
     const auto row_exists = [&](int32_t x) {
       return static_cast<uint32_t>(at.p0 + x * apart) <
@@ -493,7 +499,7 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const int tile = pixel_warp + j * params.pixel_warps;
-          if (tile >= tiles) continue;
+          if (tile >= at.tiles) continue;
           const unsigned char* const from =
               row + (tile * kFewTilePixels + lane % 8) * params.pixel_bytes +
               first_slice * kFewSliceBytes + lane / 8 * kMmaChunkBytes;
@@ -521,7 +527,7 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
 #pragma unroll
         for (int j = 0; j < kTiles; ++j) {
           const int tile = pixel_warp + j * params.pixel_warps;
-          if (tile >= tiles) continue;
+          if (tile >= at.tiles) continue;
 #pragma unroll
           for (int upper = 0; upper < 2; ++upper) {
             const int column = column0 + lane / 4 + upper * 8;
@@ -569,7 +575,7 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
             oldest = oldest + 1 < kTaps ? oldest + 1 : 0;
           }
         } else if (x >= params.taps) {
-          Gather(params, at, first_phase, at.u0 + (x - params.taps) * apart,
+          Gather(params, at, at.u0 + (x - params.taps) * apart,
                  z + ((x - 1) & 1) * params.z_buffer, table, run, warp, threads / 32,
                  lane, dy, w, dx);
         }
