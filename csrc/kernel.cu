@@ -125,10 +125,10 @@ bool PlanTiled(const Problem& problem, Plan* plan) {
     plan->shared_bytes = S::kSharedBytes;
   };
   problem.dtype == DType::kF64 ? fill(Tile<double>{}) : fill(Tile<float>{});
-  const TileCounts count = CountTiles(problem, plan->tile_m, plan->tile_n);
-  if (count.total > kMaxBlocks) return false;
+  const int64_t tiles = CountTiles(problem, plan->tile_m, plan->tile_n);
+  if (tiles > kMaxBlocks) return false;
   plan->stages = 2;
-  plan->blocks = count.total;
+  plan->blocks = tiles;
   // A wave of blocks takes as long as its slowest one: all taps, K padded to whole
   // slices. Two thirds of the arithmetic rate, by count of the instructions in the inner
   // loop.
@@ -139,7 +139,7 @@ bool PlanTiled(const Problem& problem, Plan* plan) {
     products *= static_cast<double>(MakePhase(a, 0).r_count);
   }
   constexpr int64_t kResident = 2 * ReferenceGpu::kMultiprocessors;
-  const int64_t waves = (count.total + kResident - 1) / kResident;
+  const int64_t waves = (tiles + kResident - 1) / kResident;
   plan->model_us = ReferenceGpu::kLaunchUs + static_cast<double>(waves * kResident) *
                                                  products * 1.5 / FmaPerUs(problem);
   return true;

@@ -58,11 +58,9 @@ def test_without_a_mutation_all_is_well(tmp_path, variant, kind):
 @pytest.mark.mutation
 @pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.name)
 def test_mutation_is_caught(tmp_path, mutation):
-    root = mutations.apply(mutation, tmp_path / "copy")
+    program = mutations.compile_mutant(mutation, tmp_path / "copy")
     problems = mutations.problems(mutation.check)
-    result = mutations.run_core(
-        build.core(mutation.variant, root), problems, mutation.mode, tmp_path
-    )
+    result = mutations.run_core(program, problems, mutation.mode, tmp_path)
     expected = 1 if mutation.variant == "plain" else build.SANITIZER_STATUS
     assert result.returncode == expected, result.stdout[-2000:]
 

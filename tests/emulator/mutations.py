@@ -39,7 +39,7 @@ class Mutation:
 
 _DIRECT, _TILED = "csrc/cuda/direct.cuh", "csrc/cuda/tiled.cuh"
 _GEOMETRY, _PHASE = "csrc/cuda/geometry.cuh", "csrc/phase.h"
-_MMA = "csrc/cuda/mma.cuh"
+_MMA, _TILES = "csrc/cuda/mma.cuh", "csrc/cuda/tiles.cuh"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -64,6 +64,12 @@ MUTATIONS = [
              "const Phase f = MakePhase(a.axis, phase - 1);"),
     Mutation("phase offset ignores the padding", _PHASE,
              "phase * a.lhs_dilation + a.pad_lo", "phase * a.lhs_dilation"),
+    # ---- tiles of the implicit GEMMs
+    Mutation("taps dropped at a tile's edge", _TILES,
+             "together ? first.p[a] : lowest, together ? last.p[a] : highest",
+             "first.p[a], last.p[a]"),
+    Mutation("phases in the order of the wrong axis", _TILES,
+             "    id /= grid.phases[a];", "    id /= grid.phases[kAxes - 1 - a];"),
     # ---- types and planner
     Mutation("bfloat16 sums are narrowed as they grow", _DIRECT,
              "    dx[dx_at] = Narrow(sum, T{});", "    dx[dx_at] = Narrow(sum * 1.02f, T{});"),
@@ -80,7 +86,8 @@ MUTATIONS = [
              variant="address"),
     # ---- tiled
     Mutation("tiled without the barrier that publishes rows", _TILED,
-             "    rows[r] = row;\n  }\n  __syncthreads();", "    rows[r] = row;\n  }",
+             "    rows[r] = MakeTileRow(g, at, at.m0 + r);\n  }\n  __syncthreads();",
+             "    rows[r] = MakeTileRow(g, at, at.m0 + r);\n  }",
              mode=("0", "1")),
     Mutation("tiled without the barrier that publishes a slice", _TILED,
              _PUBLISH_BARRIER, "const bool masked = special;", variant="thread"),
@@ -100,15 +107,12 @@ MUTATIONS = [
     Mutation("tiled takes padding for dY", _TILED,
              "(dy_inside >> j & 1) && dy_k", "dy_k", variant="address"),
     Mutation("tiled stores rows beyond the last", _TILED,
-             "if (m0 + row_of(i) >= row_count) continue;", ""),
+             "if (at.m0 + row_of(i) >= at.row_count) continue;", ""),
     Mutation("tiled stores channels beyond the last", _TILED,
              "if (c + j < g.in_channels) {", "{", variant="address"),
     Mutation("tiled stores unaligned vectors", _TILED,
              "if (problem.dx.axis[i] % S::kVector != 0) params.vector_store = false;", "",
              variant="address"),
-    Mutation("tiled drops taps at a tile's edge", _TILED,
-             "together ? first.p[a] : lowest, together ? last.p[a] : highest",
-             "first.p[a], last.p[a]"),
     # ---- mma. Finite poison: it repairs results that are not finite.
     Mutation("mma waits for one copy too few", _MMA,
              "CopyAsyncWait<kMmaStages - 2>()", "CopyAsyncWait<kMmaStages - 1>()",
@@ -125,10 +129,15 @@ MUTATIONS = [
              "(chunk ^ lane % 8)", "chunk"),
     Mutation("mma takes padding for dY", _MMA,
              "inside >> j & 1 ? a_valid : 0", "a_valid", variant="address"),
+    Mutation("mma leaves a phase without taps as it was", _MMA,
+             "    StoreZeros<T, S::kM, S::kN, S::kThreads>(params, at, thread, dx);\n", ""),
+    Mutation("mma writes a phase without taps to the first channels", _MMA,
+             "const int32_t c = at.c0 + thread % kAcross * kCount;",
+             "const int32_t c = thread % kAcross * kCount;"),
     Mutation("mma transposes half a quad", _MMA, "bit <= 2", "bit <= 1"),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
-             "  if (thread >= S::kThreads - 32 && c0 + S::kN > g.in_channels) return;\n"
+             "  if (thread >= S::kThreads - 32 && at.c0 + S::kN > g.in_channels) return;\n"
              "  Acc sum[S::kThreadM][S::kThreadN] = {};"),
 ]  # fmt: skip
 
@@ -146,6 +155,8 @@ def problems(check: str) -> list[str]:
         "vectors": make_geometry((4, 4), (3, 3), (6, 8), batch=4, padding=1, batch_groups=2),
         "one_image": make_geometry((6, 6), (3, 3), (8, 9), batch=1, padding=1),
         "two_tiles": make_geometry((14, 14), (1, 5), (4, 5), batch=1, padding=((0, 0), (2, 2))),
+        # Phases without taps, and more than one tile of channels.
+        "pointwise": make_geometry((5, 4), (1, 1), (72, 8), stride=2),
         "wide": make_geometry((75,), (40,), (5, 6), stride=37, padding=((3, 2),)),
     }  # fmt: skip
     lines = []
