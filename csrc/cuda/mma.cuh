@@ -31,9 +31,9 @@
 // Split K. With few tiles the slices of each are dealt out to several blocks. These write
 // f32 partial tiles to the workspace, and a second kernel adds them in a fixed order.
 //
-// Phases without taps, as three quarters of the pixels under a 1x1 filter of stride 2, are
-// tiles that only store zeros; they lie between those that multiply and keep the memory
-// busy meanwhile.
+// Phases without taps, as three quarters of the pixels under a 1x1 filter of stride 2,
+// are tiles that only store zeros; they lie between those that multiply and keep the
+// memory busy meanwhile.
 //
 // Padding. Taps that see nothing but padding from every row of the tile are left out.
 // Otherwise a pixel outside dY is a row of zeros in A, and so is what lies beyond the
