@@ -101,9 +101,12 @@ const char* ByDType(const Problem& problem, const void* dy, const void* w, void*
 bool PlanDirect(const Problem& problem, Plan* plan) {
   plan->threads = kDirectThreads;
   // Two loads for a product, of which a multiprocessor starts a quarter as many as
-  // multiply-adds.
-  plan->model_us =
-      ReferenceGpu::kLaunchUs + 8 * Products(problem) / ReferenceGpu::kFmaF32PerUs;
+  // multiply-adds, and some 100 instructions that find out where an output lies.
+  double outputs = static_cast<double>(problem.batch * problem.groups) *
+                   static_cast<double>(problem.in_channels);
+  for (const Axis& a : problem.axis) outputs *= static_cast<double>(a.in);
+  plan->model_us = ReferenceGpu::kLaunchUs +
+                   (8 * Products(problem) + 100 * outputs) / ReferenceGpu::kFmaF32PerUs;
   return true;
 }
 

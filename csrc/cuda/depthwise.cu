@@ -107,11 +107,12 @@ double CopyUs(const Problem& problem) {
 }
 
 // Estimates: the part of the copy bandwidth, and of the rate at which instructions start,
-// that a full multiprocessor reaches; the warps that make it full; and what a block takes
-// until its first multiplication.
+// that a full multiprocessor reaches; the warps that make it full for either, in flight
+// all the time; and what a block takes until its first multiplication.
 constexpr double kCopyEfficiency = 0.9;
 constexpr double kIssueEfficiency = 0.85;
-constexpr double kFullWarps = 10;
+constexpr double kWarpsToCopy = 12;
+constexpr double kWarpsToIssue = 8;
 constexpr double kStartUs = 1.0;
 
 // The time of blocks whose threads execute that many instructions each: as many start in
@@ -121,10 +122,11 @@ double ModelUs(const Problem& problem, int64_t blocks, int64_t threads, int64_t 
   const int64_t rounds = CeilDiv(blocks, ReferenceGpu::kMultiprocessors);
   const double warps = static_cast<double>(std::min(rounds, resident) * threads / 32);
   const double rate = ReferenceGpu::kFmaF32PerUs / ReferenceGpu::kMultiprocessors *
-                      kIssueEfficiency * std::min(1.0, warps / kFullWarps);
+                      kIssueEfficiency * std::min(1.0, warps / kWarpsToIssue);
   const double issue_us = static_cast<double>(rounds * threads) * instructions / rate;
-  return ReferenceGpu::kLaunchUs + kStartUs +
-         std::max(issue_us, CopyUs(problem) / kCopyEfficiency);
+  const double copy_us =
+      CopyUs(problem) / (kCopyEfficiency * std::min(1.0, warps / kWarpsToCopy));
+  return ReferenceGpu::kLaunchUs + kStartUs + std::max(issue_us, copy_us);
 }
 
 // ---- configurations ---------------------------------------------------------------
@@ -165,7 +167,8 @@ bool TakesRing(const Problem& problem, bool pairs) {
          deep.out == 1 && deep.win == 1 && deep.pad_lo == 0 && down.lhs_dilation == 1 &&
          down.rhs_dilation / Gcd(down.stride, down.rhs_dilation) <= kMostLattices &&
          down.win == S::kRows && across.win == S::kCols &&
-         DenseStride(down) == S::kStepH && DenseStride(across) == S::kStepW;
+         DenseStride(down) == S::kStepH && DenseStride(across) == S::kStepW &&
+         (down.win == 1 || problem.w.axis[1] == across.win * problem.w.axis[2]);
 }
 
 constexpr int64_t kMostItems = (int64_t{1} << 31) - (1 << 20);
@@ -183,11 +186,13 @@ void ConfigureRing(const Problem& problem, int index, Configuration* best) {
   c.threads = kRingThreads;
   c.shared_bytes = S::kTaps * S::kPitch * static_cast<int64_t>(sizeof(typename S::Type));
   const int64_t columns = problem.batch * Lattices(down) * Lattices(across);
+  const int64_t spacing = down.rhs_dilation / Gcd(down.stride, down.rhs_dilation);
   constexpr int64_t kMostStrips = 64;
   for (int64_t parts = 1; parts <= std::min(rows, kMostStrips); ++parts) {
     c.strip = CeilDiv(rows, parts);
     c.strips = CeilDiv(rows, c.strip);
     if (c.strips != parts) continue;
+    if (parts > 1 && c.strip < S::kRows) break;  // most of the work would be halo
     if (static_cast<double>(columns) * static_cast<double>(c.channels) *
             static_cast<double>(c.runs * c.strips) >=
         static_cast<double>(kMostItems)) {
@@ -197,16 +202,16 @@ void ConfigureRing(const Problem& problem, int index, Configuration* best) {
     c.blocks = CeilDiv(c.items, kRingThreads);
     // Counted in the source, about: what a thread does once, for a row of dY that exists,
     // and for a row of dX.
-    constexpr double kOnce = 350 + 4 * S::kTaps * S::kVector;
+    constexpr double kOnce = 250 + 13 * S::kTaps * S::kVector;
     constexpr double kRow =
         S::kTaps * S::kVector * S::kRun + S::kReads * (5 + S::kVector);
     constexpr double kStore = S::kWrites * (4 + 2 * S::kVector) + 20;
-    const double exist = static_cast<double>(CeilDiv(down.out, down.rhs_dilation));
-    c.us = ModelUs(problem, c.blocks, kRingThreads, S::kMinBlocks,
-                   kOnce +
-                       kRow * std::min(static_cast<double>(c.strip + S::kHaloH),
-                                       exist + static_cast<double>(S::kHaloH) / 2) +
-                       kStore * static_cast<double>(c.strip * S::kStepH));
+    const double halo = S::kHaloH * (1 - 1 / static_cast<double>(parts));
+    const double used = std::min(static_cast<double>(c.strip) + halo,
+                                 static_cast<double>(CeilDiv(down.out, spacing)));
+    c.us =
+        ModelUs(problem, c.blocks, kRingThreads, S::kMinBlocks,
+                kOnce + kRow * used + kStore * static_cast<double>(c.strip * S::kStepH));
     if (c.us < best->us) *best = c;
   }
 }
@@ -263,7 +268,7 @@ void ConfigureWindow(const Problem& problem, int vector, int run, Configuration*
   const double instructions =
       once + 25 * static_cast<double>(c.tap_rows) +
       live_rows * (30 + run * (4 + vector + load) +
-                   live_taps * (run * vector + vector + 7 + load));
+                   live_taps * (run * vector + vector + 5 + load));
   c.us = ModelUs(problem, c.blocks, kWindowThreads, kWindowMinBlocks,
                  instructions * (problem.dtype == DType::kF64 ? 2 : 1));
   if (c.us < best->us) *best = c;

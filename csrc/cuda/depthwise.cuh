@@ -48,7 +48,8 @@
 //
 // Limits: dX and dY channels-last; no lhs_dilation on the last axis; dilations up to
 // 2^15; an image that 32-bit indices can address (the host launches part after part of
-// the batch); filters of which one row of taps fits in shared memory.
+// the batch); filters of which one row of taps fits in shared memory. The ring wants the
+// rows of a filter one behind the other.
 
 #pragma once
 
@@ -298,12 +299,17 @@ __global__ void __launch_bounds__(kRingThreads, S::kMinBlocks)
     const int32_t from =
         each ? (first - params.channels.Quotient(first) * vectors) * kVector : 0;
     const int count = (each ? kRingThreads : vectors) * kVector * S::kTaps;
+    int channel = thread / S::kTaps, tap = thread % S::kTaps;
     for (int e = thread; e < count; e += kRingThreads) {
-      const int channel = e / S::kTaps, tap = e % S::kTaps;
       int32_t group = from + channel;
       if (group >= params.groups) group -= params.groups;
-      staged[tap][channel] = w[group * g.w_group + tap / S::kCols * down.w_stride +
-                               tap % S::kCols * across.w_stride];
+      staged[tap][channel] = w[group * g.w_group + tap * across.w_stride];
+      channel += kRingThreads / S::kTaps;
+      tap += kRingThreads % S::kTaps;
+      if (tap >= S::kTaps) {
+        tap -= S::kTaps;
+        ++channel;
+      }
     }
   }
   __syncthreads();
