@@ -6,6 +6,7 @@
 //   tiled          implicit GEMM on the FP32 and FP64 units           cuda/tiled.cuh
 //   mma            implicit GEMM on the tensor cores, mma.sync        cuda/mma.cuh
 //   mma_3xtf32     the same with the accuracy of float32              cuda/mma.cuh
+//   depthwise      one input channel a group, channels-last           cuda/depthwise.cuh
 
 #include <algorithm>
 #include <cstdint>
@@ -38,6 +39,7 @@ constexpr Rung kRungs[] = {
     {"tiled", PlanTiled, LaunchTiled, 80, kAnyLater},
     {"mma", PlanMma, LaunchMma, 80, kAnyLater},
     {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, 80, kAnyLater},
+    {"depthwise", PlanDepthwise, LaunchDepthwise, 80, kAnyLater},
 };
 constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
 
@@ -99,9 +101,12 @@ const char* ByDType(const Problem& problem, const void* dy, const void* w, void*
 bool PlanDirect(const Problem& problem, Plan* plan) {
   plan->threads = kDirectThreads;
   // Two loads for a product, of which a multiprocessor starts a quarter as many as
-  // multiply-adds.
-  plan->model_us =
-      ReferenceGpu::kLaunchUs + 8 * Products(problem) / ReferenceGpu::kFmaF32PerUs;
+  // multiply-adds, and some 100 instructions that find out where an output lies.
+  double outputs = static_cast<double>(problem.batch * problem.groups) *
+                   static_cast<double>(problem.in_channels);
+  for (const Axis& a : problem.axis) outputs *= static_cast<double>(a.in);
+  plan->model_us = ReferenceGpu::kLaunchUs +
+                   (8 * Products(problem) + 100 * outputs) / ReferenceGpu::kFmaF32PerUs;
   return true;
 }
 

@@ -125,6 +125,7 @@ SPECIAL = {
     "strided": make_geometry((9, 8), (3, 2), (4, 6), stride=(2, 3), padding=((2, 1), (0, 1))),
     "dilated": make_geometry((7,), (3,), (9, 8), lhs_dilation=2, rhs_dilation=3, padding=4),
     "depthwise": make_geometry((5, 6), (3, 3), (8, 8), padding=1, feature_groups=8),
+    "depthwise_multiplier": make_geometry((5, 6), (3, 2), (5, 10), padding=1, feature_groups=5),
     "pointwise": make_geometry((4, 5), (1, 1), (16, 24)),
     "few_channels": make_geometry((9, 9), (3, 3), (3, 16), stride=2, padding=1),
 }

@@ -40,6 +40,7 @@ class Mutation:
 _DIRECT, _TILED = "csrc/cuda/direct.cuh", "csrc/cuda/tiled.cuh"
 _GEOMETRY, _PHASE = "csrc/cuda/geometry.cuh", "csrc/phase.h"
 _MMA, _TILES = "csrc/cuda/mma.cuh", "csrc/cuda/tiles.cuh"
+_DEPTHWISE = "csrc/cuda/depthwise.cuh"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -135,6 +136,31 @@ MUTATIONS = [
              "const int32_t c = at.c0 + thread % kAcross * kCount;",
              "const int32_t c = thread % kAcross * kCount;"),
     Mutation("mma transposes half a quad", _MMA, "bit <= 2", "bit <= 1"),
+    # ---- depthwise
+    Mutation("depthwise ring without the barrier that publishes filters", _DEPTHWISE,
+             "  __syncthreads();\n  int32_t rest = first + thread;",
+             "  int32_t rest = first + thread;", mode=("0", "1")),
+    Mutation("depthwise ring turns by one row, whatever the stride", _DEPTHWISE,
+             "(S::kStepH * turn + r) % S::kRows", "(turn + r) % S::kRows", count=3),
+    Mutation("depthwise ring loads a row below the last", _DEPTHWISE,
+             "uint32_t exist = j < lattice_h.count ? reads : 0;", "uint32_t exist = reads;",
+             variant="address"),
+    Mutation("depthwise ring skips a row of dY that reaches into a strip", _DEPTHWISE,
+             "int32_t j = i_begin - S::kHaloH;", "int32_t j = i_begin - S::kHaloH + 1;"),
+    Mutation("depthwise ring takes filters beyond the last", _DEPTHWISE,
+             "if (group >= params.groups) group -= params.groups;", "", variant="address"),
+    Mutation("depthwise ring repairs nothing", _DEPTHWISE,
+             "if (finite) return;", "return;", check="special"),
+    Mutation("depthwise window repairs nothing", _DEPTHWISE,
+             "if (special == 0) return;", "return;", check="special"),
+    Mutation("depthwise window slides the wrong way", _DEPTHWISE,
+             "window[(kRun - turn) % kRun]", "window[turn % kRun]"),
+    Mutation("depthwise window stages over rows being read", _DEPTHWISE,
+             "    __syncthreads();  // nobody reads the rows before\n", ""),
+    Mutation("depthwise window loads before the first column", _DEPTHWISE,
+             "step(turn, at >= 0);", "step(turn, true);", variant="address"),
+    Mutation("depthwise lattices in the wrong order", _DEPTHWISE,
+             "p0 = p0 * a.inverse % a.spacing;", ""),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
              "  if (thread >= S::kThreads - 32 && at.c0 + S::kN > g.in_channels) return;\n"
@@ -157,6 +183,15 @@ def problems(check: str) -> list[str]:
         "two_tiles": make_geometry((14, 14), (1, 5), (4, 5), batch=1, padding=((0, 0), (2, 2))),
         # Phases without taps, and more than one tile of channels.
         "pointwise": make_geometry((5, 4), (1, 1), (72, 8), stride=2),
+        "depthwise": make_geometry((9, 6), (3, 3), (6, 6), padding=1, feature_groups=6),
+        "depthwise_s2": make_geometry((13, 6), (3, 3), (6, 6), stride=2, padding=((2, 1), (0, 1)),
+                                      feature_groups=6),
+        "depthwise_lattices": make_geometry((11, 9), (3, 3), (4, 4), stride=2, rhs_dilation=3,
+                                            padding=4, feature_groups=4),
+        "depthwise_many": make_geometry((3, 4), (3, 3), (300, 300), batch=1, padding=1,
+                                        feature_groups=300),
+        "depthwise_large": make_geometry((4, 3), (10, 25), (32, 32), batch=1,
+                                         padding=((5, 4), (12, 12)), feature_groups=32),
         "wide": make_geometry((75,), (40,), (5, 6), stride=37, padding=((3, 2),)),
     }  # fmt: skip
     lines = []
