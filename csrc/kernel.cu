@@ -7,6 +7,8 @@
 //   mma            implicit GEMM on the tensor cores, mma.sync        cuda/mma.cuh
 //   mma_3xtf32     the same with the accuracy of float32              cuda/mma.cuh
 //   depthwise      one input channel a group, channels-last           cuda/depthwise.cuh
+//   few_channels   up to four input channels, on the tensor cores     cuda/few_channels.cuh
+//   few_channels_3xtf32   with the accuracy of float32                cuda/few_channels.cuh
 
 #include <algorithm>
 #include <cstdint>
@@ -40,6 +42,9 @@ constexpr Rung kRungs[] = {
     {"mma", PlanMma, LaunchMma, 80, kAnyLater},
     {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, 80, kAnyLater},
     {"depthwise", PlanDepthwise, LaunchDepthwise, 80, kAnyLater},
+    {"few_channels", PlanFewChannels, LaunchFewChannels, 80, kAnyLater},
+    {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, 80,
+     kAnyLater},
 };
 constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
 

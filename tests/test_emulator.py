@@ -25,7 +25,7 @@ if (reason := build.missing()) is not None:
 
 TARGET = "convgrad_input_grad_emulated"
 # Rungs that may round float32 products to TF32 where the precision allows it.
-TF32_RUNGS = {"mma"}
+TF32_RUNGS = {"few_channels", "mma"}
 LITERAL = {case.name for case in cases.wide_cases()}
 CASES = list(cases.small_cases(8, SEED))
 

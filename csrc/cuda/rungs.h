@@ -35,7 +35,9 @@ using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,
                                    const Plan& plan, const void* dy, const void* w,
                                    void* dx, void* workspace);
 
-PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32, PlanDepthwise;
-LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32, LaunchDepthwise;
+PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32;
+PlanFunction PlanDepthwise, PlanFewChannels, PlanFewChannels3xTf32;
+LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32;
+LaunchFunction LaunchDepthwise, LaunchFewChannels, LaunchFewChannels3xTf32;
 
 }  // namespace convgrad
