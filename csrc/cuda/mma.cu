@@ -97,20 +97,6 @@ int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- plans ------------------------------------------------------------------------
 
-double BytesMoved(const Problem& problem) {
-  double dx = static_cast<double>(problem.in_channels);
-  double dy = static_cast<double>(problem.out_channels);
-  double w = dx * dy * static_cast<double>(problem.groups);
-  dx *= static_cast<double>(problem.batch * problem.groups);
-  dy *= static_cast<double>(problem.batch * problem.groups);
-  for (const Axis& a : problem.axis) {
-    dx *= static_cast<double>(a.in);
-    dy *= static_cast<double>(a.out);
-    w *= static_cast<double>(a.win);
-  }
-  return (dx + dy + w) * static_cast<double>(SizeInBytes(problem.dtype));
-}
-
 // The taps of the phase that has the most, and of a phase on average.
 struct TapCounts {
   double most, average;
@@ -201,6 +187,7 @@ bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
       plan->split_k = parts;
       plan->blocks = tiles * parts;
       plan->threads = tile.threads;
+      plan->resident = tile.resident;
       plan->shared_bytes = tile.shared_bytes;
       plan->model_us = us;
     }
