@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from jax_convgrad import ConvGeometry, custom_call
 from jax_convgrad.tools.geometries import (
@@ -93,6 +93,17 @@ def line(
         words += [len(values), *values]
     words += [g.feature_group_count, g.batch_group_count]
     return " ".join(map(str, words))
+
+
+def lines(all_cases: Iterable[Case], dtypes: Sequence[str] = DTYPES) -> Iterator[str]:
+    """Every case in every dtype, float32 with and without TF32, and some with NaN and Inf."""
+    for index, case in enumerate(all_cases):
+        for dtype in dtypes:
+            yield line(case, dtype, allow_tf32=True)
+            if dtype == "float32":
+                yield line(case, dtype, allow_tf32=False)
+        yield line(case, dtypes[index % len(dtypes)], platform="cpu", allow_tf32=False)
+        yield line(case, dtypes[(index + 1) % len(dtypes)], special=True, allow_tf32=False)
 
 
 def write(path: pathlib.Path, lines: Iterable[str]) -> pathlib.Path:

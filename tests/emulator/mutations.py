@@ -135,6 +135,10 @@ MUTATIONS = [
              "const int32_t c = at.c0 + thread % kAcross * kCount;",
              "const int32_t c = thread % kAcross * kCount;"),
     Mutation("mma transposes half a quad", _MMA, "bit <= 2", "bit <= 1"),
+    Mutation("mma drops slices that its parts do not share evenly", _MMA,
+             "(part < left ? 1 : 0)", "0"),
+    Mutation("mma parts of a sum overlap", _MMA,
+             "(part < left ? part : left)", "part"),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
              "  if (thread >= S::kThreads - 32 && at.c0 + S::kN > g.in_channels) return;\n"
@@ -157,6 +161,7 @@ def problems(check: str) -> list[str]:
         "two_tiles": make_geometry((14, 14), (1, 5), (4, 5), batch=1, padding=((0, 0), (2, 2))),
         # Phases without taps, and more than one tile of channels.
         "pointwise": make_geometry((5, 4), (1, 1), (72, 8), stride=2),
+        "long_sum": make_geometry((4, 4), (3, 3), (8, 200), batch=1, padding=1),
         "wide": make_geometry((75,), (40,), (5, 6), stride=37, padding=((3, 2),)),
     }  # fmt: skip
     lines = []
@@ -196,11 +201,15 @@ def compile_mutant(mutation: Mutation, folder: pathlib.Path) -> pathlib.Path:
 
 
 def run_core(
-    program: pathlib.Path, lines: Iterable[str], mode: tuple[str, str], folder: pathlib.Path
+    program: pathlib.Path,
+    lines: Iterable[str],
+    mode: tuple[str, str],
+    folder: pathlib.Path,
+    repeats: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Runs core.cc's program over lines; its status and output."""
     return subprocess.run(
-        [program, cases.write(folder / "problems.txt", lines)],
+        [program, cases.write(folder / "problems.txt", lines), str(repeats)],
         env={**os.environ, **build.SANITIZER_OPTIONS, **cases.environment(mode)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
