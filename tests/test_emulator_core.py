@@ -22,6 +22,12 @@ def test_kernels_against_the_literal_sum(tmp_path, mode):
     check(build.core(), problems[cases.MODES.index(mode) % 3 :: 3], mode, tmp_path)
 
 
+@pytest.mark.parametrize("kernel", cases.TILES)
+def test_every_tile_against_the_literal_sum(tmp_path, kernel):
+    small = list(cases.small_cases(0, SEED, 1 << 17))[SEED % 2 :: 2]
+    check(build.core(), cases.tile_lines(kernel, small), cases.MODES[SEED % 6], tmp_path)
+
+
 @pytest.mark.sanitizer
 @pytest.mark.parametrize(
     ("variant", "most_products", "mode"),

@@ -55,7 +55,12 @@ def test_every_rung_against_the_literal_sum(gpu_program, tmp_path, poison, monke
     """In every dtype, and the same bits 20 times on two streams at once."""
     monkeypatch.setenv("CUDA_EMULATOR_POISON", poison)
     program = gpu_program(build.core_sources())
-    path = cases.write(tmp_path / "problems", cases.lines(cases.small_cases(10, SEED, 1 << 18)))
+    small = list(cases.small_cases(10, SEED, 1 << 18))
+    lines = [
+        *cases.lines(small),
+        *(line for k in cases.TILES for line in cases.tile_lines(k, small)),
+    ]
+    path = cases.write(tmp_path / "problems", lines)
     done = subprocess.run([program, path, "10"], capture_output=True, text=True, timeout=300,
                           check=False)  # fmt: skip
     failed = [line for line in done.stdout.splitlines() if not line.startswith("pass ")]

@@ -91,12 +91,17 @@ def test_what_is_allowed_is_not_reported(planted, name, row):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_plans_agree_with_the_rows(dtype):
-    """Threads and shared memory of the layers' plans are those of some kernel's row."""
-    described = {(row.threads, row.dynamic_shared) for row in machine_code.ROWS}
+def test_plans_agree_with_the_kernels(kernels, dtype):
+    """Every layer's plan has the threads and the shared memory of some kernel."""
+
+    def fits(kernel, planned):
+        dynamic = machine_code.row_of(kernel).dynamic_shared
+        shared = planned.shared_bytes == dynamic or planned.shared_bytes <= kernel.static_shared
+        return kernel.threads == planned.threads and shared
+
     for layer in layers.load(build.ROOT / "benchmarks/layers.json", "NHWC"):
         planned = dispatch.plan(layer.geometry, dtype, "cuda")
-        assert (planned.threads, planned.shared_bytes) in described, planned
+        assert any(fits(kernel, planned) for kernel in kernels), planned
 
 
 @pytest.mark.parametrize("program", ["primitives", "core"])

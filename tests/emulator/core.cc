@@ -10,9 +10,10 @@
 // A line is: name dtype kernel special tolerance allow_tf32, then as lists with their
 // length in front lhs_shape rhs_shape out_shape window_strides padding lhs_dilation
 // rhs_dilation lhs_spec rhs_spec out_spec lhs_layout rhs_layout out_layout, then
-// feature_group_count batch_group_count. The kernel "*" is all of them. With special = 1
-// the operands hold NaNs and infinities, and each output must be finite, NaN or infinite
-// as the literal sum is.
+// feature_group_count batch_group_count tile_m tile_n. The kernel "*" is all of them.
+// With special = 1 the operands hold NaNs and infinities, and each output must be finite,
+// NaN or infinite as the literal sum is. A tile that is not zero replaces the plan's,
+// whose sum is then not split.
 
 #include <cmath>
 #include <cstdint>
@@ -43,6 +44,7 @@ struct Line {
   double tolerance;
   Ints lhs_shape, rhs_shape, out_shape;
   Attributes attributes;
+  int64_t tile_m, tile_n;
 };
 
 Ints ReadInts(std::istream& from) {
@@ -66,7 +68,7 @@ bool ReadLine(const std::string& text, Line* line) {
         &a.rhs_spec, &a.out_spec, &a.lhs_layout, &a.rhs_layout, &a.out_layout}) {
     *ints = ReadInts(from);
   }
-  from >> a.feature_group_count >> a.batch_group_count;
+  from >> a.feature_group_count >> a.batch_group_count >> line->tile_m >> line->tile_n;
   return static_cast<bool>(from);
 }
 
@@ -280,6 +282,11 @@ int RunLine(const Line& line, int repeats) {
     if ((line.kernel != "*" && line.kernel != *kernel) ||
         !PlanCuda(problem, *kernel, CudaCapability(), &plan)) {
       continue;
+    }
+    if (line.tile_m != 0) {
+      plan.tile_m = line.tile_m;
+      plan.tile_n = line.tile_n;
+      plan.split_k = 1;
     }
     Array dx(problem.dtype, line.lhs_shape);
     if (dx.count() == 0) continue;

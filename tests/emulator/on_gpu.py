@@ -19,7 +19,7 @@ from emulator import build, cases
 from jax_convgrad import dispatch, native
 from jax_convgrad.tools.geometries import Case
 
-FEW = 6
+FEW = 12
 
 
 def takes(kernel: str, case: Case, dtype: str) -> bool:
@@ -31,15 +31,21 @@ def takes(kernel: str, case: Case, dtype: str) -> bool:
     return True
 
 
+def spread(lines: list[str]) -> list[str]:
+    """Some of the lines, from the first to nearly the last."""
+    return lines[:: max(1, len(lines) // FEW)][:FEW]
+
+
 def all_problems(kernel: str) -> list[str]:
     """Lines for core.cc, of which the kernel skips what it does not take."""
+    small = list(cases.small_cases(10, 0, 1 << 18))
     return [
         cases.line(case, dtype, kernel=kernel, special=special, allow_tf32=allow_tf32)
-        for index, case in enumerate(cases.small_cases(10, 0, 1 << 18))
+        for index, case in enumerate(small)
         for dtype in cases.DTYPES
         for allow_tf32 in ((True, False) if dtype == "float32" else (True,))
         for special in ((False, True) if index % 3 == 0 else (False,))
-    ]
+    ] + list(cases.tile_lines(kernel, small))
 
 
 def few_problems(kernel: str) -> list[str]:
@@ -52,7 +58,8 @@ def few_problems(kernel: str) -> list[str]:
                 special = len(taken) % 3 == 2
                 taken.append(cases.line(case, dtype, kernel=kernel, special=special))
                 break
-    return taken[:: max(1, len(taken) // FEW)][:FEW]
+    tiles = list(cases.tile_lines(kernel, cases.small_cases(0, 0, 1 << 16)))
+    return [*spread(taken), *spread(tiles)]
 
 
 def main(folder: pathlib.Path) -> None:
