@@ -16,6 +16,7 @@
 
 #include "cuda/direct.cuh"
 #include "cuda/geometry.cuh"
+#include "cuda/planning.h"
 #include "cuda/platform.cuh"
 #include "cuda/rungs.h"
 #include "cuda/tiled.cuh"
@@ -105,13 +106,19 @@ const char* ByDType(const Problem& problem, const void* dy, const void* w, void*
 
 bool PlanDirect(const Problem& problem, Plan* plan) {
   plan->threads = kDirectThreads;
+  plan->blocks = DirectBlocks(problem);
+  plan->resident =
+      FitsIn32Bits(problem, 0) ? kDirectMinBlocks<int32_t> : kDirectMinBlocks<int64_t>;
   // Two loads for a product, of which a multiprocessor starts a quarter as many as
-  // multiply-adds, and some 100 instructions that find out where an output lies.
+  // multiply-adds, and some 100 instructions that find out where an output lies; and, an
+  // estimate, half the rate of a copy.
   double outputs = static_cast<double>(problem.batch * problem.groups) *
                    static_cast<double>(problem.in_channels);
   for (const Axis& a : problem.axis) outputs *= static_cast<double>(a.in);
-  plan->model_us = ReferenceGpu::kLaunchUs +
-                   (8 * Products(problem) + 100 * outputs) / ReferenceGpu::kFmaF32PerUs;
+  plan->model_us =
+      ReferenceGpu::kLaunchUs +
+      std::max((8 * Products(problem) + 100 * outputs) / ReferenceGpu::kFmaF32PerUs,
+               2 * BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs);
   return true;
 }
 
@@ -139,19 +146,28 @@ bool PlanTiled(const Problem& problem, Plan* plan) {
   if (tiles > kMaxBlocks) return false;
   plan->stages = 2;
   plan->blocks = tiles;
-  // A wave of blocks takes as long as its slowest one: all taps, K padded to whole
-  // slices. Two thirds of the arithmetic rate, by count of the instructions in the inner
-  // loop.
+  const bool small = FitsIn32Bits(problem, kTiledSlack);
+  const auto resident = [&](auto acc) {
+    using Acc = decltype(acc);
+    return small ? kTiledMinBlocks<Acc, int32_t> : kTiledMinBlocks<Acc, int64_t>;
+  };
+  plan->resident = problem.dtype == DType::kF64 ? resident(double{}) : resident(float{});
+  // A wave of blocks takes as long as its slowest one: the taps of the phase that may
+  // have the most, K padded to whole slices. Two thirds of the arithmetic rate, by count
+  // of the instructions in the inner loop.
   double products = static_cast<double>(plan->tile_m * plan->tile_n) *
                     static_cast<double>((problem.out_channels + plan->tile_k - 1) /
                                         plan->tile_k * plan->tile_k);
   for (const Axis& a : problem.axis) {
-    products *= static_cast<double>(MakePhase(a, 0).r_count);
+    const int64_t step = MakePhase(a, 0).r_step;
+    products *= static_cast<double>((a.win + step - 1) / step);
   }
   constexpr int64_t kResident = 2 * ReferenceGpu::kMultiprocessors;
   const int64_t waves = (tiles + kResident - 1) / kResident;
-  plan->model_us = ReferenceGpu::kLaunchUs + static_cast<double>(waves * kResident) *
-                                                 products * 1.5 / FmaPerUs(problem);
+  plan->model_us = ReferenceGpu::kLaunchUs +
+                   std::max(static_cast<double>(waves * kResident) * products * 1.5 /
+                                FmaPerUs(problem),
+                            BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs);
   return true;
 }
 

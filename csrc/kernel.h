@@ -65,6 +65,7 @@ struct Plan {
   int64_t stages;                  // slices of operands in flight
   int64_t split_k;                 // parts of the sum, added up by a second kernel
   int64_t blocks, threads;         // of the grid, of a block
+  int64_t resident;                // blocks that a multiprocessor holds at once
   int64_t shared_bytes;            // of a block
   double model_us;                 // the planner's estimate (cuda/rungs.h)
 };

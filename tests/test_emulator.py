@@ -248,6 +248,24 @@ def test_planner_names_a_kernel_for_every_layer_of_the_table(emulated, dtype):
             assert plan["kernel"] != "direct", layer
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_plans_say_how_the_grid_runs(emulated, monkeypatch, dtype):
+    """For every rung that takes a layer: explain() prints waves and the roofline from it."""
+    monkeypatch.setattr(native, "cuda", emulated)
+    gpu = dispatch.reference_gpu(dtype, None)
+    exact = dispatch.reference_gpu(dtype, (lax.Precision.HIGHEST,) * 2)
+    assert exact.flops_per_s == gpu.flops_per_s / (3 if dtype == "float32" else 1)
+    for layer in LAYERS[::10]:
+        g = layer.geometry
+        for name in plans(emulated, g, dtype):
+            plan = dispatch.plan(g, dtype, "cuda", None, name)
+            assert min(plan.blocks, plan.threads, plan.resident) > 0, plan
+            assert plan.resident * plan.threads <= 2048, plan
+            assert plan.resident * plan.shared_bytes <= 227 << 10, plan
+            bytes_us = 1e6 * g.bytes_moved(jnp.dtype(dtype).itemsize) / gpu.bytes_per_s
+            assert plan.model_us >= bytes_us, (plan, bytes_us)
+
+
 @pytest.mark.parametrize("kernel", ["auto", "mma", "tiled"])
 def test_workspace_does_not_depend_on_the_gpu(emulated, kernel):
     # Small M, so that the sum is split.

@@ -190,6 +190,7 @@ bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
       plan->split_k = parts;
       plan->blocks = tiles * parts;
       plan->threads = tile.threads;
+      plan->resident = tile.resident;
       plan->shared_bytes = tile.shared_bytes;
       plan->model_us = us;
     }

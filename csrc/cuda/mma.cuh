@@ -422,12 +422,15 @@ __global__ void __launch_bounds__(
   const int32_t taps = FindLiveTaps(g, at, rows, S::kM, thread == 0, spans);
   __syncthreads();
 
-  // This block's part of the slices, and the first of them.
+  // This block's part of the slices, and the first of them. The first parts have one more
+  // if the slices do not divide evenly.
   const int32_t slices_per_tap = (g.out_channels + S::kK - 1) / S::kK;
-  const int64_t all_slices = static_cast<int64_t>(taps) * slices_per_tap;
-  const int32_t first_slice = static_cast<int32_t>(all_slices * part / params.parts);
-  const int32_t slices =
-      static_cast<int32_t>(all_slices * (part + 1) / params.parts) - first_slice;
+  const unsigned all_slices = static_cast<unsigned>(taps * slices_per_tap);
+  const unsigned even = all_slices / params.parts;
+  const unsigned left = all_slices - even * params.parts;
+  const int32_t first_slice =
+      static_cast<int32_t>(even * part + (part < left ? part : left));
+  const int32_t slices = static_cast<int32_t>(even + (part < left ? 1 : 0));
 
   // What this thread copies: its chunks' places in a slice and in global memory.
   const int a_row = thread / S::kChunksA, a_k = thread % S::kChunksA * S::kChunk;

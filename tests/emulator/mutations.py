@@ -136,6 +136,10 @@ MUTATIONS = [
              "const int32_t c = at.c0 + thread % kAcross * kCount;",
              "const int32_t c = thread % kAcross * kCount;"),
     Mutation("mma transposes half a quad", _MMA, "bit <= 2", "bit <= 1"),
+    Mutation("mma drops slices that its parts do not share evenly", _MMA,
+             "(part < left ? 1 : 0)", "0"),
+    Mutation("mma parts of a sum overlap", _MMA,
+             "(part < left ? part : left)", "part"),
     # ---- depthwise
     Mutation("depthwise ring without the barrier that publishes filters", _DEPTHWISE,
              "  __syncthreads();\n  int32_t rest = first + thread;",
@@ -183,6 +187,7 @@ def problems(check: str) -> list[str]:
         "two_tiles": make_geometry((14, 14), (1, 5), (4, 5), batch=1, padding=((0, 0), (2, 2))),
         # Phases without taps, and more than one tile of channels.
         "pointwise": make_geometry((5, 4), (1, 1), (72, 8), stride=2),
+        "long_sum": make_geometry((4, 4), (3, 3), (8, 200), batch=1, padding=1),
         "depthwise": make_geometry((9, 6), (3, 3), (6, 6), padding=1, feature_groups=6),
         "depthwise_s2": make_geometry((13, 6), (3, 3), (6, 6), stride=2, padding=((2, 1), (0, 1)),
                                       feature_groups=6),
@@ -231,11 +236,15 @@ def compile_mutant(mutation: Mutation, folder: pathlib.Path) -> pathlib.Path:
 
 
 def run_core(
-    program: pathlib.Path, lines: Iterable[str], mode: tuple[str, str], folder: pathlib.Path
+    program: pathlib.Path,
+    lines: Iterable[str],
+    mode: tuple[str, str],
+    folder: pathlib.Path,
+    repeats: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Runs core.cc's program over lines; its status and output."""
     return subprocess.run(
-        [program, cases.write(folder / "problems.txt", lines)],
+        [program, cases.write(folder / "problems.txt", lines), str(repeats)],
         env={**os.environ, **build.SANITIZER_OPTIONS, **cases.environment(mode)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
