@@ -176,11 +176,11 @@ def test_more_than_2_31_elements(rng, which, kernel):
 
 # ---- CUDA graphs --------------------------------------------------------------------
 
-# How XLA records its command buffers, which are CUDA graphs: never; one custom call and
-# more at a time; whole loops.
+# What XLA records into command buffers, which are CUDA graphs: nothing; custom calls and
+# nothing else, even a single one; whatever it can, whole loops included.
 GRAPHS = {
     "none": "--xla_gpu_enable_command_buffer=",
-    "calls": "--xla_gpu_enable_command_buffer=+CUSTOM_CALL --xla_gpu_graph_min_graph_size=1",
+    "calls": "--xla_gpu_enable_command_buffer=CUSTOM_CALL --xla_gpu_graph_min_graph_size=1",
     "loops": "--xla_gpu_enable_command_buffer=+CUSTOM_CALL,+WHILE,+CONDITIONAL "
     "--xla_gpu_graph_min_graph_size=1",
 }
@@ -300,5 +300,5 @@ def test_inside_cuda_graphs(run_python, programs_without_graphs, platform, graph
             assert numbers == expected[name], name
     if platform == "cuda":
         logs = dict(part.split("\n", 1) for part in done.stderr.split("== ")[1:])
-        # Nothing but the custom call is there to be recorded.
+        # With "calls", nothing but our custom call could be recorded.
         assert [name for name, log in logs.items() if RECORDED not in log] == []
