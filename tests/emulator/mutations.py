@@ -39,7 +39,7 @@ class Mutation:
 
 _DIRECT, _TILED = "csrc/cuda/direct.cuh", "csrc/cuda/tiled.cuh"
 _GEOMETRY, _PHASE = "csrc/cuda/geometry.cuh", "csrc/phase.h"
-_MMA = "csrc/cuda/mma.cuh"
+_MMA, _FRAGMENTS = "csrc/cuda/mma.cuh", "csrc/cuda/fragments.cuh"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -125,7 +125,7 @@ MUTATIONS = [
              "(chunk ^ lane % 8)", "chunk"),
     Mutation("mma takes padding for dY", _MMA,
              "inside >> j & 1 ? a_valid : 0", "a_valid", variant="address"),
-    Mutation("mma transposes half a quad", _MMA, "bit <= 2", "bit <= 1"),
+    Mutation("mma transposes half a quad", _FRAGMENTS, "bit <= 2", "bit <= 1"),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
              "  if (thread >= S::kThreads - 32 && c0 + S::kN > g.in_channels) return;\n"
