@@ -6,6 +6,7 @@
 //   tiled          implicit GEMM on the FP32 and FP64 units           cuda/tiled.cuh
 //   mma            implicit GEMM on the tensor cores, mma.sync        cuda/mma.cuh
 //   mma_3xtf32     the same with the accuracy of float32              cuda/mma.cuh
+//   grouped        groups of few channels on the tensor cores         cuda/grouped.cuh
 
 #include <algorithm>
 #include <cstdint>
@@ -38,6 +39,7 @@ constexpr Rung kRungs[] = {
     {"tiled", PlanTiled, LaunchTiled, 80, kAnyLater},
     {"mma", PlanMma, LaunchMma, 80, kAnyLater},
     {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, 80, kAnyLater},
+    {"grouped", PlanGrouped, LaunchGrouped, 80, kAnyLater},
 };
 constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
 

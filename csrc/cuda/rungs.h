@@ -35,7 +35,7 @@ using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,
                                    const Plan& plan, const void* dy, const void* w,
                                    void* dx, void* workspace);
 
-PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32;
-LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32;
+PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32, PlanGrouped;
+LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32, LaunchGrouped;
 
 }  // namespace convgrad
