@@ -9,6 +9,7 @@
 //   depthwise      one input channel a group, channels-last           cuda/depthwise.cuh
 //   few_channels   up to four input channels, on the tensor cores     cuda/few_channels.cuh
 //   few_channels_3xtf32   with the accuracy of float32                cuda/few_channels.cuh
+//   grouped        groups of few channels on the tensor cores         cuda/grouped.cuh
 
 #include <algorithm>
 #include <cstdint>
@@ -46,6 +47,7 @@ constexpr Rung kRungs[] = {
     {"few_channels", PlanFewChannels, LaunchFewChannels, 80, kAnyLater},
     {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, 80,
      kAnyLater},
+    {"grouped", PlanGrouped, LaunchGrouped, 80, kAnyLater},
 };
 constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
 

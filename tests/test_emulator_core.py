@@ -28,6 +28,24 @@ def test_every_tile_against_the_literal_sum(tmp_path, kernel):
     check(build.core(), cases.tile_lines(kernel, small), cases.MODES[SEED % 6], tmp_path)
 
 
+@pytest.mark.parametrize("mode", cases.MODES[:2], ids="eager{0[0]}-order{0[1]}".format)
+def test_blocks_that_take_several_tiles(tmp_path, mode):
+    check(build.core(), mutations.problems("walking"), mode, tmp_path)
+
+
+@pytest.mark.parametrize("shared_bytes", [40 << 10, 4 << 10])
+def test_grouped_where_a_block_has_less_shared_memory(tmp_path, monkeypatch, shared_bytes):
+    # Smaller tiles than planned for, or none at all.
+    monkeypatch.setenv("CUDA_EMULATOR_SHARED", str(shared_bytes))
+    problems = [
+        cases.line(case, dtype, kernel="grouped")
+        for case in cases.small_cases(0, SEED, 1 << 18)
+        if case.name.startswith(("grouped", "dense"))
+        for dtype in ("float32", "bfloat16")
+    ]
+    check(build.core(), [*problems, *mutations.problems("walking")], cases.MODES[0], tmp_path)
+
+
 @pytest.mark.sanitizer
 @pytest.mark.parametrize(
     ("variant", "most_products", "mode"),

@@ -230,22 +230,6 @@ __device__ __forceinline__ void MultiplySlices(
 
 // ---- the way out ------------------------------------------------------------------
 
-// word[q] of lane t of a quad goes to word[t] of lane q.
-__device__ __forceinline__ void TransposeQuad(uint32_t (&word)[4], int lane) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = (lane & bit) != 0;
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      if (q & bit) continue;
-      const uint32_t got =
-          __shfl_xor_sync(0xffffffffu, upper ? word[q] : word[q | bit], bit);
-      word[q] = upper ? got : word[q];
-      word[q | bit] = upper ? word[q | bit] : got;
-    }
-  }
-}
-
 __device__ __forceinline__ int32_t ChannelAt(const MmaParams& params, int32_t c) {
   return c * params.geometry.dx_channel + params.run.Quotient(c) * params.run_gap +
          params.plane.Quotient(c) * params.plane_gap;

@@ -54,8 +54,8 @@ using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,
                                    void* dx, void* workspace);
 
 PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32;
-PlanFunction PlanDepthwise, PlanFewChannels, PlanFewChannels3xTf32;
+PlanFunction PlanDepthwise, PlanGrouped, PlanFewChannels, PlanFewChannels3xTf32;
 LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32;
-LaunchFunction LaunchDepthwise, LaunchFewChannels, LaunchFewChannels3xTf32;
+LaunchFunction LaunchDepthwise, LaunchGrouped, LaunchFewChannels, LaunchFewChannels3xTf32;
 
 }  // namespace convgrad

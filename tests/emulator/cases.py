@@ -55,6 +55,13 @@ def wide_cases() -> list[Case]:
     return [Case(name, geometry) for name, geometry in table.items()]
 
 
+def walking_case() -> Case:
+    """More tiles than a GPU computes at once: blocks that stay take several each."""
+    geometry = make_geometry((16, 16), (1, 2), (8448, 8448), batch=3,
+                             padding=((0, 0), (1, 0)), feature_groups=4224)  # fmt: skip
+    return Case("walking", geometry)
+
+
 def small_cases(random_count: int, seed: int, most_products: int = 1 << 20) -> Iterator[Case]:
     """Named and random geometries that an emulated kernel computes in a fraction of a second."""
     for case in [*named_cases(), *wide_cases(), *random_cases(random_count, seed)]:

@@ -23,8 +23,9 @@ from . import build, cases
 class Mutation:
     """One mistake, and what notices it.
 
-    `check` is the kind of problem: "values" or "special" (NaN and Inf). `variant` is that
-    of `build.VARIANTS`, and `mode` a row of `cases.MODES`.
+    `check` is the kind of problem: "values", "special" (NaN and Inf) or "walking" (blocks
+    that take several tiles). `variant` is that of `build.VARIANTS`, and `mode` a row of
+    `cases.MODES`.
     """
 
     name: str
@@ -41,6 +42,8 @@ _DIRECT, _TILED = "csrc/cuda/direct.cuh", "csrc/cuda/tiled.cuh"
 _GEOMETRY, _PHASE = "csrc/cuda/geometry.cuh", "csrc/phase.h"
 _MMA, _TILES = "csrc/cuda/mma.cuh", "csrc/cuda/tiles.cuh"
 _DEPTHWISE = "csrc/cuda/depthwise.cuh"
+_FRAGMENTS = "csrc/cuda/fragments.cuh"
+_GROUPED = "csrc/cuda/grouped.cuh"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -135,7 +138,6 @@ MUTATIONS = [
     Mutation("mma writes a phase without taps to the first channels", _MMA,
              "const int32_t c = at.c0 + thread % kAcross * kCount;",
              "const int32_t c = thread % kAcross * kCount;"),
-    Mutation("mma transposes half a quad", _MMA, "bit <= 2", "bit <= 1"),
     Mutation("mma drops slices that its parts do not share evenly", _MMA,
              "(part < left ? 1 : 0)", "0"),
     Mutation("mma parts of a sum overlap", _MMA,
@@ -165,6 +167,51 @@ MUTATIONS = [
              "step(turn, at >= 0);", "step(turn, true);", variant="address"),
     Mutation("depthwise lattices in the wrong order", _DEPTHWISE,
              "p0 = p0 * a.inverse % a.spacing;", ""),
+    Mutation("mma transposes half a quad", _FRAGMENTS, "bit <= 2", "bit <= 1"),
+    # ---- grouped. Finite poison: it repairs results that are not finite.
+    Mutation("grouped does not wait for its copies", _GROUPED,
+             "CopyAsyncWait<0>();", "CopyAsyncWait<1>();", mode=("0", "1")),
+    Mutation("grouped without its barrier", _GROUPED,
+             "    CopyAsyncWait<0>();\n    __syncthreads();",
+             "    CopyAsyncWait<0>();\n    __syncwarp();", mode=("0", "1")),
+    Mutation("grouped copies into the stage being read", _GROUPED,
+             "stage_at = params.stage_bytes - stage_at;", "", check="walking",
+             mode=("1", "1")),
+    Mutation("grouped without the barrier between tiles", _GROUPED,
+             "    CopyAsyncWait<0>();\n    __syncthreads();",
+             "    CopyAsyncWait<0>();\n"
+             "    if (tile < params.parts) __syncthreads(); else __syncwarp();",
+             check="walking", mode=("1", "1")),
+    Mutation("grouped multiplies a term that is not there", _GROUPED,
+             "term.exists = rest < count;", "term.exists = 1;"),
+    Mutation("grouped mixes groups", _GROUPED,
+             "exists && same_group ? w[", "exists && (same_group || k % 2 == 0) ? w[",
+             variant="address"),
+    Mutation("grouped reads the pair before", _GROUPED,
+             "if (pair + 1 < pairs) next_at = term->dy;", ""),
+    Mutation("grouped begins bundles too early", _GROUPED,
+             "(FirstChunk<S::kChunk>(params, c) - first_chunk)",
+             "(FirstChunk<S::kChunk>(params, c) - first_chunk) / 2"),
+    Mutation("grouped writes all phases to one place", _GROUPED,
+             "phase.dx += phase.h0[a] * axis.dx_stride;", ""),
+    Mutation("grouped takes padding for dY", _GROUPED,
+             "static_cast<uint32_t>(p2) < static_cast<uint32_t>(g.axis[2].out)",
+             "p2 < g.axis[2].out", variant="address"),
+    Mutation("grouped copies chunks beyond the last", _GROUPED,
+             "row_exists && first_chunk + chunk < params.dy_chunks &&", "row_exists &&",
+             variant="address"),
+    Mutation("grouped stores rows beyond the last", _GROUPED,
+             "at.i[2] + static_cast<int32_t>(row.i1_i2 & 0xffff) < phase.positions[2]",
+             "at.i[2] + static_cast<int32_t>(row.i1_i2 & 0xffff) <= phase.positions[2]",
+             variant="address"),
+    Mutation("grouped stores channels beyond the last", _GROUPED,
+             "j < kTiles && c + j * 8 < params.dx_channels", "j < kTiles",
+             variant="address"),
+    Mutation("grouped repairs nothing", _GROUPED,
+             "if (check[0] + check[1] + check[2] + check[3] != 0.0f) {", "if (false) {",
+             check="special"),
+    Mutation("grouped forgets one of three products", _GROUPED,
+             "Mma(part[j], a, lo[j], T{});", "Mma(part[j], a_lo, hi[j], T{});"),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
              "  if (thread >= S::kThreads - 32 && at.c0 + S::kN > g.in_channels) return;\n"
@@ -174,6 +221,8 @@ MUTATIONS = [
 
 def problems(check: str) -> list[str]:
     """Lines for core.cc that together reach what the mutations of a kind change."""
+    if check == "walking":
+        return [cases.line(cases.walking_case(), "bfloat16", kernel="grouped")]
     table = {
         "edges": make_geometry((7, 6), (3, 3), (10, 11), batch=3, padding=1),
         "strided": make_geometry((11, 9), (3, 3), (9, 5), stride=2, padding=((1, 2), (0, 1))),
@@ -198,6 +247,10 @@ def problems(check: str) -> list[str]:
         "depthwise_large": make_geometry((4, 3), (10, 25), (32, 32), batch=1,
                                          padding=((5, 4), (12, 12)), feature_groups=32),
         "wide": make_geometry((75,), (40,), (5, 6), stride=37, padding=((3, 2),)),
+        "grouped": make_geometry((7, 9), (3, 3), (48, 48), batch=3, stride=2, padding=1,
+                                 feature_groups=12),
+        "grouped_wide": make_geometry((5, 6), (3, 3), (64, 32), padding=1, feature_groups=2),
+        "grouped_tail": make_geometry((6,), (3,), (40, 80), padding=1, feature_groups=10),
     }  # fmt: skip
     lines = []
     for name, geometry in table.items():
