@@ -122,6 +122,7 @@ bool MakeLayout(const Problem& problem, const FewProblem& few, int64_t phases,
   l.tiles = CeilDiv(few.positions_all, l.positions);
   l.copied = std::min(last.out, std::min(l.positions, few.positions_all) + halo);
   l.pixels = RoundUp(l.copied, kFewTilePixels);
+  if (pixel_warps > 1 && pixel_warps > l.pixels / kFewTilePixels) return false;
 
   l.pixel_bytes = few.slices * kFewSliceBytes + kMmaChunkBytes;
   l.stage_bytes = l.pixels * l.pixel_bytes;
@@ -192,8 +193,7 @@ double ModelUs(const Problem& problem, const FewProblem& few, const FewLayout& l
   // Elements of z that a job reads, and instructions for each.
   const double terms = real(layout.parts * few.most_taps_last) * kFewRunPerLane;
 
-  const double issued = 14 * copies + 1.3 * multiplies +
-                        warp_tiles * real(12 + 4 * few.shape.taps) +
+  const double issued = 14 * copies + 1.3 * multiplies + 16 * warp_tiles +
                         jobs * (100 + 3 * terms) + 80 * warps;
   const double shared_bytes =
       real(layout.copied * few.slices * kFewSliceBytes * (1 + layout.column_tiles)) +

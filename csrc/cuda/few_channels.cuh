@@ -48,6 +48,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "direct.cuh"
 #include "fragments.cuh"
@@ -197,8 +198,10 @@ __device__ __forceinline__ uint32_t LoadFilterWord(const Geometry<int32_t>& g,
 
 // ---- products ---------------------------------------------------------------------
 
-// Adds the products of 16 columns and 8 pixels, 32 bytes of K, to rows of sums.
-template <typename T, bool kThreeProducts, int kCount, int kSlices, int kTaps, int kTiles>
+// Adds the products of 16 columns and 8 pixels, 32 bytes of K, to rows of sums: tap t to
+// row kOldest + t, which are numbered in a circle.
+template <typename T, bool kThreeProducts, int kCount, int kOldest, int kSlices,
+          int kTaps, int kTiles>
 __device__ __forceinline__ void MultiplyStep(
     const uint32_t (&a)[kTaps][kSlices][2][4],
     const uint32_t (&a_lo)[kThreeProducts ? kTaps : 1][kSlices][2][4], int slice,
@@ -217,12 +220,23 @@ __device__ __forceinline__ void MultiplyStep(
 #pragma unroll
     for (int t = 0; t < kCount; ++t) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sum[t][tile][e] += part[t][e];
+      for (int e = 0; e < 4; ++e) sum[(kOldest + t) % kTaps][tile][e] += part[t][e];
     }
   } else {
 #pragma unroll
-    for (int t = 0; t < kCount; ++t) Mma(sum[t][tile], a[t][slice][half], b, T{});
+    for (int t = 0; t < kCount; ++t) {
+      Mma(sum[(kOldest + t) % kTaps][tile], a[t][slice][half], b, T{});
+    }
   }
+}
+
+// Calls f with a number below kCount as a constant, because registers have no index.
+template <int kCount, typename F>
+__device__ __forceinline__ void Constant(int number, F f) {
+  if constexpr (kCount > 1) {
+    if (number < kCount - 1) return Constant<kCount - 1>(number, f);
+  }
+  f(std::integral_constant<int, kCount - 1>{});
 }
 
 // ---- the way out ------------------------------------------------------------------
@@ -471,7 +485,9 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
     };
 
     float sum[kTaps][kTiles][4] = {};
-    const auto multiply_row = [&](int32_t x) {
+    int oldest = 0;  // of the rows of sums: the one that is complete with the next step
+    const auto multiply_row = [&](int32_t x, auto oldest) {
+      constexpr int kOldest = decltype(oldest)::value;
       if (row_exists(x)) {
         const unsigned char* const row = shared + x % kFewStages * params.stage_bytes;
 #pragma unroll
@@ -490,9 +506,10 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
             for (int half = 0; half < 2; ++half) {
               const uint32_t b[2] = {words[2 * half], words[2 * half + 1]};
               if (kTaps == 1 || all_taps) {
-                MultiplyStep<T, kThreeProducts, kTaps>(a, a_lo, slice, half, j, b, sum);
+                MultiplyStep<T, kThreeProducts, kTaps, kOldest>(a, a_lo, slice, half, j,
+                                                                b, sum);
               } else {
-                MultiplyStep<T, kThreeProducts, kTaps == 1 ? 1 : kTaps - 1>(
+                MultiplyStep<T, kThreeProducts, kTaps == 1 ? 1 : kTaps - 1, kOldest>(
                     a, a_lo, slice, half, j, b, sum);
               }
             }
@@ -511,19 +528,14 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
             if (column >= columns) continue;
             *reinterpret_cast<float2*>(to + column * params.z_pitch +
                                        tile * kFewTilePixels + lane % 4 * 2) =
-                make_float2(sum[0][j][2 * upper], sum[0][j][2 * upper + 1]);
+                make_float2(sum[kOldest][j][2 * upper], sum[kOldest][j][2 * upper + 1]);
           }
         }
       }
 #pragma unroll
-      for (int t = 0; t < kTaps; ++t) {
+      for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
-        for (int j = 0; j < kTiles; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            sum[t][j][e] = t + 1 < kTaps ? sum[t + 1 < kTaps ? t + 1 : 0][j][e] : 0.0f;
-          }
-        }
+        for (int e = 0; e < 4; ++e) sum[kOldest][j][e] = 0.0f;
       }
     };
 
@@ -552,7 +564,10 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
 #pragma unroll 1
       for (int turn = 0; turn < 2; ++turn) {
         if (turn == gathers) {
-          if (x < at.steps) multiply_row(x);
+          if (x < at.steps) {
+            Constant<kTaps>(oldest, [&](auto constant) { multiply_row(x, constant); });
+            oldest = oldest + 1 < kTaps ? oldest + 1 : 0;
+          }
         } else if (x >= params.taps) {
           Gather(params, at, first_phase, at.u0 + (x - params.taps) * apart,
                  z + ((x - 1) & 1) * params.z_buffer, table, run, warp, threads / 32,

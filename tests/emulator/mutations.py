@@ -44,6 +44,7 @@ _MMA, _TILES = "csrc/cuda/mma.cuh", "csrc/cuda/tiles.cuh"
 _DEPTHWISE = "csrc/cuda/depthwise.cuh"
 _FRAGMENTS = "csrc/cuda/fragments.cuh"
 _GROUPED = "csrc/cuda/grouped.cuh"
+_FEW = "csrc/cuda/few_channels.cuh"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -142,6 +143,9 @@ MUTATIONS = [
              "(part < left ? 1 : 0)", "0"),
     Mutation("mma parts of a sum overlap", _MMA,
              "(part < left ? part : left)", "part"),
+    Mutation("mma transposes half a quad", _FRAGMENTS, "bit <= 2", "bit <= 1"),
+    Mutation("mma puts all patches' rows side by side", _MMA,
+             "params.run.Quotient(c) * params.run_gap +", ""),
     # ---- depthwise
     Mutation("depthwise ring without the barrier that publishes filters", _DEPTHWISE,
              "  __syncthreads();\n  int32_t rest = first + thread;",
@@ -167,7 +171,6 @@ MUTATIONS = [
              "step(turn, at >= 0);", "step(turn, true);", variant="address"),
     Mutation("depthwise lattices in the wrong order", _DEPTHWISE,
              "p0 = p0 * a.inverse % a.spacing;", ""),
-    Mutation("mma transposes half a quad", _FRAGMENTS, "bit <= 2", "bit <= 1"),
     # ---- grouped. Finite poison: it repairs results that are not finite.
     Mutation("grouped does not wait for its copies", _GROUPED,
              "CopyAsyncWait<0>();", "CopyAsyncWait<1>();", mode=("0", "1")),
@@ -212,6 +215,36 @@ MUTATIONS = [
              check="special"),
     Mutation("grouped forgets one of three products", _GROUPED,
              "Mma(part[j], a, lo[j], T{});", "Mma(part[j], a_lo, hi[j], T{});"),
+    # ---- few_channels. Finite poison, as above.
+    Mutation("few_channels waits for one copy too few", _FEW,
+             "CopyAsyncWait<kFewStages - 2>()", "CopyAsyncWait<kFewStages - 1>()",
+             mode=("0", "1")),
+    Mutation("few_channels without the barrier of its ring", _FEW,
+             "CopyAsyncWait<kFewStages - 2>();\n      __syncthreads();",
+             "CopyAsyncWait<kFewStages - 2>();\n      __syncwarp();", mode=("0", "1")),
+    Mutation("few_channels copies into the stage being read", _FEW,
+             "copy_row(x + kFewStages - 1);", "copy_row(x + kFewStages);", mode=("1", "1")),
+    Mutation("few_channels gathers sums that are being written", _FEW,
+             "((x - 1) & 1)", "(x & 1)"),
+    Mutation("few_channels without the barrier between strips", _FEW,
+             "    __syncthreads();  // nobody still reads about the strip before\n", "",
+             variant="thread"),
+    Mutation("few_channels copies pixels beyond dY", _FEW,
+             "(q_end < last.out ? q_end : last.out)", "q_end", variant="address"),
+    Mutation("few_channels adds one part of K only", _FEW,
+             "part < params.parts", "part < 1"),
+    Mutation("few_channels drops the last tap of the rows", _FEW,
+             "if (kTaps == 1 || all_taps) {", "if (kTaps == 1) {"),
+    Mutation("few_channels takes all phases for the first", _FEW,
+             "u - g.axis[1].tabled[h0].p0", "u - g.axis[1].tabled[0].p0"),
+    Mutation("few_channels takes all classes of rows for the first", _FEW,
+             "params.u_first + of_class + first * apart", "params.u_first + first * apart"),
+    Mutation("few_channels gathers one pixel off", _FEW,
+             "live.first * axis.p_per_r.divisor - at.q0",
+             "live.first * axis.p_per_r.divisor - at.q0 - 1"),
+    Mutation("few_channels repairs nothing", _FEW,
+             "if (!__any_sync(0xffffffffu, special != 0)) continue;", "continue;",
+             check="special"),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
              "  if (thread >= S::kThreads - 32 && at.c0 + S::kN > g.in_channels) return;\n"
@@ -251,6 +284,12 @@ def problems(check: str) -> list[str]:
                                  feature_groups=12),
         "grouped_wide": make_geometry((5, 6), (3, 3), (64, 32), padding=1, feature_groups=2),
         "grouped_tail": make_geometry((6,), (3,), (40, 80), padding=1, feature_groups=10),
+        "patches": make_geometry((4, 6), (2, 2), (3, 8), stride=2),
+        "few_stem": make_geometry((9, 10), (7, 5), (3, 5), batch=1, stride=2, padding=3),
+        "few_deep": make_geometry((4, 5), (3, 3), (2, 200), batch=1, padding=1),
+        "few_rows_dilated": make_geometry((9, 8), (3, 2), (2, 9), rhs_dilation=(2, 3),
+                                          padding=3),
+        "few_many_images": make_geometry((2, 3), (2, 2), (1, 2), batch=1700),
     }  # fmt: skip
     lines = []
     for name, geometry in table.items():
