@@ -7,9 +7,9 @@
 //   mma            implicit GEMM on the tensor cores, mma.sync        cuda/mma.cuh
 //   mma_3xtf32     the same with the accuracy of float32              cuda/mma.cuh
 //   depthwise      one input channel a group, channels-last           cuda/depthwise.cuh
-//   few_channels   up to four input channels, on the tensor cores     cuda/few_channels.cuh
-//   few_channels_3xtf32   with the accuracy of float32                cuda/few_channels.cuh
-//   grouped        groups of few channels on the tensor cores         cuda/grouped.cuh
+//   few_channels   up to four input channels, on the tensor cores cuda/few_channels.cuh
+//   few_channels_3xtf32   with the accuracy of float32 cuda/few_channels.cuh grouped
+//   groups of few channels on the tensor cores         cuda/grouped.cuh
 
 #include <algorithm>
 #include <cstdint>

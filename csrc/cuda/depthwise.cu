@@ -8,13 +8,12 @@
 
 #include "../kernel.h"
 #include "geometry.cuh"
+#include "planning.h"
 #include "platform.cuh"
 #include "rungs.h"
 
 namespace convgrad {
 namespace {
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- which problems ---------------------------------------------------------------
 
@@ -93,19 +92,6 @@ double LivePairs(const Axis& a) {
   return static_cast<double>(pairs);
 }
 
-double CopyUs(const Problem& problem) {
-  double dx = static_cast<double>(problem.batch * problem.groups);
-  double dy = dx * static_cast<double>(problem.out_channels);
-  double w = static_cast<double>(problem.groups * problem.out_channels);
-  for (const Axis& a : problem.axis) {
-    dx *= static_cast<double>(a.in);
-    dy *= static_cast<double>(a.out);
-    w *= static_cast<double>(a.win);
-  }
-  return (dx + dy + w) * static_cast<double>(SizeInBytes(problem.dtype)) /
-         ReferenceGpu::kCopyBytesPerUs;
-}
-
 // Estimates: the part of the copy bandwidth, and of the rate at which instructions start,
 // that a full multiprocessor reaches; the warps that make it full for either, in flight
 // all the time; and what a block takes until its first multiplication.
@@ -125,7 +111,8 @@ double ModelUs(const Problem& problem, int64_t blocks, int64_t threads, int64_t 
                       kIssueEfficiency * std::min(1.0, warps / kWarpsToIssue);
   const double issue_us = static_cast<double>(rounds * threads) * instructions / rate;
   const double copy_us =
-      CopyUs(problem) / (kCopyEfficiency * std::min(1.0, warps / kWarpsToCopy));
+      BytesMoved(problem) / (ReferenceGpu::kCopyBytesPerUs * kCopyEfficiency *
+                             std::min(1.0, warps / kWarpsToCopy));
   return ReferenceGpu::kLaunchUs + kStartUs + std::max(issue_us, copy_us);
 }
 
@@ -184,6 +171,7 @@ void ConfigureRing(const Problem& problem, int index, Configuration* best) {
   c.channels = problem.groups / S::kVector;
   c.runs = CeilDiv(MostRows(across), S::kRun);
   c.threads = kRingThreads;
+  c.resident = S::kMinBlocks;
   c.shared_bytes = S::kTaps * S::kPitch * static_cast<int64_t>(sizeof(typename S::Type));
   const int64_t columns = problem.batch * Lattices(down) * Lattices(across);
   const int64_t spacing = down.rhs_dilation / Gcd(down.stride, down.rhs_dilation);
@@ -240,6 +228,7 @@ void ConfigureWindow(const Problem& problem, int vector, int run, Configuration*
   if (items >= static_cast<double>(kMostItems)) return;
   c.items = problem.batch * deep.in * down.in * Lattices(across) * step * c.runs;
   c.threads = kWindowThreads;
+  c.resident = kWindowMinBlocks;
   c.block_items = kWindowThreads / c.lanes;
   const double blocks = static_cast<double>(c.chunks) *
                         static_cast<double>(CeilDiv(c.items, c.block_items));
@@ -441,6 +430,7 @@ bool PlanDepthwise(const Problem& given, Plan* plan) {
   plan->tile_n = c.vector;
   plan->blocks = c.blocks;
   plan->threads = c.threads;
+  plan->resident = c.resident;
   plan->shared_bytes = c.shared_bytes;
   plan->model_us = c.us * static_cast<double>(parts);
   return true;

@@ -7,13 +7,13 @@
 
 #include "../kernel.h"
 #include "geometry.cuh"
+#include "planning.h"
 #include "platform.cuh"
 #include "rungs.h"
 
 namespace convgrad {
 namespace {
 
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 // The smallest number from `a` on that leaves `rest` when divided by `b`.
 int64_t RoundUpTo(int64_t a, int64_t rest, int64_t b) {
@@ -490,6 +490,7 @@ bool PlanWithin(const Problem& problem, int64_t shared_bytes, Plan* plan) {
   plan->split_k = 1;
   plan->blocks = cut.slabs * cut.parts;
   plan->threads = kGroupedThreads;
+  plan->resident = cut.resident;
   plan->shared_bytes = cut.shared_bytes;
   plan->model_us = cut.model_us * static_cast<double>(CeilDiv(problem.batch, part.batch));
   return true;
