@@ -8,6 +8,7 @@
 
 #include "../kernel.h"
 #include "geometry.cuh"
+#include "planning.h"
 #include "platform.cuh"
 #include "rungs.h"
 
@@ -19,47 +20,50 @@ constexpr int64_t kMinSlicesOfPart =
     8;  // fewer, and filling the ring is most of the work
 constexpr int64_t kMaxWorkspaceBytes = int64_t{64} << 20;
 
-// ---- how wide copies may be -------------------------------------------------------
+// ---- patches ----------------------------------------------------------------------
 
-// The bytes, a power of two up to 16, to which all of an operand's rows are aligned. The
-// stride of a dimension of size one says nothing.
-class Alignment {
- public:
-  Alignment(const void* base, int64_t element_bytes)
-      : bits_(reinterpret_cast<uintptr_t>(base) | kMmaChunkBytes),
-        element_bytes_(static_cast<uintptr_t>(element_bytes)) {}
-  void Add(int64_t size, int64_t stride) {
-    if (size > 1) bits_ |= static_cast<uintptr_t>(stride) * element_bytes_;
-  }
-  int Bytes() const { return static_cast<int>(bits_ & (~bits_ + 1)); }
-
- private:
-  uintptr_t bits_, element_bytes_;
+// A problem as it is launched: itself, or as patches a pointwise one (mma.cuh).
+struct Rewritten {
+  Problem problem;
+  int64_t run = INT32_MAX, plane = INT32_MAX;  // channels
+  int64_t run_gap = 0, plane_gap = 0;          // elements of dX
 };
 
-int WidthOfDy(const Problem& problem, const void* dy) {
-  Alignment rows(dy, SizeInBytes(problem.dtype));
-  rows.Add(problem.batch, problem.dy.batch);
-  rows.Add(problem.groups, problem.dy.group);
-  for (int i = 0; i < kAxes; ++i) rows.Add(problem.axis[i].out, problem.dy.axis[i]);
-  return rows.Bytes();
+Rewritten AsPatches(const Problem& problem) {
+  Rewritten r{problem};
+  const int64_t channels = problem.in_channels;
+  if (problem.groups != 1) return r;
+  if (channels > 1 && (problem.dx.channel != 1 || problem.w.in_channel != 1)) return r;
+  int64_t taps = 1;  // of the axes behind
+  for (int i = kAxes - 1; i >= 0; --i) {
+    const Axis& a = problem.axis[i];
+    if (a.lhs_dilation != 1 || a.pad_lo != 0 || a.stride != a.win) return r;
+    if (a.in != a.out * a.stride) return r;
+    if (a.win > 1 && (a.rhs_dilation != 1 || problem.w.axis[i] != taps * channels)) {
+      return r;
+    }
+    taps *= a.win;
+  }
+  const int64_t rows = problem.axis[1].win, run = problem.axis[2].win * channels;
+  if (taps == 1 || (run > channels && problem.dx.axis[2] != channels)) return r;
+  r.run = run;
+  r.run_gap = problem.dx.axis[1] - run;
+  r.plane = rows * run;
+  r.plane_gap = problem.dx.axis[0] - rows * problem.dx.axis[1];
+  r.problem.in_channels = taps * channels;
+  r.problem.dx.channel = 1;
+  r.problem.w.in_channel = 1;
+  for (int i = 0; i < kAxes; ++i) {
+    r.problem.dx.axis[i] *= problem.axis[i].stride;
+    r.problem.w.axis[i] = 0;
+    r.problem.axis[i].in = problem.axis[i].out;
+    r.problem.axis[i].win = r.problem.axis[i].stride = 1;
+    r.problem.axis[i].rhs_dilation = 1;
+  }
+  return r;
 }
 
-int WidthOfW(const Problem& problem, const void* w) {
-  Alignment rows(w, SizeInBytes(problem.dtype));
-  rows.Add(problem.groups, problem.w.group);
-  rows.Add(problem.out_channels, problem.w.out_channel);
-  for (int i = 0; i < kAxes; ++i) rows.Add(problem.axis[i].win, problem.w.axis[i]);
-  return rows.Bytes();
-}
-
-int WidthOfDx(const Problem& problem, const void* dx) {
-  Alignment rows(dx, SizeInBytes(problem.dtype));
-  rows.Add(problem.batch, problem.dx.batch);
-  rows.Add(problem.groups, problem.dx.group);
-  for (int i = 0; i < kAxes; ++i) rows.Add(problem.axis[i].in, problem.dx.axis[i]);
-  return rows.Bytes();
-}
+// ---- how wide copies may be -------------------------------------------------------
 
 // Whether chunks are aligned and exist as a whole or not at all.
 bool IsWide(const Problem& problem, const void* dy, const void* w) {
@@ -93,23 +97,7 @@ constexpr TileChoice kChoices[] = {
     ChoiceOf<T, kThreeProducts, 64, 64>(0.75),
 };
 
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // ---- plans ------------------------------------------------------------------------
-
-double BytesMoved(const Problem& problem) {
-  double dx = static_cast<double>(problem.in_channels);
-  double dy = static_cast<double>(problem.out_channels);
-  double w = dx * dy * static_cast<double>(problem.groups);
-  dx *= static_cast<double>(problem.batch * problem.groups);
-  dy *= static_cast<double>(problem.batch * problem.groups);
-  for (const Axis& a : problem.axis) {
-    dx *= static_cast<double>(a.in);
-    dy *= static_cast<double>(a.out);
-    w *= static_cast<double>(a.win);
-  }
-  return (dx + dy + w) * static_cast<double>(SizeInBytes(problem.dtype));
-}
 
 // The taps of the phase that has the most, and of a phase on average.
 struct TapCounts {
@@ -167,7 +155,8 @@ double ModelUs(const Problem& problem, const TileChoice& tile, int64_t tiles,
 }
 
 template <typename T, bool kThreeProducts>
-bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
+bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
+  const Problem problem = AsPatches(given).problem;
   if (problem.dy.channel != 1 && problem.out_channels > 1) return false;
   if (problem.w.in_channel != 1 && problem.in_channels > 1) return false;
   const int64_t images = ImagesIn32Bits(problem, kMmaSlack);
@@ -201,6 +190,7 @@ bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
       plan->split_k = parts;
       plan->blocks = tiles * parts;
       plan->threads = tile.threads;
+      plan->resident = tile.resident;
       plan->shared_bytes = tile.shared_bytes;
       plan->model_us = us;
     }
@@ -210,16 +200,29 @@ bool PlanTyped(const Problem& problem, double products_per_us, Plan* plan) {
 
 // ---- launches ---------------------------------------------------------------------
 
-MmaParams MakeMmaParams(const Problem& problem, int64_t tile_m, int64_t tile_n,
+MmaParams MakeMmaParams(const Rewritten& rewritten, int64_t tile_m, int64_t tile_n,
                         int64_t parts, const void* dy, const void* w, const void* dx) {
+  const Problem& problem = rewritten.problem;
   MmaParams params{};
   params.geometry = MakeGeometry<int32_t>(problem);
   params.grid = MakeTileGrid(problem, tile_m, tile_n);
   params.parts = static_cast<unsigned>(parts);
   params.dy_width = WidthOfDy(problem, dy);
   params.w_width = WidthOfW(problem, w);
-  params.vector_store = (problem.dx.channel == 1 || problem.in_channels == 1) &&
-                        WidthOfDx(problem, dx) >= (problem.dtype == DType::kF32 ? 8 : 16);
+  // Every run starts as aligned as every row does.
+  Alignment runs(nullptr, SizeInBytes(problem.dtype));
+  runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run);
+  runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run + rewritten.run_gap);
+  runs.Add(problem.in_channels / rewritten.plane + 1, rewritten.plane_gap);
+  const int width = problem.dx.channel == 1 || problem.in_channels == 1
+                        ? std::min(WidthOfDx(problem, dx), runs.Bytes())
+                        : 0;
+  params.vector_store = width >= (problem.dtype == DType::kF32 ? 8 : 16);
+  params.pair_store = problem.dtype != DType::kF32 && width >= 4;
+  params.run = Divider<int32_t>::Make(rewritten.run);
+  params.plane = Divider<int32_t>::Make(rewritten.plane);
+  params.run_gap = static_cast<int32_t>(rewritten.run_gap);
+  params.plane_gap = static_cast<int32_t>(rewritten.plane_gap);
   return params;
 }
 
@@ -236,15 +239,16 @@ cudaError_t Enqueue(cudaStream_t stream, const MmaParams& params, const T* dy, c
 
 // One part of the batch.
 template <typename T, bool kThreeProducts>
-cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan& plan,
+cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const Plan& plan,
                         const T* dy, const T* w, T* dx, float4* partial) {
+  const Problem& problem = rewritten.problem;
   const bool wide = IsWide(problem, dy, w);
   const int64_t tile_m = plan.tile_m;
   // A plan assumes aligned arrays. If they are not, half a tile takes twice as many
   // blocks and no more workspace.
   const int64_t tile_n = wide ? plan.tile_n : std::min<int64_t>(plan.tile_n, 64);
   const MmaParams params =
-      MakeMmaParams(problem, tile_m, tile_n, plan.split_k, dy, w, dx);
+      MakeMmaParams(rewritten, tile_m, tile_n, plan.split_k, dy, w, dx);
   const auto enqueue = [&] {
     if constexpr (!kThreeProducts) {
       if (tile_n == 128) {
@@ -276,11 +280,11 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan&
 template <typename T, bool kThreeProducts>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan& plan,
                         const void* dy, const void* w, void* dx, void* workspace) {
-  const int64_t images = ImagesIn32Bits(problem, kMmaSlack);
+  Rewritten part = AsPatches(problem);
+  const int64_t images = ImagesIn32Bits(part.problem, kMmaSlack);
   if (images == 0) return "the mma kernel does not take this problem";
-  Problem part = problem;
   for (int64_t n = 0; n < problem.batch; n += images) {
-    part.batch = std::min(images, problem.batch - n);
+    part.problem.batch = std::min(images, problem.batch - n);
     const cudaError_t status = EnqueuePart<T, kThreeProducts>(
         stream, part, plan, static_cast<const T*>(dy) + n * problem.dy.batch,
         static_cast<const T*>(w), static_cast<T*>(dx) + n * problem.dx.batch,

@@ -35,6 +35,11 @@
 // are tiles that only store zeros; they lie between those that multiply and keep the
 // memory busy meanwhile.
 //
+// Patches. Where windows neither overlap nor leave gaps (patch embeddings, downsampling
+// by 2x2 of stride 2) every position has one tap, and the gradient is one product of all
+// pixels of dY with the whole filter as its columns: the problem is launched as a
+// pointwise one with R*S*C channels, which lie in runs of S*C, a row of dX apart.
+//
 // Padding. Taps that see nothing but padding from every row of the tile are left out.
 // Otherwise a pixel outside dY is a row of zeros in A, and so is what lies beyond the
 // last channel. Multiplied by an Inf or a NaN a zero gives a NaN that is not in the
@@ -53,8 +58,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "direct.cuh"
+#include "fragments.cuh"
 #include "geometry.cuh"
 #include "platform.cuh"
 #include "primitives.cuh"
@@ -64,7 +71,6 @@ namespace convgrad {
 
 constexpr int kMmaStages = 4;
 constexpr int kMmaSliceBytes = 64;  // of a row of A
-constexpr int kMmaChunkBytes = 16;
 constexpr int kMmaWarpN = 32;
 // What a warp's sums are cut into for the way out: 16 rows by kMmaWarpN channels, of
 // which a lane holds 4 x 4.
@@ -122,83 +128,14 @@ struct MmaParams {
   unsigned parts;         // of the sum; a block's number is (part, tile)
   int dy_width, w_width;  // bytes that a copy may have, of use if not kWide
   bool vector_store;      // dX takes aligned stores of 16 bytes, of f32: 8
+  bool pair_store;        // or at least of 4 bytes
+  // The channels of a row of dX are in runs, of which several make a plane; the gaps are
+  // what lies between the end of one and the start of the next.
+  Divider<int32_t> run, plane;
+  int32_t run_gap, plane_gap;
 };
-
-// ---- copies -----------------------------------------------------------------------
-
-// Copies a chunk to shared memory of which `valid` bytes exist (none if negative) and the
-// rest become zeros. `base` is any address that may be named.
-template <typename T, int kBytes>
-__device__ __forceinline__ void CopyPieces(unsigned char* to, const T* base,
-                                           int32_t offset, int valid) {
-  constexpr int kElements = kBytes / static_cast<int>(sizeof(T));
-#pragma unroll
-  for (int piece = 0; piece < kMmaChunkBytes / kBytes; ++piece) {
-    const int left = valid - piece * kBytes;
-    const int bytes = left < 0 ? 0 : left < kBytes ? left : kBytes;
-    CopyAsync<kBytes>(to + piece * kBytes,
-                      bytes > 0 ? base + offset + piece * kElements : base, bytes);
-  }
-}
-
-template <typename T, bool kWide>
-__device__ __forceinline__ void CopyChunk(unsigned char* to, const T* base,
-                                          int32_t offset, int valid, int width) {
-  if constexpr (kWide) {
-    CopyAsyncOrZero(to, base + offset, valid > 0);
-  } else if (width == 16) {
-    CopyPieces<T, 16>(to, base, offset, valid);
-  } else if (width == 8) {
-    CopyPieces<T, 8>(to, base, offset, valid);
-  } else {
-    CopyPieces<T, 4>(to, base, offset, valid);
-  }
-}
-
-// The same by way of registers, for 16-bit values that lie at odd places.
-struct alignas(kMmaChunkBytes) MmaChunk {
-  uint32_t word[4];
-};
-
-template <typename T>
-__device__ __forceinline__ MmaChunk LoadChunk(const T* __restrict__ base, int32_t offset,
-                                              int valid) {
-  constexpr int kElements = kMmaChunkBytes / static_cast<int>(sizeof(T));
-  T element[kElements];
-#pragma unroll
-  for (int e = 0; e < kElements; ++e) {
-    element[e] = e * static_cast<int>(sizeof(T)) < valid ? base[offset + e] : T{};
-  }
-  MmaChunk chunk;
-  std::memcpy(&chunk, element, sizeof(chunk));
-  return chunk;
-}
 
 // ---- products ---------------------------------------------------------------------
-
-__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
-                                    const uint32_t (&b)[2], __nv_bfloat16) {
-  MmaBf16(d, a, b);
-}
-__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
-                                    const uint32_t (&b)[2], __half) {
-  MmaF16(d, a, b);
-}
-__device__ __forceinline__ void Mma(float (&d)[4], const uint32_t (&a)[4],
-                                    const uint32_t (&b)[2], float) {
-  MmaTf32(d, a, b);
-}
-
-__device__ __forceinline__ float FromBits(uint32_t bits) {
-  float v;
-  std::memcpy(&v, &bits, sizeof(v));
-  return v;
-}
-
-// v less its rounding to TF32, rounded itself: the two add up to v but for 2^-22 of it.
-__device__ __forceinline__ uint32_t RestOfTf32(float v, uint32_t rounded) {
-  return RoundToTf32(v - FromBits(rounded));
-}
 
 // The fragments of B for step `step` of a slice, for the warp's four tiles: what a lane
 // holds of 32 bytes of K by kMmaWarpN channels.
@@ -293,20 +230,9 @@ __device__ __forceinline__ void MultiplySlices(
 
 // ---- the way out ------------------------------------------------------------------
 
-// word[q] of lane t of a quad goes to word[t] of lane q.
-__device__ __forceinline__ void TransposeQuad(uint32_t (&word)[4], int lane) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = (lane & bit) != 0;
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      if (q & bit) continue;
-      const uint32_t got =
-          __shfl_xor_sync(0xffffffffu, upper ? word[q] : word[q | bit], bit);
-      word[q] = upper ? got : word[q];
-      word[q | bit] = upper ? word[q | bit] : got;
-    }
-  }
+__device__ __forceinline__ int32_t ChannelAt(const MmaParams& params, int32_t c) {
+  return c * params.geometry.dx_channel + params.run.Quotient(c) * params.run_gap +
+         params.plane.Quotient(c) * params.plane_gap;
 }
 
 // Stores kCount adjacent channels of a row, of those that exist.
@@ -315,17 +241,24 @@ __device__ __forceinline__ void StoreChannels(const MmaParams& params,
                                               const T (&value)[kCount], int32_t row_at,
                                               int32_t c, T* __restrict__ dx) {
   const Geometry<int32_t>& g = params.geometry;
-  struct alignas(kCount * sizeof(T)) Packed {
-    T element[kCount];
-  } packed;
+  const auto store = [&](auto width, int first) {
+    constexpr int kWidth = decltype(width)::value;
+    struct alignas(kWidth * sizeof(T)) Packed {
+      T element[kWidth];
+    } packed;
 #pragma unroll
-  for (int e = 0; e < kCount; ++e) packed.element[e] = value[e];
+    for (int e = 0; e < kWidth; ++e) packed.element[e] = value[first + e];
+    *reinterpret_cast<Packed*>(dx + row_at + ChannelAt(params, c + first)) = packed;
+  };
   if (params.vector_store && c + kCount <= g.in_channels) {
-    *reinterpret_cast<Packed*>(dx + row_at + c) = packed;
+    store(std::integral_constant<int, kCount>{}, 0);
+  } else if (params.pair_store && c + kCount <= g.in_channels) {
+#pragma unroll
+    for (int e = 0; e < kCount; e += 2) store(std::integral_constant<int, 2>{}, e);
   } else {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      if (c + e < g.in_channels) dx[row_at + (c + e) * g.dx_channel] = value[e];
+      if (c + e < g.in_channels) store(std::integral_constant<int, 1>{}, e);
     }
   }
 }
@@ -423,7 +356,7 @@ __device__ __forceinline__ void Repair(const MmaParams& params,
     const float sum =
         DirectSum<T, int32_t>(g, row.h, row.n * g.dy_batch + at.group * g.dy_group,
                               at.group * g.w_group + row_c * g.w_in_channel, dy, w);
-    dx[OffsetInDx(g, at, row) + row_c * g.dx_channel] = Narrow(sum, T{});
+    dx[OffsetInDx(g, at, row) + ChannelAt(params, row_c)] = Narrow(sum, T{});
   }
 }
 
@@ -473,12 +406,15 @@ __global__ void __launch_bounds__(
   const int32_t taps = FindLiveTaps(g, at, rows, S::kM, thread == 0, spans);
   __syncthreads();
 
-  // This block's part of the slices, and the first of them.
+  // This block's part of the slices, and the first of them. The first parts have one more
+  // if the slices do not divide evenly.
   const int32_t slices_per_tap = (g.out_channels + S::kK - 1) / S::kK;
-  const int64_t all_slices = static_cast<int64_t>(taps) * slices_per_tap;
-  const int32_t first_slice = static_cast<int32_t>(all_slices * part / params.parts);
-  const int32_t slices =
-      static_cast<int32_t>(all_slices * (part + 1) / params.parts) - first_slice;
+  const unsigned all_slices = static_cast<unsigned>(taps * slices_per_tap);
+  const unsigned even = all_slices / params.parts;
+  const unsigned left = all_slices - even * params.parts;
+  const int32_t first_slice =
+      static_cast<int32_t>(even * part + (part < left ? part : left));
+  const int32_t slices = static_cast<int32_t>(even + (part < left ? 1 : 0));
 
   // What this thread copies: its chunks' places in a slice and in global memory.
   const int a_row = thread / S::kChunksA, a_k = thread % S::kChunksA * S::kChunk;
