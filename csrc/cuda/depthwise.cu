@@ -125,7 +125,7 @@ struct Configuration {
   int64_t channels, runs;  // vectors of channels, runs of a row
   int64_t strip, strips;   // ring: i of a strip, strips of an image
   int64_t lanes, chunks, block_items, tap_rows, staged_rows;  // window
-  int64_t items, blocks, threads, shared_bytes;
+  int64_t items, blocks, threads, resident, shared_bytes;
   double us;
 };
 
