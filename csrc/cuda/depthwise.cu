@@ -59,8 +59,8 @@ bool Aligned(const Problem& problem, int64_t bytes, const void* dy, const void* 
 
 // Whether two channels may be loaded and stored as one.
 bool TakesPairs(const Problem& problem, const void* dy, const void* dx) {
-  return SizeInBytes(problem.dtype) == 2 && problem.out_channels == 1 &&
-         problem.groups % 2 == 0 && Aligned(problem, 4, dy, dx);
+  return problem.out_channels == 1 && problem.groups % 2 == 0 &&
+         Aligned(problem, 2 * SizeInBytes(problem.dtype), dy, dx);
 }
 
 int64_t DenseStride(const Axis& a) { return a.stride / Gcd(a.stride, a.rhs_dilation); }
@@ -125,7 +125,8 @@ struct Configuration {
   int64_t channels, runs;  // vectors of channels, runs of a row
   int64_t strip, strips;   // ring: i of a strip, strips of an image
   int64_t lanes, chunks, block_items, tap_rows, staged_rows;  // window
-  int64_t items, blocks, threads, resident, shared_bytes;
+  int64_t items, blocks, threads, resident;
+  int64_t static_bytes, dynamic_bytes;  // of shared memory
   double us;
 };
 
@@ -172,7 +173,8 @@ void ConfigureRing(const Problem& problem, int index, Configuration* best) {
   c.runs = CeilDiv(MostRows(across), S::kRun);
   c.threads = kRingThreads;
   c.resident = S::kMinBlocks;
-  c.shared_bytes = S::kTaps * S::kPitch * static_cast<int64_t>(sizeof(typename S::Type));
+  c.static_bytes = static_cast<int64_t>(sizeof(typename S::Type[S::kTaps][S::kPitch]) +
+                                        sizeof(RingPlace[kRingThreads]));
   const int64_t columns = problem.batch * Lattices(down) * Lattices(across);
   const int64_t spacing = down.rhs_dilation / Gcd(down.stride, down.rhs_dilation);
   constexpr int64_t kMostStrips = 64;
@@ -237,7 +239,8 @@ void ConfigureWindow(const Problem& problem, int vector, int run, Configuration*
   c.tap_rows = deep.win * down.win * problem.out_channels;
   c.staged_rows =
       std::max<int64_t>(1, std::min(c.tap_rows, kWindowSharedBytes / row_bytes(c.lanes)));
-  c.shared_bytes = c.staged_rows * row_bytes(c.lanes);
+  c.static_bytes = sizeof(WindowPlace[kWindowThreads]);
+  c.dynamic_bytes = c.staged_rows * row_bytes(c.lanes);
 
   // Counted in the source, about: what a thread does once, for a row of taps, for one of
   // them that sees some dY, and for each tap of this one. The loads of a channel
@@ -275,8 +278,6 @@ void ForEachWindow(Visit visit) {
   } else {
     one(Single{}, std::integral_constant<int, 7>{});
     one(Single{}, std::integral_constant<int, 14>{});
-  }
-  if constexpr (sizeof(T) == 2) {
     one(Pair{}, std::integral_constant<int, 7>{});
     one(Pair{}, std::integral_constant<int, 8>{});
     one(Pair{}, std::integral_constant<int, 14>{});
@@ -383,7 +384,7 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const T* dy
       if (c.vector != vector || c.run != run) return;
       status =
           CU_LAUNCH((DepthwiseWindowKernel<T, vector, run>), grid, dim3(kWindowThreads),
-                    static_cast<int>(c.shared_bytes), stream, params, dy, w, dx);
+                    static_cast<int>(c.dynamic_bytes), stream, params, dy, w, dx);
     });
   }
   return status;
@@ -431,7 +432,7 @@ bool PlanDepthwise(const Problem& given, Plan* plan) {
   plan->blocks = c.blocks;
   plan->threads = c.threads;
   plan->resident = c.resident;
-  plan->shared_bytes = c.shared_bytes;
+  plan->shared_bytes = c.static_bytes + c.dynamic_bytes;
   plan->model_us = c.us * static_cast<double>(parts);
   return true;
 }

@@ -38,8 +38,8 @@
 // one vector of dY, one of W and kRun multiply-adds for each of its channels. The axes
 // before the last are taken position by position (phase.h), with any lhs_dilation.
 //
-// Vectors are the 4 bytes of two 16-bit channels where alignment permits, otherwise, and
-// for the other types, a single channel.
+// Vectors are two channels where alignment permits, except of f64 and of f32 in the ring,
+// otherwise a single one.
 //
 // Padding is multiplied as zeros only at the left and right ends of a row. Zero times an
 // Inf of W gives a NaN that is not in the definition: a thread with such a tap (ring) or
@@ -167,10 +167,10 @@ __device__ __forceinline__ void Unpack(Word<T, kVector> word,
     value[0] = both.x;
     value[1] = both.y;
   } else {
-    static_assert(kVector == 1, "pairs are of 16-bit types");
-    T element;
-    std::memcpy(&element, &word, sizeof(element));
-    value[0] = Widen(element);
+    T element[kVector];
+    std::memcpy(element, &word, sizeof(element));
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) value[v] = Widen(element[v]);
   }
 }
 

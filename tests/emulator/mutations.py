@@ -160,7 +160,7 @@ MUTATIONS = [
     Mutation("depthwise ring takes filters beyond the last", _DEPTHWISE,
              "if (group >= params.groups) group -= params.groups;", "", variant="address"),
     Mutation("depthwise ring repairs nothing", _DEPTHWISE,
-             "if (finite) return;", "return;", check="special"),
+             "if (finite) return;", "if (finite || n >= 0) return;", check="special"),
     Mutation("depthwise window repairs nothing", _DEPTHWISE,
              "if (special == 0) return;", "return;", check="special"),
     Mutation("depthwise window slides the wrong way", _DEPTHWISE,
