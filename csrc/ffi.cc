@@ -25,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "cuda/rungs.h"
 #include "kernel.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
@@ -345,6 +346,7 @@ py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
   result["split_k"] = plan.split_k;
   result["blocks"] = plan.blocks;
   result["threads"] = plan.threads;
+  result["resident"] = plan.resident;
   result["shared_bytes"] = plan.shared_bytes;
   result["model_us"] = plan.model_us;
   return result;
@@ -369,7 +371,20 @@ PYBIND11_MODULE(CONVGRAD_MODULE, m) {
     }
     return names;
   });
-#ifndef CONVGRAD_CUDA
+#ifdef CONVGRAD_CUDA
+  m.def(
+      "reference_gpu",
+      [](const std::string& dtype, bool allow_tf32) {
+        py::dict result;
+        result["name"] = ReferenceGpu::kName;
+        result["multiprocessors"] = ReferenceGpu::kMultiprocessors;
+        const double peak = ReferenceGpu::PeakPerUs(DTypeByName(dtype), allow_tf32);
+        result["flops_per_s"] = 2e6 * peak;
+        result["bytes_per_s"] = 1e6 * ReferenceGpu::kCopyBytesPerUs;
+        return result;
+      },
+      py::arg("dtype"), py::arg("allow_tf32"));
+#else
   m.def("isa", &CpuIsa);
 #endif
 }

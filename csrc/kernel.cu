@@ -6,8 +6,10 @@
 //   tiled          implicit GEMM on the FP32 and FP64 units           cuda/tiled.cuh
 //   mma            implicit GEMM on the tensor cores, mma.sync        cuda/mma.cuh
 //   mma_3xtf32     the same with the accuracy of float32              cuda/mma.cuh
-//   few_channels   C <= 4: taps as columns on the tensor cores cuda/few_channels.cuh
-//   few_channels_3xtf32   with the accuracy of float32 cuda/few_channels.cuh
+//   depthwise      one input channel a group, channels-last           cuda/depthwise.cuh
+//   few_channels   up to four input channels, on the tensor cores cuda/few_channels.cuh
+//   few_channels_3xtf32   with the accuracy of float32 cuda/few_channels.cuh grouped
+//   groups of few channels on the tensor cores         cuda/grouped.cuh
 
 #include <algorithm>
 #include <cstdint>
@@ -15,6 +17,7 @@
 
 #include "cuda/direct.cuh"
 #include "cuda/geometry.cuh"
+#include "cuda/planning.h"
 #include "cuda/platform.cuh"
 #include "cuda/rungs.h"
 #include "cuda/tiled.cuh"
@@ -40,9 +43,11 @@ constexpr Rung kRungs[] = {
     {"tiled", PlanTiled, LaunchTiled, 80, kAnyLater},
     {"mma", PlanMma, LaunchMma, 80, kAnyLater},
     {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, 80, kAnyLater},
+    {"depthwise", PlanDepthwise, LaunchDepthwise, 80, kAnyLater},
     {"few_channels", PlanFewChannels, LaunchFewChannels, 80, kAnyLater},
     {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, 80,
      kAnyLater},
+    {"grouped", PlanGrouped, LaunchGrouped, 80, kAnyLater},
 };
 constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
 
@@ -103,10 +108,19 @@ const char* ByDType(const Problem& problem, const void* dy, const void* w, void*
 
 bool PlanDirect(const Problem& problem, Plan* plan) {
   plan->threads = kDirectThreads;
+  plan->blocks = DirectBlocks(problem);
+  plan->resident =
+      FitsIn32Bits(problem, 0) ? kDirectMinBlocks<int32_t> : kDirectMinBlocks<int64_t>;
   // Two loads for a product, of which a multiprocessor starts a quarter as many as
-  // multiply-adds.
+  // multiply-adds, and some 100 instructions that find out where an output lies; and, an
+  // estimate, half the rate of a copy.
+  double outputs = static_cast<double>(problem.batch * problem.groups) *
+                   static_cast<double>(problem.in_channels);
+  for (const Axis& a : problem.axis) outputs *= static_cast<double>(a.in);
   plan->model_us =
-      ReferenceGpu::kLaunchUs + 8 * Products(problem) / ReferenceGpu::kFmaF32PerUs;
+      ReferenceGpu::kLaunchUs +
+      std::max((8 * Products(problem) + 100 * outputs) / ReferenceGpu::kFmaF32PerUs,
+               2 * BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs);
   return true;
 }
 
@@ -130,23 +144,32 @@ bool PlanTiled(const Problem& problem, Plan* plan) {
     plan->shared_bytes = S::kSharedBytes;
   };
   problem.dtype == DType::kF64 ? fill(Tile<double>{}) : fill(Tile<float>{});
-  const TileCounts count = CountTiles(problem, plan->tile_m, plan->tile_n);
-  if (count.total > kMaxBlocks) return false;
+  const int64_t tiles = CountTiles(problem, plan->tile_m, plan->tile_n);
+  if (tiles > kMaxBlocks) return false;
   plan->stages = 2;
-  plan->blocks = count.total;
-  // A wave of blocks takes as long as its slowest one: all taps, K padded to whole
-  // slices. Two thirds of the arithmetic rate, by count of the instructions in the inner
-  // loop.
+  plan->blocks = tiles;
+  const bool small = FitsIn32Bits(problem, kTiledSlack);
+  const auto resident = [&](auto acc) {
+    using Acc = decltype(acc);
+    return small ? kTiledMinBlocks<Acc, int32_t> : kTiledMinBlocks<Acc, int64_t>;
+  };
+  plan->resident = problem.dtype == DType::kF64 ? resident(double{}) : resident(float{});
+  // A wave of blocks takes as long as its slowest one: the taps of the phase that may
+  // have the most, K padded to whole slices. Two thirds of the arithmetic rate, by count
+  // of the instructions in the inner loop.
   double products = static_cast<double>(plan->tile_m * plan->tile_n) *
                     static_cast<double>((problem.out_channels + plan->tile_k - 1) /
                                         plan->tile_k * plan->tile_k);
   for (const Axis& a : problem.axis) {
-    products *= static_cast<double>(MakePhase(a, 0).r_count);
+    const int64_t step = MakePhase(a, 0).r_step;
+    products *= static_cast<double>((a.win + step - 1) / step);
   }
   constexpr int64_t kResident = 2 * ReferenceGpu::kMultiprocessors;
-  const int64_t waves = (count.total + kResident - 1) / kResident;
-  plan->model_us = ReferenceGpu::kLaunchUs + static_cast<double>(waves * kResident) *
-                                                 products * 1.5 / FmaPerUs(problem);
+  const int64_t waves = (tiles + kResident - 1) / kResident;
+  plan->model_us = ReferenceGpu::kLaunchUs +
+                   std::max(static_cast<double>(waves * kResident) * products * 1.5 /
+                                FmaPerUs(problem),
+                            BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs);
   return true;
 }
 

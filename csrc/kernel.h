@@ -62,9 +62,11 @@ struct Plan {
 
   // How a CUDA kernel cuts the problem up; zero where it does not apply.
   int64_t tile_m, tile_n, tile_k;  // of the matrix product that a block computes
+  int64_t box[1 + kAxes];          // images and positions of a phase that are its rows
   int64_t stages;                  // slices of operands in flight
   int64_t split_k;                 // parts of the sum, added up by a second kernel
   int64_t blocks, threads;         // of the grid, of a block
+  int64_t resident;                // blocks that a multiprocessor holds at once
   int64_t shared_bytes;            // of a block
   double model_us;                 // the planner's estimate (cuda/rungs.h)
 };

@@ -246,7 +246,7 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
     out.filter = take(p.groups * columns * filter);
     out.taint = take(p.groups * CeilDiv(p.in_channels, kMinPanelColumns) *
                      CeilDiv(p.out_channels, kFilterPackChannels));
-    out.zeros = take(p.out_channels * acc);
+    out.zeros = take(p.groups * p.out_channels * acc);
     out.pack_dy = p.dtype == DType::kBF16 || p.dtype == DType::kF16 ||
                   (p.dy.channel != 1 && p.out_channels != 1);
     out.column_w = take(p.in_channels * sizeof(int64_t));

@@ -124,6 +124,7 @@ class NativePlan:
         split_k: parts of the sum, if more than one kernel adds it up.
         blocks: CUDA blocks of the grid.
         threads: threads of a block.
+        resident: blocks that a multiprocessor holds at once.
         shared_bytes: shared memory of a block.
         model_us: the planner's estimate on its reference GPU, 0 on a CPU.
     """
@@ -135,6 +136,7 @@ class NativePlan:
     split_k: int
     blocks: int
     threads: int
+    resident: int
     shared_bytes: int
     model_us: float
 
@@ -207,6 +209,31 @@ def plan(
     attributes = custom_call.attributes(geometry, platform, precision, kernel)
     shapes = (geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape)
     return NativePlan(**module.plan(np.dtype(dtype).name, *shapes, attributes))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceGpu:
+    """The GPU that CUDA plans are made for, which need not be the one that is there.
+
+    Attributes:
+        name: the product's.
+        multiprocessors: how many it has.
+        flops_per_s: most arithmetic in a dtype and precision, on whatever units are fastest.
+        bytes_per_s: of a large copy, read and written.
+    """
+
+    name: str
+    multiprocessors: int
+    flops_per_s: float
+    bytes_per_s: float
+
+
+def reference_gpu(dtype: Any, precision: Any = None) -> ReferenceGpu | None:
+    """What the CUDA planner's models count with, None if that module was not built."""
+    if native.cuda is None:
+        return None
+    allow_tf32 = custom_call.allows_tf32(precision)
+    return ReferenceGpu(**native.cuda.reference_gpu(np.dtype(dtype).name, allow_tf32))
 
 
 def choose(

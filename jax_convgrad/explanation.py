@@ -36,6 +36,7 @@ class Explanation:
         roofline_us: least time in microseconds on this machine's default device, from
             rates that were measured on it; None for a platform that it is not.
         roofs: those rates.
+        reference: the GPU that the plan is made for, None if not on "cuda".
     """
 
     geometry: ConvGeometry
@@ -49,24 +50,42 @@ class Explanation:
     bytes_moved: int
     roofline_us: float | None
     roofs: roofline.Roofs | None
+    reference: dispatch.ReferenceGpu | None
 
     @property
     def workspace_bytes(self) -> int:
         """Scratch memory of the kernel."""
         return 0 if self.plan is None else self.plan.workspace_bytes
 
-    def _grid(self) -> str:
-        """How a CUDA kernel cuts the problem up."""
-        plan = self.plan
-        assert plan is not None
+    @property
+    def waves(self) -> float | None:
+        """The grid's blocks over those that the reference GPU holds at once."""
+        if self.plan is None or self.reference is None:
+            return None
+        return self.plan.blocks / (self.plan.resident * self.reference.multiprocessors)
+
+    @property
+    def reference_roofline_us(self) -> float | None:
+        """Least time in microseconds on the reference GPU."""
+        gpu = self.reference
+        if gpu is None:
+            return None
+        return 1e6 * max(self.flops / gpu.flops_per_s, self.bytes_moved / gpu.bytes_per_s)
+
+    def _reference_lines(self) -> list[str]:
+        """How a CUDA kernel cuts the problem up, and what the planner expects of it."""
+        plan, gpu, least_us = self.plan, self.reference, self.reference_roofline_us
+        if plan is None or gpu is None or least_us is None:
+            return []
         tile = " x ".join(map(str, plan.tile)) if any(plan.tile) else "none"
         split = f", sum in {plan.split_k} parts" if plan.split_k > 1 else ""
-        # 132 multiprocessors: the reference GPU of csrc/cuda/rungs.h.
-        return (
-            f"tile {tile}, {plan.stages} stages, {plan.shared_bytes} B shared{split}; "
-            f"{plan.blocks} blocks of {plan.threads} threads, {plan.blocks / 132:.3g} for each of "
-            f"132 multiprocessors; model {plan.model_us:.4g} us"
-        )
+        return [
+            f"  grid      tile {tile}, {plan.stages} stages, {plan.shared_bytes} B shared{split}; "
+            f"{plan.blocks} blocks of {plan.threads} threads, {self.waves:.3g} waves of "
+            f"{plan.resident} on each of {gpu.multiprocessors} multiprocessors",
+            f"  model     {plan.model_us:.4g} us on an {gpu.name}; its roofline, "
+            f"{least_us:.4g} us, is {100 * least_us / plan.model_us:.3g} % of that",
+        ]
 
     def __str__(self) -> str:
         name = self.implementation if self.kernel is None else f"native, kernel {self.kernel}"
@@ -76,8 +95,7 @@ class Explanation:
             f"  work      {self.flops / 1e6:.6g} MFLOP, {self.bytes_moved / 1e6:.6g} MB, "
             f"workspace {self.workspace_bytes / 1e6:.6g} MB",
         ]
-        if self.plan is not None and self.platform == "cuda":
-            lines.append(f"  grid      {self._grid()}")
+        lines += self._reference_lines()
         if self.roofs is not None and self.roofline_us is not None:
             lines.append(
                 f"  roofline  {self.roofline_us:.4g} us at {self.roofs.flops_per_s / 1e9:.4g} "
@@ -163,9 +181,11 @@ def explain(
     dispatch.check_out_sharding(out_sharding, function)
     here = _LOWERING_PLATFORM.get(jax.default_backend(), jax.default_backend())
     platform = here if platform is None else _LOWERING_PLATFORM.get(platform, platform)
-    choice = dispatch.choose(
-        geometry, dtype, platform, implementation, compat.canonicalize_precision(precision)
-    )
+    precision = compat.canonicalize_precision(precision)
+    choice = dispatch.choose(geometry, dtype, platform, implementation, precision)
+    reference = None
+    if choice.plan is not None and platform == "cuda":
+        reference = dispatch.reference_gpu(dtype, precision)
     roofs = None
     if platform == here and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2:
         roofs = roofline.measure(dtype.name)
@@ -182,4 +202,5 @@ def explain(
         bytes_moved=bytes_moved,
         roofline_us=None if roofs is None else roofs.time_us(geometry.flops, bytes_moved),
         roofs=roofs,
+        reference=reference,
     )

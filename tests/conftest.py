@@ -14,6 +14,7 @@ os.environ["JAX_CONVGRAD"] = "on"
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import machine_code  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -26,7 +27,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("convgrad")
 
 # marker: the variable that turns its skips into failures
-MODULES = {"native": "JAX_CONVGRAD_REQUIRE_NATIVE", "cuda": "JAX_CONVGRAD_REQUIRE_CUDA"}
+MODULES = {
+    "native": "JAX_CONVGRAD_REQUIRE_NATIVE",
+    "cuda": "JAX_CONVGRAD_REQUIRE_CUDA",
+    "static": "JAX_CONVGRAD_REQUIRE_STATIC",
+}
 
 
 def missing(marker):
@@ -35,6 +40,8 @@ def missing(marker):
         return "the CPU module was not built" if native.cpu is None else None
     if native.cuda is None:
         return "the CUDA module was not built"
+    if marker == "static":
+        return machine_code.missing()
     try:
         jax.devices("cuda")
     except RuntimeError as e:
@@ -47,7 +54,7 @@ def pytest_configure(config):
 
 
 # Run only by -m with their name.
-LONG = ("slow", "sanitizer", "mutation")
+LONG = ("slow", "sanitizer", "mutation", "static")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -67,13 +74,17 @@ def pytest_report_header():
     ]
 
 
+def lacks(marker, reason):
+    """Skips the test, or fails it where that is forbidden."""
+    if os.environ.get(variable := MODULES[marker]) == "1":
+        pytest.fail(f"{reason}, and {variable}=1", pytrace=False)
+    pytest.skip(reason)
+
+
 def pytest_runtest_setup(item):
-    for marker, variable in MODULES.items():
-        if item.get_closest_marker(marker) is None or (reason := missing(marker)) is None:
-            continue
-        if os.environ.get(variable) == "1":
-            pytest.fail(f"{reason}, and {variable}=1", pytrace=False)
-        pytest.skip(reason)
+    for marker in MODULES:
+        if item.get_closest_marker(marker) is not None and (reason := missing(marker)):
+            lacks(marker, reason)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -122,9 +122,10 @@ def plan(g, dtype, kernel="auto", platform="cpu", precision=None):
     return planned.kernel, planned.workspace_bytes
 
 
-def kernels_for(g, dtype):
-    """Names of the CPU kernels that take this problem."""
-    return [name for name in native.cpu.kernel_names() if plan(g, dtype, name) is not None]
+def kernels_for(g, dtype, platform="cpu", precision=None):
+    """Names of a platform's kernels that take this problem."""
+    names = native.module_for(platform).kernel_names()
+    return [name for name in names if plan(g, dtype, name, platform, precision) is not None]
 
 
 def call_kernel(dy, w, g, kernel="auto", platform="cpu", precision=None):
@@ -142,13 +143,20 @@ def call_kernel(dy, w, g, kernel="auto", platform="cpu", precision=None):
     return call(dy, w, **custom_call.attributes(g, platform, precision, kernel))[0]
 
 
-def call_kernels(dy, w, g):
-    """dX by every CPU kernel that takes the problem, {name: dX}; one program, for its speed."""
+def every_kernel(g, dtype, platform="cpu", precision=None):
+    """A jitted function of (dy, w): dX by every kernel that takes the problem, {name: dX}."""
+    names = kernels_for(g, dtype, platform, precision)
+    return jax.jit(
+        lambda dy, w: {name: call_kernel(dy, w, g, name, platform, precision) for name in names}
+    )
+
+
+def call_kernels(dy, w, g, platform="cpu", precision=None):
+    """What `every_kernel` computes, as NumPy arrays."""
     # Freed at once, so that the results are likely to land on NaNs.
-    np.full((4, *g.lhs_shape), np.nan).astype(dy.dtype)
-    names = kernels_for(g, dy.dtype.name)
-    outs = jax.jit(lambda dy, w: [call_kernel(dy, w, g, name) for name in names])(dy, w)
-    return {name: np.asarray(out) for name, out in zip(names, outs, strict=True)}
+    jnp.full((4, *g.lhs_shape), jnp.nan, dy.dtype).block_until_ready()
+    outs = every_kernel(g, dy.dtype.name, platform, precision)(dy, w)
+    return {name: np.asarray(out) for name, out in outs.items()}
 
 
 def custom_calls(function, *args):

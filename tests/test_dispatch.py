@@ -338,7 +338,11 @@ def test_explanation_shows_how_a_cuda_kernel_cuts_the_problem_up():
     assert plan.blocks > 0
     assert plan.threads % 32 == 0
     assert plan.model_us > 0
-    for part in (f"{plan.blocks} blocks", f"{plan.shared_bytes} B shared", "model"):
+    assert explanation.waves == plan.blocks / (132 * plan.resident)
+    assert 0 < explanation.reference_roofline_us < plan.model_us
+    share = f"is {100 * explanation.reference_roofline_us / plan.model_us:.3g} % of that"
+    words = (f"{plan.blocks} blocks", f"{plan.shared_bytes} B shared", "waves of", "model", share)
+    for part in words:
         assert part in str(explanation)
 
 

@@ -25,7 +25,7 @@ if (reason := build.missing()) is not None:
 
 TARGET = "convgrad_input_grad_emulated"
 # Rungs that may round float32 products to TF32 where the precision allows it.
-TF32_RUNGS = {"few_channels", "mma", "pointwise"}
+TF32_RUNGS = {"few_channels", "grouped", "mma"}
 LITERAL = {case.name for case in cases.wide_cases()}
 CASES = list(cases.small_cases(8, SEED))
 
@@ -125,6 +125,8 @@ SPECIAL = {
     "strided": make_geometry((9, 8), (3, 2), (4, 6), stride=(2, 3), padding=((2, 1), (0, 1))),
     "dilated": make_geometry((7,), (3,), (9, 8), lhs_dilation=2, rhs_dilation=3, padding=4),
     "depthwise": make_geometry((5, 6), (3, 3), (8, 8), padding=1, feature_groups=8),
+    "depthwise_multiplier": make_geometry((5, 6), (3, 2), (5, 10), padding=1, feature_groups=5),
+    "grouped": make_geometry((6, 7), (3, 3), (32, 16), stride=2, padding=1, feature_groups=4),
     "pointwise": make_geometry((4, 5), (1, 1), (16, 24)),
     "few_channels": make_geometry((9, 9), (3, 3), (3, 16), stride=2, padding=1),
 }
@@ -149,13 +151,16 @@ def test_nan_and_inf_reach_what_the_definition_connects(emulated, rng, name, ope
         assert normwise_error(dx[finite], expected[finite]) <= cases.bound(g, dtype), kernel
 
 
-@pytest.mark.parametrize("name", ["dense", "strided", "depthwise", "pointwise", "few_channels"])
+@pytest.mark.parametrize(
+    "name", ["dense", "strided", "depthwise", "grouped", "pointwise", "few_channels"]
+)
 def test_same_bits_in_every_thread_order(emulated, set_mode, monkeypatch, rng, name):
     # Several blocks of rows and of channels.
     shapes = {
         "dense": make_geometry((14, 14), (3, 3), (72, 24), batch=3, padding=1),
         "strided": make_geometry((15, 15), (3, 3), (70, 20), batch=4, stride=2, padding=1),
         "depthwise": make_geometry((13, 13), (3, 3), (40, 40), padding=1, feature_groups=40),
+        "grouped": make_geometry((13, 13), (3, 3), (64, 64), padding=1, feature_groups=8),
         "pointwise": make_geometry((12, 12), (1, 1), (80, 48)),
         "few_channels": make_geometry((31, 31), (5, 5), (3, 32), stride=2, padding=2),
     }
@@ -245,6 +250,42 @@ def test_planner_names_a_kernel_for_every_layer_of_the_table(emulated, dtype):
         out_channels, in_channels = (g.rhs_shape[d] for d in rhs_spec[:2])
         if g.groups == 1 and min(out_channels, in_channels) >= 32:
             assert plan["kernel"] != "direct", layer
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_plans_say_how_the_grid_runs(emulated, monkeypatch, dtype):
+    """For every rung that takes a layer: explain() prints waves and the roofline from it."""
+    monkeypatch.setattr(native, "cuda", emulated)
+    gpu = dispatch.reference_gpu(dtype, None)
+    exact = dispatch.reference_gpu(dtype, (lax.Precision.HIGHEST,) * 2)
+    assert exact.flops_per_s == gpu.flops_per_s / (3 if dtype == "float32" else 1)
+    for layer in LAYERS[::10]:
+        g = layer.geometry
+        for name in plans(emulated, g, dtype):
+            plan = dispatch.plan(g, dtype, "cuda", None, name)
+            assert min(plan.blocks, plan.threads, plan.resident) > 0, plan
+            assert plan.resident * plan.threads <= 2048, plan
+            assert plan.resident * plan.shared_bytes <= 227 << 10, plan
+            bytes_us = 1e6 * g.bytes_moved(jnp.dtype(dtype).itemsize) / gpu.bytes_per_s
+            assert plan.model_us >= bytes_us, (plan, bytes_us)
+
+
+def test_planner_takes_the_grouped_kernel_where_groups_have_few_channels(emulated):
+    few = [layer.geometry for layer in LAYERS if layer.class_name == "grouped"]
+    wide = make_geometry((28, 28), (3, 3), (512, 512), batch=32, padding=1, feature_groups=2)
+    for g in (*few, wide):
+        attributes = custom_call.attributes(g, "cuda", None)
+        plan = emulated.plan("bfloat16", g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
+        assert plan["kernel"] == ("mma" if g is wide else "grouped"), g
+
+
+def test_blocks_take_several_tiles_where_the_tests_mean_it(emulated):
+    g = cases.walking_case().geometry
+    attributes = custom_call.attributes(g, "cuda", None, "grouped")
+    plan = emulated.plan("bfloat16", g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
+    rows = g.lhs_shape[0] * g.lhs_shape[1] * g.lhs_shape[2]
+    tiles = rows // plan["tile"][0] * (g.lhs_shape[3] // plan["tile"][1])
+    assert tiles >= 2 * plan["blocks"]
 
 
 @pytest.mark.parametrize("kernel", ["auto", "mma", "tiled"])

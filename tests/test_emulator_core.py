@@ -8,17 +8,6 @@ if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 
-def lines(all_cases, dtypes=cases.DTYPES):
-    """Every case in every dtype, float32 with and without TF32."""
-    for index, case in enumerate(all_cases):
-        for dtype in dtypes:
-            yield cases.line(case, dtype, allow_tf32=True)
-            if dtype == "float32":
-                yield cases.line(case, dtype, allow_tf32=False)
-        yield cases.line(case, dtypes[index % len(dtypes)], platform="cpu", allow_tf32=False)
-        yield cases.line(case, dtypes[(index + 1) % len(dtypes)], special=True, allow_tf32=False)
-
-
 def check(program, problems, mode, folder):
     result = mutations.run_core(program, problems, mode, folder)
     failed = [line for line in result.stdout.splitlines() if not line.startswith("pass ")]
@@ -29,8 +18,32 @@ def check(program, problems, mode, folder):
 @pytest.mark.parametrize("mode", cases.MODES, ids="eager{0[0]}-order{0[1]}".format)
 def test_kernels_against_the_literal_sum(tmp_path, mode):
     # A third of the problems in each mode, hence each in two of the six.
-    problems = list(lines(cases.small_cases(10, SEED, 1 << 18)))
+    problems = list(cases.lines(cases.small_cases(10, SEED, 1 << 18)))
     check(build.core(), problems[cases.MODES.index(mode) % 3 :: 3], mode, tmp_path)
+
+
+@pytest.mark.parametrize("kernel", cases.TILES)
+def test_every_tile_against_the_literal_sum(tmp_path, kernel):
+    small = list(cases.small_cases(0, SEED, 1 << 17))[SEED % 2 :: 2]
+    check(build.core(), cases.tile_lines(kernel, small), cases.MODES[SEED % 6], tmp_path)
+
+
+@pytest.mark.parametrize("mode", cases.MODES[:2], ids="eager{0[0]}-order{0[1]}".format)
+def test_blocks_that_take_several_tiles(tmp_path, mode):
+    check(build.core(), mutations.problems("walking"), mode, tmp_path)
+
+
+@pytest.mark.parametrize("shared_bytes", [40 << 10, 4 << 10])
+def test_grouped_where_a_block_has_less_shared_memory(tmp_path, monkeypatch, shared_bytes):
+    # Smaller tiles than planned for, or none at all.
+    monkeypatch.setenv("CUDA_EMULATOR_SHARED", str(shared_bytes))
+    problems = [
+        cases.line(case, dtype, kernel="grouped")
+        for case in cases.small_cases(0, SEED, 1 << 18)
+        if case.name.startswith(("grouped", "dense"))
+        for dtype in ("float32", "bfloat16")
+    ]
+    check(build.core(), [*problems, *mutations.problems("walking")], cases.MODES[0], tmp_path)
 
 
 @pytest.mark.sanitizer
@@ -58,11 +71,9 @@ def test_without_a_mutation_all_is_well(tmp_path, variant, kind):
 @pytest.mark.mutation
 @pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.name)
 def test_mutation_is_caught(tmp_path, mutation):
-    root = mutations.apply(mutation, tmp_path / "copy")
+    program = mutations.compile_mutant(mutation, tmp_path / "copy")
     problems = mutations.problems(mutation.check)
-    result = mutations.run_core(
-        build.core(mutation.variant, root), problems, mutation.mode, tmp_path
-    )
+    result = mutations.run_core(program, problems, mutation.mode, tmp_path)
     expected = 1 if mutation.variant == "plain" else build.SANITIZER_STATUS
     assert result.returncode == expected, result.stdout[-2000:]
 

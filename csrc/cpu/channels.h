@@ -84,16 +84,21 @@ struct ReadRow {
 // What a tile needs to know of its row, phase and block.
 template <typename T, int N>
 struct ChannelsRow {
-  const ReadRow<T>* rows;
+  using Lanes = Vec<typename IntOf<Acc<T>>::type, N>;
+
+  const ReadRow<T>* rows;  // of channel 0 and block 0
   int64_t row_count;
   int64_t out;                // size of dY along the row
   int64_t p_per_h, p_per_r;   // of the phase
   int64_t dy_step, tap_step;  // elements between positions of dY, taps of the filter
   int64_t out_channels;
-  T* dx;  // phase position 0
+  T* dx;  // phase position 0 of channel 0
   int64_t dx_step;
   int64_t lanes;  // that are stored
-  Vec<typename IntOf<Acc<T>>::type, N> perm[kMaxSharedGroup];
+
+  // Of the block: how far on its channels and its filter are, its permutations.
+  int64_t dy_at, dx_at, filter_at;
+  const Lanes* perm;
 };
 
 alignas(64) constexpr unsigned char kZeroLanes[64] = {};
@@ -150,8 +155,8 @@ __attribute__((noinline)) void ChannelsTile(const ChannelsRow<T, N>& c, int64_t 
   V sum[kWidth] = {};
   const int64_t step = c.p_per_h * c.dy_step;
   for (int64_t r = 0; r < c.row_count; ++r) {
-    const T* row = c.rows[r].dy;
-    const A* filter = c.rows[r].filter + t_lo * c.tap_step;
+    const T* row = c.rows[r].dy + c.dy_at;
+    const A* filter = c.rows[r].filter + c.filter_at + t_lo * c.tap_step;
     for (int64_t t = t_lo; t < t_hi; ++t) {
       const int64_t q = p - t * c.p_per_r;
       // Even in a border tile most taps are inside for every position.
@@ -163,7 +168,7 @@ __attribute__((noinline)) void ChannelsTile(const ChannelsRow<T, N>& c, int64_t 
       filter += c.tap_step;
     }
   }
-  T* dx = c.dx + i * c.dx_step;
+  T* dx = c.dx + c.dx_at + i * c.dx_step;
   CONVGRAD_UNROLL
   for (int j = 0; j < kWidth; ++j) {
     if (c.lanes == N) {
@@ -176,31 +181,62 @@ __attribute__((noinline)) void ChannelsTile(const ChannelsRow<T, N>& c, int64_t 
   }
 }
 
-// All `count` positions of a phase in tiles of kWidth.
+// The blocks of a task, and how their vectors of dY are permuted.
+template <typename T, int N>
+struct ChannelsBlocks {
+  const ChannelsState& state;
+  int64_t first, end, block_size;
+  typename ChannelsRow<T, N>::Lanes perm[kMaxSharedGroup];
+};
+
+// All positions of a phase in tiles of kWidth. The blocks are innermost, so that dX is
+// written, and dY read, nearly in the order of memory: with one block at a time every
+// access would be a lone cache line that no prefetcher foresees.
 template <typename T, int N, int kWidth, bool kShared>
-inline void ChannelsPhase(const ChannelsRow<T, N>& c, const Phase& f, bool exact) {
+inline void ChannelsPhase(const ChannelsBlocks<T, N>& blocks, const Phase& f,
+                          ChannelsRow<T, N>& c) {
+  const Problem& problem = blocks.state.args.problem;
+  typename ChannelsRow<T, N>::Lanes late_perm[kMaxSharedGroup];
   for (int64_t start = 0; start < f.h_count; start += kWidth) {
     const int64_t i =
         start + kWidth <= f.h_count ? start : f.h_count - kWidth;  // may overlap
     const int64_t p = f.p0 + i * f.p_per_h;
     const int64_t least = p - (f.r_count - 1) * f.p_per_r;
-    if (least >= 0 && p + (kWidth - 1) * f.p_per_h < c.out) {
-      ChannelsTile<T, N, kWidth, kShared, false>(c, i, p, 0, f.r_count);
-    } else if (exact) {
-      for (int64_t j = i; j < i + kWidth; ++j) {
-        const TapRange taps = ValidTaps(f, c.out, j);
-        ChannelsTile<T, N, 1, kShared, false>(c, j, f.p0 + j * f.p_per_h, taps.lo,
-                                              taps.hi);
+    const bool inside = least >= 0 && p + (kWidth - 1) * f.p_per_h < c.out;
+    for (int64_t block = blocks.first; block < blocks.end; ++block) {
+      const int64_t g = FirstGroup(blocks.state, block);
+      c.dx_at = g * problem.dx.group;
+      c.dy_at = g * problem.out_channels;
+      c.filter_at = block * blocks.block_size;
+      if constexpr (kShared) {
+        // A full vector is read, so near the last channel it starts earlier.
+        const int64_t last = problem.groups * problem.out_channels - N;
+        const int64_t early = c.dy_at > last ? c.dy_at - last : 0;
+        c.dy_at -= early;
+        for (int64_t k = 0; early > 0 && k < problem.out_channels; ++k) {
+          late_perm[k] = blocks.perm[k] + static_cast<int32_t>(early);
+        }
+        c.perm = early > 0 ? late_perm : blocks.perm;
       }
-    } else {
-      ChannelsTile<T, N, kWidth, kShared, true>(c, i, p, 0, f.r_count);
+      if (inside) {
+        ChannelsTile<T, N, kWidth, kShared, false>(c, i, p, 0, f.r_count);
+      } else if (blocks.state.args.taint[block] != 0) {
+        for (int64_t j = i; j < i + kWidth; ++j) {
+          const TapRange taps = ValidTaps(f, c.out, j);
+          ChannelsTile<T, N, 1, kShared, false>(c, j, f.p0 + j * f.p_per_h, taps.lo,
+                                                taps.hi);
+        }
+      } else {
+        ChannelsTile<T, N, kWidth, kShared, true>(c, i, p, 0, f.r_count);
+      }
     }
   }
 }
 
 // Picks the width that covers a phase with least overlap; wider ones on a tie.
 template <typename T, int N, bool kShared>
-inline void ChannelsAnyWidth(const ChannelsRow<T, N>& c, const Phase& f, bool exact) {
+inline void ChannelsAnyWidth(const ChannelsBlocks<T, N>& blocks, const Phase& f,
+                             ChannelsRow<T, N>& c) {
   constexpr bool kMain = N == kLanes<Acc<T>>;  // few widths for the rare narrow vectors
   constexpr bool kWide = kMain && kVectorRegisters == 32;
   int64_t width = 1, covered = INT64_MAX;
@@ -213,14 +249,14 @@ inline void ChannelsAnyWidth(const ChannelsRow<T, N>& c, const Phase& f, bool ex
     }
   }
   if constexpr (kWide) {
-    if (width == 14) return ChannelsPhase<T, N, 14, kShared>(c, f, exact);
+    if (width == 14) return ChannelsPhase<T, N, 14, kShared>(blocks, f, c);
   }
   if constexpr (kMain) {
-    if (width == 8) return ChannelsPhase<T, N, 8, kShared>(c, f, exact);
-    if (width == 3) return ChannelsPhase<T, N, 3, kShared>(c, f, exact);
+    if (width == 8) return ChannelsPhase<T, N, 8, kShared>(blocks, f, c);
+    if (width == 3) return ChannelsPhase<T, N, 3, kShared>(blocks, f, c);
   }
-  if (width == 7) return ChannelsPhase<T, N, 7, kShared>(c, f, exact);
-  ChannelsPhase<T, N, 1, kShared>(c, f, exact);
+  if (width == 7) return ChannelsPhase<T, N, 7, kShared>(blocks, f, c);
+  ChannelsPhase<T, N, 1, kShared>(blocks, f, c);
 }
 
 // A task makes some rows of dX, along axis 1, for some blocks of channels.
@@ -253,56 +289,46 @@ void ChannelsTask(const void* state, int64_t index) {
   c.out_channels = p.out_channels;
   c.lanes = s.block_groups * p.in_channels;
 
+  const int64_t first = block_task * s.task_blocks;
+  const int64_t end = first + s.task_blocks < s.blocks ? first + s.task_blocks : s.blocks;
+  ChannelsBlocks<T, N> blocks = {s, first, end, block_size, {}};
+  for (int64_t k = 0; kShared && k < p.out_channels; ++k) {
+    for (int l = 0; l < N; ++l) {
+      const int64_t lane = l < c.lanes ? l / p.in_channels * p.out_channels : 0;
+      blocks.perm[k][l] = static_cast<int32_t>(lane + k);
+    }
+  }
+
+  const T* dy = static_cast<const T*>(a.dy) + n * p.dy.batch;
+  const A* filter = static_cast<const A*>(a.filter);
   const int64_t row_end = (row_task + 1) * s.task_rows;
-  const int64_t block_end = (block_task + 1) * s.task_blocks;
-  for (int64_t block = block_task * s.task_blocks; block < block_end && block < s.blocks;
-       ++block) {
-    const int64_t g = FirstGroup(s, block);
-    int64_t channel = g * p.out_channels;
-    if constexpr (kShared) {
-      // A full vector is read, so near the last channel it starts earlier.
-      const int64_t last = p.groups * p.out_channels - N;
-      const int64_t early = channel > last ? channel - last : 0;
-      channel -= early;
-      for (int64_t k = 0; k < p.out_channels; ++k) {
-        for (int l = 0; l < N; ++l) {
-          const int64_t lane = l < c.lanes ? l / p.in_channels * p.out_channels : 0;
-          c.perm[k][l] = static_cast<int32_t>(lane + k + early);
-        }
+  for (int64_t h1 = row_task * s.task_rows; h1 < row_end && h1 < p.axis[1].in; ++h1) {
+    const Phase& f1 = a.phase[1][h1 % a.phase_count[1]];
+    const int64_t i1 = h1 / a.phase_count[1];
+    const TapRange taps1 = ValidTaps(f1, p.axis[1].out, i1);
+    const int64_t p1 = f1.p0 + i1 * f1.p_per_h;
+    int64_t count = 0;
+    for (int64_t t0 = taps0.lo; t0 < taps0.hi; ++t0) {
+      for (int64_t t1 = taps1.lo; t1 < taps1.hi; ++t1) {
+        const int64_t r0 = f0.r0 + t0 * f0.r_step, r1 = f1.r0 + t1 * f1.r_step;
+        rows[count++] = {dy + (p0 - t0 * f0.p_per_r) * p.dy.axis[0] +
+                             (p1 - t1 * f1.p_per_r) * p.dy.axis[1],
+                         filter + (r0 * p.axis[1].win + r1) * win2 * tap_size};
       }
     }
-    const T* dy = static_cast<const T*>(a.dy) + n * p.dy.batch + channel;
-    const A* filter = static_cast<const A*>(a.filter) + block * block_size;
-    const bool exact = a.taint[block] != 0;
-
-    for (int64_t h1 = row_task * s.task_rows; h1 < row_end && h1 < p.axis[1].in; ++h1) {
-      const Phase& f1 = a.phase[1][h1 % a.phase_count[1]];
-      const int64_t i1 = h1 / a.phase_count[1];
-      const TapRange taps1 = ValidTaps(f1, p.axis[1].out, i1);
-      const int64_t p1 = f1.p0 + i1 * f1.p_per_h;
-      int64_t count = 0;
-      for (int64_t t0 = taps0.lo; t0 < taps0.hi; ++t0) {
-        for (int64_t t1 = taps1.lo; t1 < taps1.hi; ++t1) {
-          const int64_t r0 = f0.r0 + t0 * f0.r_step, r1 = f1.r0 + t1 * f1.r_step;
-          rows[count++] = {dy + (p0 - t0 * f0.p_per_r) * p.dy.axis[0] +
-                               (p1 - t1 * f1.p_per_r) * p.dy.axis[1],
-                           filter + (r0 * p.axis[1].win + r1) * win2 * tap_size};
-        }
-      }
-      T* dx = static_cast<T*>(a.dx) + n * p.dx.batch + g * p.dx.group +
-              h0 * p.dx.axis[0] + h1 * p.dx.axis[1];
-      for (int64_t x = 0; x < a.phase_count[2]; ++x) {
-        const Phase& f = a.phase[2][x];
-        c.row_count = count;
-        c.p_per_h = f.p_per_h;
-        c.p_per_r = f.p_per_r;
-        c.tap_step = f.r_step * tap_size;
-        c.dx = dx + f.h0 * p.dx.axis[2];
-        c.dx_step = f.h_step * p.dx.axis[2];
-        for (int64_t r = 0; r < count; ++r) rows[r].filter += f.r0 * tap_size;
-        ChannelsAnyWidth<T, N, kShared>(c, f, exact);
-        for (int64_t r = 0; r < count; ++r) rows[r].filter -= f.r0 * tap_size;
-      }
+    T* dx =
+        static_cast<T*>(a.dx) + n * p.dx.batch + h0 * p.dx.axis[0] + h1 * p.dx.axis[1];
+    c.row_count = count;
+    for (int64_t x = 0; x < a.phase_count[2]; ++x) {
+      const Phase& f = a.phase[2][x];
+      c.p_per_h = f.p_per_h;
+      c.p_per_r = f.p_per_r;
+      c.tap_step = f.r_step * tap_size;
+      c.dx = dx + f.h0 * p.dx.axis[2];
+      c.dx_step = f.h_step * p.dx.axis[2];
+      for (int64_t r = 0; r < count; ++r) rows[r].filter += f.r0 * tap_size;
+      ChannelsAnyWidth<T, N, kShared>(blocks, f, c);
+      for (int64_t r = 0; r < count; ++r) rows[r].filter -= f.r0 * tap_size;
     }
   }
 }

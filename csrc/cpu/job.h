@@ -37,7 +37,7 @@ struct CpuArgs {
   // Parts of the workspace; which of them exist depends on the kernel.
   void* filter;          // the packed filter, in the accumulation type
   unsigned char* taint;  // a byte per filter packing task: it met an Inf or a NaN
-  void* zeros;           // out_channels zeros, in the accumulation type
+  void* zeros;           // as many zeros as a pixel of dY has channels, in that type
   void* packed_dy;       // channels-last dY in the accumulation type, or null: read dY
   PlaneTile plane_tile;  // of the planes kernel
 

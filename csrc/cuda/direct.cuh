@@ -155,15 +155,19 @@ DirectParams<Index> MakeDirectParams(const Problem& problem) {
   return params;
 }
 
+inline int64_t DirectBlocks(const Problem& problem) {
+  int64_t outputs = problem.batch * problem.groups * problem.in_channels;
+  for (const Axis& a : problem.axis) outputs *= a.in;
+  return std::min((outputs + kDirectThreads - 1) / kDirectThreads, kDirectMaxBlocks);
+}
+
 template <typename T, typename Index>
 cudaError_t EnqueueDirect(cudaStream_t stream, const Problem& problem, const T* dy,
                           const T* w, T* dx) {
   static_assert(sizeof(DirectParams<Index>) + 3 * sizeof(void*) <= kMaxParameterBytes,
                 "the kernel's parameters must fit in constant memory's 4 KiB");
   const DirectParams<Index> params = MakeDirectParams<Index>(problem);
-  const int64_t wanted =
-      (static_cast<int64_t>(params.outputs) + kDirectThreads - 1) / kDirectThreads;
-  const dim3 grid(static_cast<unsigned>(std::min(wanted, kDirectMaxBlocks)));
+  const dim3 grid(static_cast<unsigned>(DirectBlocks(problem)));
   return CU_LAUNCH((DirectKernel<T, Index>), grid, dim3(kDirectThreads), 0, stream,
                    params, dy, w, dx);
 }

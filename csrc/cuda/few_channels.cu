@@ -250,6 +250,7 @@ bool PlanFew(const Problem& problem, bool three_products, double products_per_us
         plan->split_k = 1;
         plan->blocks = std::min(strips, at_once) * layout.phase_groups;
         plan->threads = layout.warps * 32;
+        plan->resident = ResidentBlocks(few, layout);
         plan->shared_bytes = layout.shared_bytes;
         plan->model_us = us;
       }

@@ -167,7 +167,7 @@ bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
   bool found = false;
   for (const TileChoice& tile : kChoices<T, kThreeProducts>) {
     if (tile.n == 128 && (kThreeProducts || !IsWide(problem, nullptr, nullptr))) continue;
-    const int64_t tiles = CountTiles(problem, tile.m, tile.n).total;
+    const int64_t tiles = CountTiles(problem, tile.m, tile.n);
     const double slices =
         taps.most * static_cast<double>(CeilDiv(problem.out_channels, tile.k));
     for (int64_t parts = 1; parts <= kMaxParts; ++parts) {
@@ -190,6 +190,7 @@ bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
       plan->split_k = parts;
       plan->blocks = tiles * parts;
       plan->threads = tile.threads;
+      plan->resident = tile.resident;
       plan->shared_bytes = tile.shared_bytes;
       plan->model_us = us;
     }
@@ -202,18 +203,10 @@ bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
 MmaParams MakeMmaParams(const Rewritten& rewritten, int64_t tile_m, int64_t tile_n,
                         int64_t parts, const void* dy, const void* w, const void* dx) {
   const Problem& problem = rewritten.problem;
-  const TileCounts count = CountTiles(problem, tile_m, tile_n);
   MmaParams params{};
   params.geometry = MakeGeometry<int32_t>(problem);
-  params.row_tiles = static_cast<unsigned>(count.row_tiles);
-  params.channel_tiles = static_cast<unsigned>(count.channel_tiles);
-  for (int i = 0; i < kAxes; ++i) {
-    params.phases[i] = static_cast<unsigned>(count.phases[i]);
-  }
-  params.tiles = static_cast<unsigned>(count.total);
+  params.grid = MakeTileGrid(problem, tile_m, tile_n);
   params.parts = static_cast<unsigned>(parts);
-  params.tile_m = static_cast<int>(tile_m);
-  params.tile_n = static_cast<int>(tile_n);
   params.dy_width = WidthOfDy(problem, dy);
   params.w_width = WidthOfW(problem, w);
   // Every run starts as aligned as every row does.
@@ -240,8 +233,8 @@ cudaError_t Enqueue(cudaStream_t stream, const MmaParams& params, const T* dy, c
                 "the kernel's parameters must fit in constant memory's 4 KiB");
   using S = MmaTile<T, kThreeProducts, kM, kN>;
   return CU_LAUNCH((MmaKernel<T, kThreeProducts, kM, kN, kWide>),
-                   dim3(params.tiles * params.parts), dim3(S::kThreads), S::kSharedBytes,
-                   stream, params, dy, w, dx, partial);
+                   dim3(params.grid.total * params.parts), dim3(S::kThreads),
+                   S::kSharedBytes, stream, params, dy, w, dx, partial);
 }
 
 // One part of the batch.
@@ -277,7 +270,7 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
   const cudaError_t status = enqueue();
   if (status != cudaSuccess || plan.split_k == 1) return status;
   const int64_t strips =
-      static_cast<int64_t>(params.tiles) * (tile_m * tile_n / kMmaStripElements);
+      static_cast<int64_t>(params.grid.total) * (tile_m * tile_n / kMmaStripElements);
   return CU_LAUNCH((MmaReduceKernel<T>),
                    dim3(static_cast<unsigned>(CeilDiv(strips, kMmaReduceWarps))),
                    dim3(kMmaReduceWarps * 32), 0, stream, params, dy, w, dx,

@@ -31,6 +31,10 @@
 // Split K. With few tiles the slices of each are dealt out to several blocks. These write
 // f32 partial tiles to the workspace, and a second kernel adds them in a fixed order.
 //
+// Phases without taps, as three quarters of the pixels under a 1x1 filter of stride 2,
+// are tiles that only store zeros; they lie between those that multiply and keep the
+// memory busy meanwhile.
+//
 // Patches. Where windows neither overlap nor leave gaps (patch embeddings, downsampling
 // by 2x2 of stride 2) every position has one tap, and the gradient is one product of all
 // pixels of dY with the whole filter as its columns: the problem is launched as a
@@ -61,7 +65,7 @@
 #include "geometry.cuh"
 #include "platform.cuh"
 #include "primitives.cuh"
-#include "tiled.cuh"
+#include "tiles.cuh"
 
 namespace convgrad {
 
@@ -77,14 +81,6 @@ constexpr int kMmaReduceWarps = 4;
 constexpr int kMmaReduceMinBlocks = 4;  // 128 registers; ptxas by itself takes too few
 // Counts beyond a channel dimension that a block may form but never reads.
 constexpr int kMmaSlack = 128;
-
-// Where a tile lies: rows m0.. of a phase and group, channels c0..
-struct MmaPlace {
-  int32_t c0, m0, group;
-  int32_t h0[kAxes], positions[kAxes];
-  PhaseTaps<int32_t> phase[kAxes];
-  int32_t per_image, row_count;
-};
 
 template <typename T, bool kThreeProducts, int kTileM, int kTileN>
 struct MmaTile {
@@ -115,7 +111,8 @@ struct MmaTile {
       kRowsAt + kM * static_cast<int>(sizeof(TileRow<int32_t>));
   static constexpr int kPlaceAt =
       kSpansAt + kAxes * static_cast<int>(sizeof(TapSpan<int32_t>));
-  static constexpr int kSharedBytes = kPlaceAt + static_cast<int>(sizeof(MmaPlace));
+  static constexpr int kSharedBytes =
+      kPlaceAt + static_cast<int>(sizeof(TilePlace<int32_t>));
 
   static_assert(kM % kStepA == 0 && kK % kStepB == 0, "threads share the copies evenly");
   static_assert(kStepA % 8 == 0 && kStepB % 8 == 0,
@@ -127,12 +124,8 @@ struct MmaTile {
 
 struct MmaParams {
   Geometry<int32_t> geometry;
-  // A block's number is ((part of the sum, group, phases..., row tile), channel tile).
-  // Phases need not have equally many rows: there are tiles for the largest, and some
-  // have nothing to do.
-  unsigned row_tiles, channel_tiles, phases[kAxes];
-  unsigned tiles, parts;
-  int tile_m, tile_n;
+  TileGrid grid;
+  unsigned parts;         // of the sum; a block's number is (part, tile)
   int dy_width, w_width;  // bytes that a copy may have, of use if not kWide
   bool vector_store;      // dX takes aligned stores of 16 bytes, of f32: 8
   bool pair_store;        // or at least of 4 bytes
@@ -141,54 +134,6 @@ struct MmaParams {
   Divider<int32_t> run, plane;
   int32_t run_gap, plane_gap;
 };
-
-__device__ __forceinline__ MmaPlace PlaceTile(const MmaParams& params, unsigned id) {
-  const Geometry<int32_t>& g = params.geometry;
-  MmaPlace at;
-  at.c0 = static_cast<int32_t>(id % params.channel_tiles) * params.tile_n;
-  id /= params.channel_tiles;
-  at.m0 = static_cast<int32_t>(id % params.row_tiles) * params.tile_m;
-  id /= params.row_tiles;
-#pragma unroll
-  for (int a = kAxes - 1; a >= 0; --a) {
-    at.h0[a] = static_cast<int32_t>(id % params.phases[a]);
-    id /= params.phases[a];
-    at.phase[a] = TapsOfPhase(g.axis[a], at.h0[a]);
-    at.positions[a] = g.axis[a].h_step.Quotient(g.axis[a].in - at.h0[a] - 1) + 1;
-  }
-  at.group = static_cast<int32_t>(id);
-  at.per_image = at.positions[0] * at.positions[1] * at.positions[2];
-  at.row_count = g.batch * at.per_image;
-  return at;
-}
-
-// What row m of a phase is: an image, a position in dX and, for tap zero, one in dY.
-struct MmaRow {
-  int32_t n, h[kAxes], p[kAxes];
-};
-
-__device__ __forceinline__ MmaRow RowOf(const Geometry<int32_t>& g, const MmaPlace& at,
-                                        int32_t m) {
-  MmaRow row;
-  row.n = m / at.per_image;
-  int32_t rest = m - row.n * at.per_image;
-#pragma unroll
-  for (int a = kAxes - 1; a >= 0; --a) {
-    const int32_t i = rest % at.positions[a];
-    rest /= at.positions[a];
-    row.h[a] = at.h0[a] + i * g.axis[a].h_step.divisor;
-    row.p[a] = at.phase[a].p0 + i * g.axis[a].p_per_h;
-  }
-  return row;
-}
-
-__device__ __forceinline__ int32_t OffsetInDx(const Geometry<int32_t>& g,
-                                              const MmaPlace& at, const MmaRow& row) {
-  int32_t offset = row.n * g.dx_batch + at.group * g.dx_group;
-#pragma unroll
-  for (int a = 0; a < kAxes; ++a) offset += row.h[a] * g.axis[a].dx_stride;
-  return offset;
-}
 
 // ---- products ---------------------------------------------------------------------
 
@@ -285,22 +230,6 @@ __device__ __forceinline__ void MultiplySlices(
 
 // ---- the way out ------------------------------------------------------------------
 
-// word[q] of lane t of a quad goes to word[t] of lane q.
-__device__ __forceinline__ void TransposeQuad(uint32_t (&word)[4], int lane) {
-#pragma unroll
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool upper = (lane & bit) != 0;
-#pragma unroll
-    for (int q = 0; q < 4; ++q) {
-      if (q & bit) continue;
-      const uint32_t got =
-          __shfl_xor_sync(0xffffffffu, upper ? word[q] : word[q | bit], bit);
-      word[q] = upper ? got : word[q];
-      word[q | bit] = upper ? word[q | bit] : got;
-    }
-  }
-}
-
 __device__ __forceinline__ int32_t ChannelAt(const MmaParams& params, int32_t c) {
   return c * params.geometry.dx_channel + params.run.Quotient(c) * params.run_gap +
          params.plane.Quotient(c) * params.plane_gap;
@@ -331,6 +260,28 @@ __device__ __forceinline__ void StoreChannels(const MmaParams& params,
     for (int e = 0; e < kCount; ++e) {
       if (c + e < g.in_channels) store(std::integral_constant<int, 1>{}, e);
     }
+  }
+}
+
+// Whether no tap reaches the phase of a tile, as with three quarters of the tiles of a
+// 1x1 filter at stride 2.
+__device__ __forceinline__ bool IsDead(const TilePlace<int32_t>& at) {
+  return at.phase[0].r_count == 0 || at.phase[1].r_count == 0 || at.phase[2].r_count == 0;
+}
+
+// The tile of such a phase: stores along the channels and nothing else.
+template <typename T, int kM, int kN, int kThreads>
+__device__ __forceinline__ void StoreZeros(const MmaParams& params,
+                                           const TilePlace<int32_t>& at, int thread,
+                                           T* __restrict__ dx) {
+  constexpr int kCount = sizeof(T) == 2 ? 8 : 2;
+  constexpr int kAcross = kN / kCount;
+  const T zeros[kCount] = {};
+  const int32_t c = at.c0 + thread % kAcross * kCount;
+  for (int r = thread / kAcross; r < kM; r += kThreads / kAcross) {
+    if (at.m0 + r >= at.row_count) return;
+    const RowPlace<int32_t> row = PlaceRow(params.geometry, at, at.m0 + r);
+    StoreChannels(params, zeros, OffsetInDx(params.geometry, at, row), c, dx);
   }
 }
 
@@ -387,8 +338,9 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
 // e of tile j of strip i of a warp, whose first row and channel are m and c. A lane's
 // results may have been stored by another one, hence the barrier.
 template <typename T>
-__device__ __forceinline__ void Repair(const MmaParams& params, const MmaPlace& at,
-                                       uint64_t special, int32_t m, int32_t c, int lane,
+__device__ __forceinline__ void Repair(const MmaParams& params,
+                                       const TilePlace<int32_t>& at, uint64_t special,
+                                       int32_t m, int32_t c, int lane,
                                        const T* __restrict__ dy, const T* __restrict__ w,
                                        T* __restrict__ dx) {
   const Geometry<int32_t>& g = params.geometry;
@@ -400,7 +352,7 @@ __device__ __forceinline__ void Repair(const MmaParams& params, const MmaPlace& 
     const int32_t row_m = m + bit / 16 * kMmaStripRows + lane / 4 + e / 2 * 8;
     const int32_t row_c = c + bit / 4 % 4 * 8 + lane % 4 * 2 + e % 2;
     if (row_m >= at.row_count || row_c >= g.in_channels) continue;
-    const MmaRow row = RowOf(g, at, row_m);
+    const RowPlace<int32_t> row = PlaceRow(g, at, row_m);
     const float sum =
         DirectSum<T, int32_t>(g, row.h, row.n * g.dy_batch + at.group * g.dy_group,
                               at.group * g.w_group + row_c * g.w_in_channel, dy, w);
@@ -427,70 +379,42 @@ __global__ void __launch_bounds__(
   constexpr int kSize = static_cast<int>(sizeof(T));
   CU_DYNAMIC_SHARED(shared);
   TileRow<int32_t>* const rows = reinterpret_cast<TileRow<int32_t>*>(shared + S::kRowsAt);
-  TapSpan<int32_t>* const spans =
-      reinterpret_cast<TapSpan<int32_t>*>(shared + S::kSpansAt);
+  using Spans = TapSpan<int32_t>[kAxes];
+  Spans& spans = *reinterpret_cast<Spans*>(shared + S::kSpansAt);
 
   const Geometry<int32_t>& g = params.geometry;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
   const int warp_m = thread / 32 / S::kWarpsN * S::kWarpM;
   const int warp_n = thread / 32 % S::kWarpsN * kMmaWarpN;
-  const unsigned part = blockIdx.x / params.tiles;
-  const MmaPlace at = PlaceTile(params, blockIdx.x - part * params.tiles);
+  const unsigned part = blockIdx.x / params.grid.total;
+  const TilePlace<int32_t> at =
+      PlaceTile(g, params.grid, blockIdx.x - part * params.grid.total);
   if (at.m0 >= at.row_count) return;
+  if (params.parts == 1 && IsDead(at)) {
+    StoreZeros<T, S::kM, S::kN, S::kThreads>(params, at, thread, dx);
+    return;
+  }
   // Read again from here after the products, which leave no registers for it.
-  MmaPlace& kept = *reinterpret_cast<MmaPlace*>(shared + S::kPlaceAt);
+  TilePlace<int32_t>& kept = *reinterpret_cast<TilePlace<int32_t>*>(shared + S::kPlaceAt);
   if (thread == 0) kept = at;
 
   for (int r = thread; r < S::kM; r += S::kThreads) {
-    TileRow<int32_t> row = {{-1, -1, -1}, 0, 0};
-    if (at.m0 + r < at.row_count) {
-      const MmaRow of = RowOf(g, at, at.m0 + r);
-      row.dy = of.n * g.dy_batch + at.group * g.dy_group;
-      row.dx = OffsetInDx(g, at, of);
-#pragma unroll
-      for (int a = 0; a < kAxes; ++a) {
-        row.p[a] = of.p[a];
-        row.dy += of.p[a] * g.axis[a].dy_stride;
-      }
-    }
-    rows[r] = row;
+    rows[r] = MakeTileRow(g, at, at.m0 + r);
   }
   __syncthreads();
-
-  // The taps that some row of the tile may need. Rows are in lexicographic order, so on
-  // an axis they lie between the first and the last row's position as long as these two
-  // agree on everything before that axis, and anywhere if not.
-  int32_t taps = 1;
-  {
-    const int32_t m_end = at.m0 + S::kM < at.row_count ? at.m0 + S::kM : at.row_count;
-    const TileRow<int32_t>& first = rows[0];
-    const TileRow<int32_t>& last = rows[m_end - 1 - at.m0];
-    bool together = at.m0 / at.per_image == (m_end - 1) / at.per_image;
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) {
-      const AxisGeometry<int32_t>& axis = g.axis[a];
-      const int32_t lowest = at.phase[a].p0;
-      const int32_t highest = lowest + (at.positions[a] - 1) * axis.p_per_h;
-      const TapRange<int32_t> live =
-          LiveTaps(axis, together ? first.p[a] : lowest, together ? last.p[a] : highest,
-                   at.phase[a].r_count);
-      together = together && first.p[a] == last.p[a];
-      taps *= live.count;
-      if (thread == 0) {
-        spans[a] = {live.count, live.first * axis.p_per_r.divisor,
-                    at.phase[a].r0 + live.first * axis.r_step};
-      }
-    }
-  }
+  const int32_t taps = FindLiveTaps(g, at, rows, S::kM, thread == 0, spans);
   __syncthreads();
 
-  // This block's part of the slices, and the first of them.
+  // This block's part of the slices, and the first of them. The first parts have one more
+  // if the slices do not divide evenly.
   const int32_t slices_per_tap = (g.out_channels + S::kK - 1) / S::kK;
-  const int64_t all_slices = static_cast<int64_t>(taps) * slices_per_tap;
-  const int32_t first_slice = static_cast<int32_t>(all_slices * part / params.parts);
-  const int32_t slices =
-      static_cast<int32_t>(all_slices * (part + 1) / params.parts) - first_slice;
+  const unsigned all_slices = static_cast<unsigned>(taps * slices_per_tap);
+  const unsigned even = all_slices / params.parts;
+  const unsigned left = all_slices - even * params.parts;
+  const int32_t first_slice =
+      static_cast<int32_t>(even * part + (part < left ? part : left));
+  const int32_t slices = static_cast<int32_t>(even + (part < left ? 1 : 0));
 
   // What this thread copies: its chunks' places in a slice and in global memory.
   const int a_row = thread / S::kChunksA, a_k = thread % S::kChunksA * S::kChunk;
@@ -670,12 +594,12 @@ __global__ void __launch_bounds__(kMmaReduceWarps * 32, kMmaReduceMinBlocks)
   const Geometry<int32_t>& g = params.geometry;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const unsigned warp = blockIdx.x * kMmaReduceWarps + threadIdx.x / 32;
-  const int strips_n = params.tile_n / kMmaWarpN;
-  const int strips = params.tile_m / kMmaStripRows * strips_n;
+  const int strips_n = params.grid.tile_n / kMmaWarpN;
+  const int strips = params.grid.tile_m / kMmaStripRows * strips_n;
   const unsigned tile = warp / strips;
   const int strip = static_cast<int>(warp - tile * strips);
-  if (tile >= params.tiles) return;
-  const MmaPlace at = PlaceTile(params, tile);
+  if (tile >= params.grid.total) return;
+  const TilePlace<int32_t> at = PlaceTile(g, params.grid, tile);
   const int32_t m = at.m0 + strip / strips_n * kMmaStripRows;
   const int32_t c = at.c0 + strip % strips_n * kMmaWarpN;
   if (m >= at.row_count || c >= g.in_channels) return;
@@ -683,7 +607,7 @@ __global__ void __launch_bounds__(kMmaReduceWarps * 32, kMmaReduceMinBlocks)
   float sum[kMmaStripTiles][4] = {};
 #pragma unroll 2
   for (unsigned part = 0; part < params.parts; ++part) {
-    const size_t block = static_cast<size_t>(part) * params.tiles + tile;
+    const size_t block = static_cast<size_t>(part) * params.grid.total + tile;
 #pragma unroll
     for (int j = 0; j < kMmaStripTiles; ++j) {
       const float4 v = partial[PartialAt(block, strips, strip, j, lane)];
@@ -699,7 +623,7 @@ __global__ void __launch_bounds__(kMmaReduceWarps * 32, kMmaReduceMinBlocks)
   for (int half = 0; half < 2; ++half) {
     const int32_t row = m + lane / 4 + half * 8;
     row_exists[half] = row < at.row_count;
-    if (row_exists[half]) row_at[half] = OffsetInDx(g, at, RowOf(g, at, row));
+    if (row_exists[half]) row_at[half] = OffsetInDx(g, at, PlaceRow(g, at, row));
   }
   const unsigned special = StoreStrip(params, sum, row_at, row_exists, c, lane, dx);
   Repair(params, at, special, m, c, lane, dy, w, dx);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "platform.cuh"
 
@@ -99,7 +100,8 @@ __device__ __forceinline__ void CopyAsync(void* to, const void* from, int bytes)
 
 // The same for 16 bytes that either all exist or are all zeros. In the latter case `from`
 // may be any address. Costs less: the hardware has a predicate and no number of bytes.
-__device__ __forceinline__ void CopyAsyncOrZero(void* to, const void* from, bool exists) {
+__device__ __forceinline__ void CopyAsyncOrZero(void* to, const void* from,
+                                                unsigned exists) {
   asm volatile(
       "{\n"
       "  .reg .pred none;\n"
@@ -122,7 +124,62 @@ __device__ __forceinline__ void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Loads a word of global memory that this kernel does not write, aligned to its size, if
+// any bit of `exists` is set, and else leaves the register as it is.
+__device__ __forceinline__ void LoadIf(unsigned short& word, const void* from,
+                                       unsigned exists) {
+  asm("{\n"
+      "  .reg .pred some;\n"
+      "  setp.ne.s32 some, %2, 0;\n"
+      "  @some ld.global.nc.u16 %0, [%1];\n"
+      "}\n"
+      : "+h"(word)
+      : "l"(from), "r"(exists));
+}
+__device__ __forceinline__ void LoadIf(unsigned& word, const void* from,
+                                       unsigned exists) {
+  asm("{\n"
+      "  .reg .pred some;\n"
+      "  setp.ne.s32 some, %2, 0;\n"
+      "  @some ld.global.nc.u32 %0, [%1];\n"
+      "}\n"
+      : "+r"(word)
+      : "l"(from), "r"(exists));
+}
+__device__ __forceinline__ void LoadIf(unsigned long long& word, const void* from,
+                                       unsigned exists) {
+  asm("{\n"
+      "  .reg .pred some;\n"
+      "  setp.ne.s32 some, %2, 0;\n"
+      "  @some ld.global.nc.u64 %0, [%1];\n"
+      "}\n"
+      : "+l"(word)
+      : "l"(from), "r"(exists));
+}
+
+// Makes the compiler forget how a value came about: it then computes what follows from it
+// where it is used, one step after the other, rather than keep it all in registers.
+__device__ __forceinline__ void Forget(uint32_t& v) { asm("" : "+r"(v)); }
+template <typename T>
+__device__ __forceinline__ void Forget(T*& p) {
+  asm("" : "+l"(p));
+  __builtin_assume(__isGlobal(p));
+}
+
 #else
+
+template <typename Word>
+void LoadIf(Word& word, const void* from, unsigned exists) {
+  struct alignas(sizeof(Word)) Bytes {
+    unsigned char byte[sizeof(Word)];
+  };
+  if (exists == 0) return;
+  const Bytes bytes = *static_cast<const Bytes*>(from);
+  std::memcpy(&word, &bytes, sizeof(word));
+}
+
+template <typename T>
+void Forget(T&) {}
 
 using cuda_emulator::CopyAsync;
 using cuda_emulator::CopyAsyncCommit;

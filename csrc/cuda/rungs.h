@@ -15,6 +15,7 @@ namespace convgrad {
 // The GPU that plans are made for, an H200 SXM: what the models count with. Another one
 // computes the same results, with tiles that suit it less.
 struct ReferenceGpu {
+  static constexpr const char* kName = "H200 SXM";
   static constexpr int64_t kMultiprocessors = 132;
   static constexpr int64_t kSharedBytes = 227 * 1024;  // of a multiprocessor, for blocks
   static constexpr double kCopyBytesPerUs = 4.3e6;     // read and written
@@ -24,6 +25,23 @@ struct ReferenceGpu {
   static constexpr double kFmaF64PerUs = 15e6;  // on the FP64 units
   static constexpr double kMma16PerUs = 300e6;  // mma.sync, bf16 and f16
   static constexpr double kMmaTf32PerUs = 150e6;
+  // The roof: what its largest matrix products reach, whatever the instructions. The
+  // first is measured, the others follow it as in the data sheet.
+  static constexpr double kPeak16PerUs = 395e6;
+  static constexpr double kPeakTf32PerUs = 197e6;
+  static constexpr double kPeakF64PerUs = 27e6;
+
+  // Products per microsecond that no kernel of a dtype can exceed. float32 without TF32
+  // is at best three products of TF32.
+  static constexpr double PeakPerUs(DType dtype, bool allow_tf32) {
+    switch (dtype) {
+      case DType::kF64: return kPeakF64PerUs;
+      case DType::kF32: return allow_tf32 ? kPeakTf32PerUs : kPeakTf32PerUs / 3;
+      case DType::kBF16: break;
+      case DType::kF16: break;
+    }
+    return kPeak16PerUs;
+  }
 };
 
 // Blocks of a grid's first dimension; the other two end at 65535.
@@ -36,8 +54,8 @@ using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,
                                    void* dx, void* workspace);
 
 PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32;
-PlanFunction PlanFewChannels, PlanFewChannels3xTf32;
+PlanFunction PlanDepthwise, PlanGrouped, PlanFewChannels, PlanFewChannels3xTf32;
 LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32;
-LaunchFunction LaunchFewChannels, LaunchFewChannels3xTf32;
+LaunchFunction LaunchDepthwise, LaunchGrouped, LaunchFewChannels, LaunchFewChannels3xTf32;
 
 }  // namespace convgrad

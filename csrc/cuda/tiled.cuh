@@ -27,6 +27,7 @@
 #pragma once
 
 #include "geometry.cuh"
+#include "tiles.cuh"
 
 namespace convgrad {
 
@@ -105,45 +106,12 @@ FetchSteps MakeFetchSteps(bool along_k, int width, int pitch) {
 template <typename Index>
 struct TiledParams {
   Geometry<Index> geometry;
-  // A block's number is ((group, phases..., row tile), channel tile). Phases need not
-  // have equally many rows: there are tiles for the largest, and some have nothing to do.
-  unsigned row_tiles, channel_tiles, phases[kAxes];
+  TileGrid grid;
   FetchSteps dy_step, w_step;
   Index dy_per_fetch;  // the step along k, in dY
   Index w_per_fetch;   // both steps, in W
   bool vector_store;   // dX takes aligned vectors of kVector channels
 };
-
-// A row of the tile: where it reads dY for tap zero, and where it writes dX. A row
-// beyond the last has p = -1 on every axis, which no tap brings into dY.
-template <typename Index>
-struct alignas(16) TileRow {
-  Index p[kAxes];
-  Index dy, dx;
-};
-
-// The taps of an axis that the tile needs: their number, and for the first one how far
-// back in dY and how far along the filter it lies.
-template <typename Index>
-struct TapSpan {
-  Index count, shift, r;
-};
-
-// Whether the tap that is shift[a] positions back on axis a is inside dY. Unsigned, a
-// negative position is a huge one.
-template <typename Index>
-__device__ __forceinline__ bool Reaches(const Geometry<Index>& g,
-                                        const TileRow<Index>& row,
-                                        const Index (&shift)[kAxes]) {
-  using Count = std::make_unsigned_t<Index>;
-  bool inside = true;
-#pragma unroll
-  for (int a = 0; a < kAxes; ++a) {
-    inside = inside &&
-             static_cast<Count>(row.p[a] - shift[a]) < static_cast<Count>(g.axis[a].out);
-  }
-  return inside;
-}
 
 template <typename Acc>
 struct alignas(16) Vector {
@@ -200,72 +168,13 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
   const Geometry<Index>& g = params.geometry;
   const int thread = static_cast<int>(threadIdx.x);
 
-  // Which tile of which group and phase.
-  unsigned id = blockIdx.x;
-  const Index c0 = static_cast<Index>(id % params.channel_tiles) * S::kN;
-  id /= params.channel_tiles;
-  const Index m0 = static_cast<Index>(id % params.row_tiles) * S::kM;
-  id /= params.row_tiles;
-  Index h0[kAxes], positions[kAxes];
-  PhaseTaps<Index> phase[kAxes];
-#pragma unroll
-  for (int a = kAxes - 1; a >= 0; --a) {
-    h0[a] = static_cast<Index>(id % params.phases[a]);
-    id /= params.phases[a];
-    phase[a] = TapsOfPhase(g.axis[a], h0[a]);
-    positions[a] = g.axis[a].h_step.Quotient(g.axis[a].in - h0[a] - 1) + 1;
-  }
-  const Index group = static_cast<Index>(id);
-  const Index per_image = positions[0] * positions[1] * positions[2];
-  const Index row_count = g.batch * per_image;
-  if (m0 >= row_count) return;
-
+  const TilePlace<Index> at = PlaceTile(g, params.grid, blockIdx.x);
+  if (at.m0 >= at.row_count) return;
   for (int r = thread; r < S::kM; r += S::kThreads) {
-    TileRow<Index> row = {{-1, -1, -1}, 0, 0};
-    if (m0 + r < row_count) {
-      const Index n = (m0 + r) / per_image;
-      Index rest = (m0 + r) - n * per_image;
-      row.dy = n * g.dy_batch + group * g.dy_group;
-      row.dx = n * g.dx_batch + group * g.dx_group;
-#pragma unroll
-      for (int a = kAxes - 1; a >= 0; --a) {
-        const AxisGeometry<Index>& axis = g.axis[a];
-        const Index i = rest % positions[a];
-        rest /= positions[a];
-        row.p[a] = phase[a].p0 + i * axis.p_per_h;
-        row.dy += row.p[a] * axis.dy_stride;
-        row.dx += (h0[a] + i * axis.h_step.divisor) * axis.dx_stride;
-      }
-    }
-    rows[r] = row;
+    rows[r] = MakeTileRow(g, at, at.m0 + r);
   }
   __syncthreads();
-
-  // The taps that some row of the tile may need. Rows are in lexicographic order, so on
-  // an axis they lie between the first and the last row's position as long as these two
-  // agree on everything before that axis, and anywhere if not.
-  Index taps = 1;
-  {
-    const Index m_end = m0 + S::kM < row_count ? m0 + S::kM : row_count;
-    const TileRow<Index>& first = rows[0];
-    const TileRow<Index>& last = rows[m_end - 1 - m0];
-    bool together = m0 / per_image == (m_end - 1) / per_image;
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) {
-      const AxisGeometry<Index>& axis = g.axis[a];
-      const Index lowest = phase[a].p0;
-      const Index highest = lowest + (positions[a] - 1) * axis.p_per_h;
-      const TapRange<Index> live =
-          LiveTaps(axis, together ? first.p[a] : lowest, together ? last.p[a] : highest,
-                   phase[a].r_count);
-      together = together && first.p[a] == last.p[a];
-      taps *= live.count;
-      if (thread == 0) {
-        spans[a] = {live.count, live.first * axis.p_per_r.divisor,
-                    phase[a].r0 + live.first * axis.r_step};
-      }
-    }
-  }
+  const Index taps = FindLiveTaps(g, at, rows, S::kM, thread == 0, spans);
   __syncthreads();
   const Index slices_per_tap = (g.out_channels + S::kK - 1) / S::kK;
   const Index slices = taps * slices_per_tap;
@@ -279,11 +188,11 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
   const int w_k = w_step.along_k ? thread % S::kK : thread / S::kN;
   const Index dy_from = dy_k * g.dy_channel;  // a row's own offset stays in `rows`
   const Index w_from =
-      group * g.w_group + (c0 + w_x) * g.w_in_channel + w_k * g.w_out_channel;
+      at.group * g.w_group + (at.c0 + w_x) * g.w_in_channel + w_k * g.w_out_channel;
   unsigned w_inside = 0;  // bit j: fetch j of W is a channel that exists
 #pragma unroll
   for (int j = 0; j < S::kFetchesN; ++j) {
-    w_inside |= static_cast<unsigned>(c0 + w_x + j * w_step.x < g.in_channels) << j;
+    w_inside |= static_cast<unsigned>(at.c0 + w_x + j * w_step.x < g.in_channels) << j;
   }
 
   // How far back on each axis, and how far along the filter, live tap number `tap` is.
@@ -392,7 +301,7 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
 
 #pragma unroll
   for (int i = 0; i < S::kThreadM; ++i) {
-    if (m0 + row_of(i) >= row_count) continue;
+    if (at.m0 + row_of(i) >= at.row_count) continue;
     const Index dx_row = rows[row_of(i)].dx;
 #pragma unroll
     for (int v = 0; v < S::kThreadN / S::kVector; ++v) {
@@ -403,7 +312,7 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
       for (int j = 0; j < S::kVector; ++j) {
         packed.element[j] = Narrow(sum[i][v * S::kVector + j], T{});
       }
-      const Index c = c0 + n + v * S::kSpreadN;
+      const Index c = at.c0 + n + v * S::kSpreadN;
       if (params.vector_store && c + S::kVector <= g.in_channels) {
         *reinterpret_cast<Packed*>(dx + dx_row + c) = packed;
       } else {
@@ -418,27 +327,6 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
   }
 }
 
-// How many blocks a problem is, dimension by dimension.
-struct TileCounts {
-  int64_t row_tiles, channel_tiles, phases[kAxes], total;
-};
-
-inline TileCounts CountTiles(const Problem& problem, int64_t tile_m, int64_t tile_n) {
-  TileCounts count{};
-  int64_t rows = problem.batch, phases = 1;
-  for (int i = 0; i < kAxes; ++i) {
-    const Axis& a = problem.axis[i];
-    // The first phase has the most positions; a phase beyond `in` has none.
-    rows *= MakePhase(a, 0).h_count;
-    count.phases[i] = PhaseCount(a) < a.in ? PhaseCount(a) : a.in;
-    phases *= count.phases[i];
-  }
-  count.row_tiles = (rows + tile_m - 1) / tile_m;
-  count.channel_tiles = (problem.in_channels + tile_n - 1) / tile_n;
-  count.total = problem.groups * phases * count.row_tiles * count.channel_tiles;
-  return count;
-}
-
 template <typename T, typename Index>
 cudaError_t EnqueueTiled(cudaStream_t stream, const Problem& problem, const T* dy,
                          const T* w, T* dx) {
@@ -446,17 +334,14 @@ cudaError_t EnqueueTiled(cudaStream_t stream, const Problem& problem, const T* d
   using S = Tile<Acc>;
   static_assert(sizeof(TiledParams<Index>) + 3 * sizeof(void*) <= kMaxParameterBytes,
                 "the kernel's parameters must fit in constant memory's 4 KiB");
-  const TileCounts count = CountTiles(problem, S::kM, S::kN);
   TiledParams<Index> params{};
   params.geometry = MakeGeometry<Index>(problem);
-  params.row_tiles = static_cast<unsigned>(count.row_tiles);
-  params.channel_tiles = static_cast<unsigned>(count.channel_tiles);
+  params.grid = MakeTileGrid(problem, S::kM, S::kN);
   params.vector_store = problem.dx.channel == 1 && problem.dx.batch % S::kVector == 0 &&
                         problem.dx.group % S::kVector == 0 &&
                         reinterpret_cast<uintptr_t>(dx) % (S::kVector * sizeof(T)) == 0;
   bool dy_along_k = true;
   for (int i = 0; i < kAxes; ++i) {
-    params.phases[i] = static_cast<unsigned>(count.phases[i]);
     if (problem.axis[i].out > 1 &&
         std::llabs(problem.dy.axis[i]) < std::llabs(problem.dy.channel)) {
       dy_along_k = false;
@@ -471,8 +356,8 @@ cudaError_t EnqueueTiled(cudaStream_t stream, const Problem& problem, const T* d
   params.w_per_fetch =
       static_cast<Index>(params.w_step.x) * params.geometry.w_in_channel +
       static_cast<Index>(params.w_step.k) * params.geometry.w_out_channel;
-  return CU_LAUNCH((TiledKernel<T, Index>), dim3(static_cast<unsigned>(count.total)),
-                   dim3(S::kThreads), 0, stream, params, dy, w, dx);
+  return CU_LAUNCH((TiledKernel<T, Index>), dim3(params.grid.total), dim3(S::kThreads), 0,
+                   stream, params, dy, w, dx);
 }
 
 }  // namespace convgrad

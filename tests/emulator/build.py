@@ -1,4 +1,4 @@
-"""Builds the CUDA sources for the CPU with a host compiler, at test time.
+"""Builds the CUDA sources for the CPU with a host compiler, at test time, or by nvcc for a GPU.
 
 Objects are cached by the hash of their preprocessed source and flags, so that nothing is
 compiled twice, not even for a copy of the sources in which one file was changed.
@@ -16,6 +16,8 @@ import subprocess
 import sysconfig
 import tempfile
 import types
+
+import machine_code
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EMULATOR = pathlib.Path("tests/emulator")
@@ -51,6 +53,17 @@ class BuildError(Exception):
 def compiler() -> str | None:
     """The host compiler, or None."""
     return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def gpu_compiler() -> str | None:
+    """nvcc, or None."""
+    return machine_code.tool("nvcc")
+
+
+def gpu_architecture(capability: str) -> str:
+    """What nvcc compiles for, by a compute capability such as "9.0"."""
+    number = capability.replace(".", "")
+    return f"{number}a" if number == "90" else number  # wgmma exists on that one chip
 
 
 def cache_folder() -> pathlib.Path:
@@ -135,12 +148,44 @@ def program(
     return _link(sources[0].stem, _objects(sources, flags, root), flags, root)
 
 
+def gpu_object(source: pathlib.Path, architecture: str) -> pathlib.Path:
+    """Compiles a source for a GPU; arguments and errors as `gpu_program`'s."""
+    command = [str(gpu_compiler()), "-std=c++17", "-O2", "--expt-relaxed-constexpr", "-lineinfo"]
+    command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
+    command += [f"-I{EMULATOR}", "-Icsrc"]
+    language = ["-x", "cu", str(source)]
+    preprocessed = _run([*command, "-E", *language], ROOT)
+    return _cached(source.stem + ".o", preprocessed, [*command, "-c", *language], ROOT)
+
+
+def gpu_program(sources: list[pathlib.Path], architecture: str) -> pathlib.Path:
+    """Compiles and links a program for a GPU.
+
+    Args:
+        sources: C++ and CUDA sources, relative to the root.
+        architecture: such as "90a".
+
+    Returns:
+        The executable's path.
+
+    Raises:
+        BuildError: something does not compile.
+    """
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: gpu_object(source, architecture), sources))
+    return _cached(sources[0].stem, b"", [str(gpu_compiler()), *map(str, objects)], ROOT)
+
+
+def core_sources(root: pathlib.Path = ROOT) -> list[pathlib.Path]:
+    """Those of core.cc's program."""
+    return [EMULATOR / "core.cc", pathlib.Path("csrc/problem.cc"), *kernel_sources(root)]
+
+
 def core(
     variant: str = "plain", root: pathlib.Path = ROOT, flags: tuple[str, ...] = ()
 ) -> pathlib.Path:
     """The program of core.cc, all kernels over a list of problems; arguments as `program`'s."""
-    sources = [EMULATOR / "core.cc", pathlib.Path("csrc/problem.cc"), *kernel_sources(root)]
-    return program(sources, variant, root, flags)
+    return program(core_sources(root), variant, root, flags)
 
 
 def module() -> types.ModuleType:

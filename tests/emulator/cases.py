@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from jax_convgrad import ConvGeometry, custom_call
 from jax_convgrad.tools.geometries import (
@@ -53,6 +53,13 @@ def wide_cases() -> list[Case]:
         ),
     }  # fmt: skip
     return [Case(name, geometry) for name, geometry in table.items()]
+
+
+def walking_case() -> Case:
+    """More tiles than a GPU computes at once: blocks that stay take several each."""
+    geometry = make_geometry((16, 16), (1, 2), (8448, 8448), batch=3,
+                             padding=((0, 0), (1, 0)), feature_groups=4224)  # fmt: skip
+    return Case("walking", geometry)
 
 
 def few_channel_cases() -> list[Case]:
@@ -105,6 +112,7 @@ def line(
     special: bool = False,
     allow_tf32: bool = True,
     platform: str = "cuda",
+    tile: tuple[int, int] = (0, 0),
 ) -> str:
     """A problem in the words of core.cc. The platform says which layouts."""
     g = case.geometry
@@ -121,8 +129,37 @@ def line(
     words += [f"{bound(g, dtype, allow_tf32=allow_tf32):.17g}", int(allow_tf32)]
     for values in lists:
         words += [len(values), *values]
-    words += [g.feature_group_count, g.batch_group_count]
+    words += [g.feature_group_count, g.batch_group_count, *tile]
     return " ".join(map(str, words))
+
+
+def lines(all_cases: Iterable[Case], dtypes: Sequence[str] = DTYPES) -> Iterator[str]:
+    """Every case in every dtype, float32 with and without TF32, and some with NaN and Inf."""
+    for index, case in enumerate(all_cases):
+        for dtype in dtypes:
+            yield line(case, dtype, allow_tf32=True)
+            if dtype == "float32":
+                yield line(case, dtype, allow_tf32=False)
+        yield line(case, dtypes[index % len(dtypes)], platform="cpu", allow_tf32=False)
+        yield line(case, dtypes[(index + 1) % len(dtypes)], special=True, allow_tf32=False)
+
+
+# Tiles that a kernel has. The planner gives large ones to problems that are too large for
+# an emulator.
+TILES = {
+    "mma": ((128, 128), (128, 64), (64, 64)),
+    "mma_3xtf32": ((128, 64), (64, 64)),
+}
+
+
+def tile_lines(kernel: str, all_cases: Iterable[Case]) -> Iterator[str]:
+    """Every case with every tile of a kernel, each in one of the dtypes, some special."""
+    dtypes = ("float32",) if kernel == "mma_3xtf32" else ("bfloat16", "float32", "float16")
+    for index, case in enumerate(all_cases):
+        for turn, tile in enumerate(TILES.get(kernel, ())):
+            dtype = dtypes[(index + turn) % len(dtypes)]
+            special = index % 4 == 3
+            yield line(case, dtype, kernel=kernel, special=special, tile=tile)
 
 
 def write(path: pathlib.Path, lines: Iterable[str]) -> pathlib.Path:

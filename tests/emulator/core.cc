@@ -1,15 +1,19 @@
-// The CUDA kernels under the emulator without Python or JAX, which sanitizers would have
-// to watch too. Runs every kernel that takes a problem on buffers of exact size, and
-// compares with the literal sum in double.
+// The CUDA kernels without Python or JAX, which sanitizers would have to watch too: under
+// the emulator, or on a GPU if nvcc compiles this. Runs every kernel that takes a problem
+// on buffers of exact size, and compares with the literal sum in double.
 //
-//   core FILE    one problem a line, as cases.py writes them; exit status 1 on a failure
+//   core FILE [REPEATS]    one problem a line, as cases.py writes them
+//
+// Exit status 1 on a failure. With REPEATS each kernel runs as often again on each of two
+// streams at once, and has to give the same bits.
 //
 // A line is: name dtype kernel special tolerance allow_tf32, then as lists with their
 // length in front lhs_shape rhs_shape out_shape window_strides padding lhs_dilation
 // rhs_dilation lhs_spec rhs_spec out_spec lhs_layout rhs_layout out_layout, then
-// feature_group_count batch_group_count. The kernel "*" is all of them. With special = 1
-// the operands hold NaNs and infinities, and each output must be finite, NaN or infinite
-// as the literal sum is.
+// feature_group_count batch_group_count tile_m tile_n. The kernel "*" is all of them.
+// With special = 1 the operands hold NaNs and infinities, and each output must be finite,
+// NaN or infinite as the literal sum is. A tile that is not zero replaces the plan's,
+// whose sum is then not split.
 
 #include <cmath>
 #include <cstdint>
@@ -25,8 +29,9 @@
 #include <string>
 #include <vector>
 
+#include "cuda/platform.cuh"
 #include "cuda_emulator/environment.h"
-#include "cuda_emulator/numbers.h"
+#include "device_memory.h"
 #include "kernel.h"
 #include "problem.h"
 
@@ -39,6 +44,7 @@ struct Line {
   double tolerance;
   Ints lhs_shape, rhs_shape, out_shape;
   Attributes attributes;
+  int64_t tile_m, tile_n;
 };
 
 Ints ReadInts(std::istream& from) {
@@ -62,7 +68,7 @@ bool ReadLine(const std::string& text, Line* line) {
         &a.rhs_spec, &a.out_spec, &a.lhs_layout, &a.rhs_layout, &a.out_layout}) {
     *ints = ReadInts(from);
   }
-  from >> a.feature_group_count >> a.batch_group_count;
+  from >> a.feature_group_count >> a.batch_group_count >> line->tile_m >> line->tile_n;
   return static_cast<bool>(from);
 }
 
@@ -80,6 +86,7 @@ class Array {
   }
 
   int64_t count() const { return count_; }
+  size_t bytes() const { return bytes_; }
   void* data() const { return memory_.get(); }
 
   double Get(int64_t i) const {
@@ -201,8 +208,58 @@ DType DTypeByName(const std::string& name) {
                               : DType::kF16;
 }
 
+// Two streams, in the emulator no streams.
+class Streams {
+ public:
+#ifdef __CUDACC__
+  Streams() {
+    for (cudaStream_t& stream : streams_) cudaStreamCreate(&stream);
+  }
+  ~Streams() {
+    for (cudaStream_t stream : streams_) cudaStreamDestroy(stream);
+  }
+#else
+  Streams() = default;
+#endif
+  Streams(const Streams&) = delete;
+  Streams& operator=(const Streams&) = delete;
+  cudaStream_t operator[](int i) const { return streams_[i]; }
+
+ private:
+  cudaStream_t streams_[2] = {};
+};
+
+// Runs a plan again, and returns what went wrong or null.
+const char* Repeat(int repeats, const Problem& problem, const Plan& plan, const void* dy,
+                   const void* w, const Ints& shape, const Array& expected) {
+  const Streams streams;
+  const Array to[2] = {{problem.dtype, shape}, {problem.dtype, shape}};
+  const Ints scratch = {(plan.workspace_bytes + 7) / 8};
+  const Array workspace[2] = {{DType::kF64, scratch}, {DType::kF64, scratch}};
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    DeviceMemory to_there[2] = {{to[0].data(), to[0].bytes()},
+                                {to[1].data(), to[1].bytes()}};
+    const DeviceMemory workspace_there[2] = {{workspace[0].data(), workspace[0].bytes()},
+                                             {workspace[1].data(), workspace[1].bytes()}};
+    for (int i = 0; i < 2; ++i) {
+      const char* error = LaunchCuda(streams[i], problem, plan, dy, w, to_there[i].get(),
+                                     workspace_there[i].get());
+      if (error != nullptr) return error;
+    }
+    for (int i = 0; i < 2; ++i) {
+      if (const char* error = ErrorText(to_there[i].Fetch()); error != nullptr) {
+        return error;
+      }
+      if (std::memcmp(to[i].data(), expected.data(), expected.bytes()) != 0) {
+        return "other bits when repeated";
+      }
+    }
+  }
+  return nullptr;
+}
+
 // Runs one line's kernels and prints a line for each. Returns the number of failures.
-int RunLine(const Line& line) {
+int RunLine(const Line& line, int repeats) {
   Problem problem{};
   if (const std::string error = MakeProblem(line.lhs_shape, line.rhs_shape,
                                             line.out_shape, line.attributes, &problem);
@@ -216,6 +273,7 @@ int RunLine(const Line& line) {
   Array dy(problem.dtype, line.out_shape), w(problem.dtype, line.rhs_shape);
   Fill(&dy, line.special, &random);
   Fill(&w, line.special, &random);
+  const DeviceMemory dy_there(dy.data(), dy.bytes()), w_there(w.data(), w.bytes());
   std::vector<double> expected;
 
   int failures = 0;
@@ -224,6 +282,11 @@ int RunLine(const Line& line) {
     if ((line.kernel != "*" && line.kernel != *kernel) ||
         !PlanCuda(problem, *kernel, CudaCapability(), &plan)) {
       continue;
+    }
+    if (line.tile_m != 0) {
+      plan.tile_m = line.tile_m;
+      plan.tile_n = line.tile_n;
+      plan.split_k = 1;
     }
     Array dx(problem.dtype, line.lhs_shape);
     if (dx.count() == 0) continue;
@@ -234,8 +297,15 @@ int RunLine(const Line& line) {
       });
     }
     const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8});
-    const char* error = LaunchCuda(nullptr, problem, plan, dy.data(), w.data(), dx.data(),
-                                   workspace.data());
+    DeviceMemory dx_there(dx.data(), dx.bytes());
+    const DeviceMemory workspace_there(workspace.data(), workspace.bytes());
+    const char* error = LaunchCuda(nullptr, problem, plan, dy_there.get(), w_there.get(),
+                                   dx_there.get(), workspace_there.get());
+    if (error == nullptr) error = ErrorText(dx_there.Fetch());
+    if (error == nullptr) {
+      error = Repeat(repeats, problem, plan, dy_there.get(), w_there.get(),
+                     line.lhs_shape, dx);
+    }
     const double off = error == nullptr ? Error(dx, expected) : 0;
     const bool passed = error == nullptr && off <= line.tolerance;
     std::printf("%s %s %s %s error %.2e of %.2e %s\n", passed ? "pass" : "FAIL",
@@ -246,7 +316,7 @@ int RunLine(const Line& line) {
   return failures;
 }
 
-int Main(const char* path) {
+int Main(const char* path, int repeats) {
   std::ifstream file(path);
   int failures = 0, lines = 0;
   for (std::string text; std::getline(file, text); ++lines) {
@@ -255,7 +325,7 @@ int Main(const char* path) {
       std::fprintf(stderr, "malformed line: %s\n", text.c_str());
       return 2;
     }
-    failures += RunLine(line);
+    failures += RunLine(line, repeats);
   }
   std::printf("%d problems, %d failures\n", lines, failures);
   return lines == 0 ? 2 : failures > 0;
@@ -265,9 +335,9 @@ int Main(const char* path) {
 }  // namespace convgrad
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::fprintf(stderr, "usage: core FILE\n");
+  if (argc != 2 && argc != 3) {
+    std::fprintf(stderr, "usage: core FILE [REPEATS]\n");
     return 2;
   }
-  return convgrad::Main(argv[1]);
+  return convgrad::Main(argv[1], argc == 3 ? std::atoi(argv[2]) : 0);
 }

@@ -23,6 +23,7 @@
 // - CUDA_EMULATOR_ORDER: 0 natural (the default), 1 reversed, n shuffled by seed n
 // - CUDA_EMULATOR_EAGER: 1 for cp.async that copies when issued, else when waited for
 // - CUDA_EMULATOR_POISON: the byte that memory holds before it is written (255: NaNs)
+// - CUDA_EMULATOR_SHARED: the bytes of shared memory that a block may have
 // - CUDA_EMULATOR_THREADS: blocks in flight; always one under a sanitizer
 
 #pragma once

@@ -23,8 +23,9 @@ from . import build, cases
 class Mutation:
     """One mistake, and what notices it.
 
-    `check` is the kind of problem: "values" or "special" (NaN and Inf). `variant` is that
-    of `build.VARIANTS`, and `mode` a row of `cases.MODES`.
+    `check` is the kind of problem: "values", "special" (NaN and Inf) or "walking" (blocks
+    that take several tiles). `variant` is that of `build.VARIANTS`, and `mode` a row of
+    `cases.MODES`.
     """
 
     name: str
@@ -39,7 +40,11 @@ class Mutation:
 
 _DIRECT, _TILED = "csrc/cuda/direct.cuh", "csrc/cuda/tiled.cuh"
 _GEOMETRY, _PHASE = "csrc/cuda/geometry.cuh", "csrc/phase.h"
-_MMA, _FEW = "csrc/cuda/mma.cuh", "csrc/cuda/few_channels.cuh"
+_MMA, _TILES = "csrc/cuda/mma.cuh", "csrc/cuda/tiles.cuh"
+_DEPTHWISE = "csrc/cuda/depthwise.cuh"
+_FRAGMENTS = "csrc/cuda/fragments.cuh"
+_GROUPED = "csrc/cuda/grouped.cuh"
+_FEW = "csrc/cuda/few_channels.cuh"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -64,6 +69,12 @@ MUTATIONS = [
              "const Phase f = MakePhase(a.axis, phase - 1);"),
     Mutation("phase offset ignores the padding", _PHASE,
              "phase * a.lhs_dilation + a.pad_lo", "phase * a.lhs_dilation"),
+    # ---- tiles of the implicit GEMMs
+    Mutation("taps dropped at a tile's edge", _TILES,
+             "together ? first.p[a] : lowest, together ? last.p[a] : highest",
+             "first.p[a], last.p[a]"),
+    Mutation("phases in the order of the wrong axis", _TILES,
+             "    id /= grid.phases[a];", "    id /= grid.phases[kAxes - 1 - a];"),
     # ---- types and planner
     Mutation("bfloat16 sums are narrowed as they grow", _DIRECT,
              "    dx[dx_at] = Narrow(sum, T{});", "    dx[dx_at] = Narrow(sum * 1.02f, T{});"),
@@ -80,7 +91,8 @@ MUTATIONS = [
              variant="address"),
     # ---- tiled
     Mutation("tiled without the barrier that publishes rows", _TILED,
-             "    rows[r] = row;\n  }\n  __syncthreads();", "    rows[r] = row;\n  }",
+             "    rows[r] = MakeTileRow(g, at, at.m0 + r);\n  }\n  __syncthreads();",
+             "    rows[r] = MakeTileRow(g, at, at.m0 + r);\n  }",
              mode=("0", "1")),
     Mutation("tiled without the barrier that publishes a slice", _TILED,
              _PUBLISH_BARRIER, "const bool masked = special;", variant="thread"),
@@ -100,15 +112,12 @@ MUTATIONS = [
     Mutation("tiled takes padding for dY", _TILED,
              "(dy_inside >> j & 1) && dy_k", "dy_k", variant="address"),
     Mutation("tiled stores rows beyond the last", _TILED,
-             "if (m0 + row_of(i) >= row_count) continue;", ""),
+             "if (at.m0 + row_of(i) >= at.row_count) continue;", ""),
     Mutation("tiled stores channels beyond the last", _TILED,
              "if (c + j < g.in_channels) {", "{", variant="address"),
     Mutation("tiled stores unaligned vectors", _TILED,
              "if (problem.dx.axis[i] % S::kVector != 0) params.vector_store = false;", "",
              variant="address"),
-    Mutation("tiled drops taps at a tile's edge", _TILED,
-             "together ? first.p[a] : lowest, together ? last.p[a] : highest",
-             "first.p[a], last.p[a]"),
     # ---- mma. Finite poison: it repairs results that are not finite.
     Mutation("mma waits for one copy too few", _MMA,
              "CopyAsyncWait<kMmaStages - 2>()", "CopyAsyncWait<kMmaStages - 1>()",
@@ -125,9 +134,87 @@ MUTATIONS = [
              "(chunk ^ lane % 8)", "chunk"),
     Mutation("mma takes padding for dY", _MMA,
              "inside >> j & 1 ? a_valid : 0", "a_valid", variant="address"),
-    Mutation("mma transposes half a quad", _MMA, "bit <= 2", "bit <= 1"),
+    Mutation("mma leaves a phase without taps as it was", _MMA,
+             "    StoreZeros<T, S::kM, S::kN, S::kThreads>(params, at, thread, dx);\n", ""),
+    Mutation("mma writes a phase without taps to the first channels", _MMA,
+             "const int32_t c = at.c0 + thread % kAcross * kCount;",
+             "const int32_t c = thread % kAcross * kCount;"),
+    Mutation("mma drops slices that its parts do not share evenly", _MMA,
+             "(part < left ? 1 : 0)", "0"),
+    Mutation("mma parts of a sum overlap", _MMA,
+             "(part < left ? part : left)", "part"),
+    Mutation("mma transposes half a quad", _FRAGMENTS, "bit <= 2", "bit <= 1"),
     Mutation("mma puts all patches' rows side by side", _MMA,
              "params.run.Quotient(c) * params.run_gap +", ""),
+    # ---- depthwise
+    Mutation("depthwise ring without the barrier that publishes filters", _DEPTHWISE,
+             "  __syncthreads();\n  int32_t rest = first + thread;",
+             "  int32_t rest = first + thread;", mode=("0", "1")),
+    Mutation("depthwise ring turns by one row, whatever the stride", _DEPTHWISE,
+             "(S::kStepH * turn + r) % S::kRows", "(turn + r) % S::kRows", count=3),
+    Mutation("depthwise ring loads a row below the last", _DEPTHWISE,
+             "uint32_t exist = j < lattice_h.count ? reads : 0;", "uint32_t exist = reads;",
+             variant="address"),
+    Mutation("depthwise ring skips a row of dY that reaches into a strip", _DEPTHWISE,
+             "int32_t j = i_begin - S::kHaloH;", "int32_t j = i_begin - S::kHaloH + 1;"),
+    Mutation("depthwise ring takes filters beyond the last", _DEPTHWISE,
+             "if (group >= params.groups) group -= params.groups;", "", variant="address"),
+    Mutation("depthwise ring repairs nothing", _DEPTHWISE,
+             "if (finite) return;", "if (finite || n >= 0) return;", check="special"),
+    Mutation("depthwise window repairs nothing", _DEPTHWISE,
+             "if (special == 0) return;", "return;", check="special"),
+    Mutation("depthwise window slides the wrong way", _DEPTHWISE,
+             "window[(kRun - turn) % kRun]", "window[turn % kRun]"),
+    Mutation("depthwise window stages over rows being read", _DEPTHWISE,
+             "    __syncthreads();  // nobody reads the rows before\n", ""),
+    Mutation("depthwise window loads before the first column", _DEPTHWISE,
+             "step(turn, at >= 0);", "step(turn, true);", variant="address"),
+    Mutation("depthwise lattices in the wrong order", _DEPTHWISE,
+             "p0 = p0 * a.inverse % a.spacing;", ""),
+    # ---- grouped. Finite poison: it repairs results that are not finite.
+    Mutation("grouped does not wait for its copies", _GROUPED,
+             "CopyAsyncWait<0>();", "CopyAsyncWait<1>();", mode=("0", "1")),
+    Mutation("grouped without its barrier", _GROUPED,
+             "    CopyAsyncWait<0>();\n    __syncthreads();",
+             "    CopyAsyncWait<0>();\n    __syncwarp();", mode=("0", "1")),
+    Mutation("grouped copies into the stage being read", _GROUPED,
+             "stage_at = params.stage_bytes - stage_at;", "", check="walking",
+             mode=("1", "1")),
+    Mutation("grouped without the barrier between tiles", _GROUPED,
+             "    CopyAsyncWait<0>();\n    __syncthreads();",
+             "    CopyAsyncWait<0>();\n"
+             "    if (tile < params.parts) __syncthreads(); else __syncwarp();",
+             check="walking", mode=("1", "1")),
+    Mutation("grouped multiplies a term that is not there", _GROUPED,
+             "term.exists = rest < count;", "term.exists = 1;"),
+    Mutation("grouped mixes groups", _GROUPED,
+             "exists && same_group ? w[", "exists && (same_group || k % 2 == 0) ? w[",
+             variant="address"),
+    Mutation("grouped reads the pair before", _GROUPED,
+             "if (pair + 1 < pairs) next_at = term->dy;", ""),
+    Mutation("grouped begins bundles too early", _GROUPED,
+             "(FirstChunk<S::kChunk>(params, c) - first_chunk)",
+             "(FirstChunk<S::kChunk>(params, c) - first_chunk) / 2"),
+    Mutation("grouped writes all phases to one place", _GROUPED,
+             "phase.dx += phase.h0[a] * axis.dx_stride;", ""),
+    Mutation("grouped takes padding for dY", _GROUPED,
+             "static_cast<uint32_t>(p2) < static_cast<uint32_t>(g.axis[2].out)",
+             "p2 < g.axis[2].out", variant="address"),
+    Mutation("grouped copies chunks beyond the last", _GROUPED,
+             "row_exists && first_chunk + chunk < params.dy_chunks &&", "row_exists &&",
+             variant="address"),
+    Mutation("grouped stores rows beyond the last", _GROUPED,
+             "at.i[2] + static_cast<int32_t>(row.i1_i2 & 0xffff) < phase.positions[2]",
+             "at.i[2] + static_cast<int32_t>(row.i1_i2 & 0xffff) <= phase.positions[2]",
+             variant="address"),
+    Mutation("grouped stores channels beyond the last", _GROUPED,
+             "j < kTiles && c + j * 8 < params.dx_channels", "j < kTiles",
+             variant="address"),
+    Mutation("grouped repairs nothing", _GROUPED,
+             "if (check[0] + check[1] + check[2] + check[3] != 0.0f) {", "if (false) {",
+             check="special"),
+    Mutation("grouped forgets one of three products", _GROUPED,
+             "Mma(part[j], a, lo[j], T{});", "Mma(part[j], a_lo, hi[j], T{});"),
     # ---- few_channels. Finite poison, as above.
     Mutation("few_channels waits for one copy too few", _FEW,
              "CopyAsyncWait<kFewStages - 2>()", "CopyAsyncWait<kFewStages - 1>()",
@@ -160,13 +247,15 @@ MUTATIONS = [
              check="special"),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
-             "  if (thread >= S::kThreads - 32 && c0 + S::kN > g.in_channels) return;\n"
+             "  if (thread >= S::kThreads - 32 && at.c0 + S::kN > g.in_channels) return;\n"
              "  Acc sum[S::kThreadM][S::kThreadN] = {};"),
 ]  # fmt: skip
 
 
 def problems(check: str) -> list[str]:
     """Lines for core.cc that together reach what the mutations of a kind change."""
+    if check == "walking":
+        return [cases.line(cases.walking_case(), "bfloat16", kernel="grouped")]
     table = {
         "edges": make_geometry((7, 6), (3, 3), (10, 11), batch=3, padding=1),
         "strided": make_geometry((11, 9), (3, 3), (9, 5), stride=2, padding=((1, 2), (0, 1))),
@@ -178,7 +267,23 @@ def problems(check: str) -> list[str]:
         "vectors": make_geometry((4, 4), (3, 3), (6, 8), batch=4, padding=1, batch_groups=2),
         "one_image": make_geometry((6, 6), (3, 3), (8, 9), batch=1, padding=1),
         "two_tiles": make_geometry((14, 14), (1, 5), (4, 5), batch=1, padding=((0, 0), (2, 2))),
+        # Phases without taps, and more than one tile of channels.
+        "pointwise": make_geometry((5, 4), (1, 1), (72, 8), stride=2),
+        "long_sum": make_geometry((4, 4), (3, 3), (8, 200), batch=1, padding=1),
+        "depthwise": make_geometry((9, 6), (3, 3), (6, 6), padding=1, feature_groups=6),
+        "depthwise_s2": make_geometry((13, 6), (3, 3), (6, 6), stride=2, padding=((2, 1), (0, 1)),
+                                      feature_groups=6),
+        "depthwise_lattices": make_geometry((11, 9), (3, 3), (4, 4), stride=2, rhs_dilation=3,
+                                            padding=4, feature_groups=4),
+        "depthwise_many": make_geometry((3, 4), (3, 3), (300, 300), batch=1, padding=1,
+                                        feature_groups=300),
+        "depthwise_large": make_geometry((4, 3), (10, 25), (32, 32), batch=1,
+                                         padding=((5, 4), (12, 12)), feature_groups=32),
         "wide": make_geometry((75,), (40,), (5, 6), stride=37, padding=((3, 2),)),
+        "grouped": make_geometry((7, 9), (3, 3), (48, 48), batch=3, stride=2, padding=1,
+                                 feature_groups=12),
+        "grouped_wide": make_geometry((5, 6), (3, 3), (64, 32), padding=1, feature_groups=2),
+        "grouped_tail": make_geometry((6,), (3,), (40, 80), padding=1, feature_groups=10),
         "patches": make_geometry((4, 6), (2, 2), (3, 8), stride=2),
         "few_stem": make_geometry((9, 10), (7, 5), (3, 5), batch=1, stride=2, padding=3),
         "few_deep": make_geometry((4, 5), (3, 3), (2, 200), batch=1, padding=1),
@@ -223,11 +328,15 @@ def compile_mutant(mutation: Mutation, folder: pathlib.Path) -> pathlib.Path:
 
 
 def run_core(
-    program: pathlib.Path, lines: Iterable[str], mode: tuple[str, str], folder: pathlib.Path
+    program: pathlib.Path,
+    lines: Iterable[str],
+    mode: tuple[str, str],
+    folder: pathlib.Path,
+    repeats: int = 0,
 ) -> subprocess.CompletedProcess[str]:
     """Runs core.cc's program over lines; its status and output."""
     return subprocess.run(
-        [program, cases.write(folder / "problems.txt", lines)],
+        [program, cases.write(folder / "problems.txt", lines), str(repeats)],
         env={**os.environ, **build.SANITIZER_OPTIONS, **cases.environment(mode)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -19,4 +19,9 @@ inline int PoisonByte() {
   return static_cast<int>(EnvironmentNumber("CUDA_EMULATOR_POISON", 0xff));
 }
 
+// Bytes of shared memory that a block may have, by default as on an H100.
+inline int MostSharedBytes() {
+  return static_cast<int>(EnvironmentNumber("CUDA_EMULATOR_SHARED", 227 * 1024));
+}
+
 }  // namespace cuda_emulator

@@ -34,8 +34,7 @@ inline cudaError_t CheckConfiguration(dim3 grid, dim3 block, int shared_bytes) {
       block.x * block.y * block.z > 1024) {
     return cudaErrorInvalidConfiguration;
   }
-  constexpr int kMostShared = 227 * 1024;
-  if (shared_bytes < 0 || shared_bytes > kMostShared) return cudaErrorInvalidValue;
+  if (shared_bytes < 0 || shared_bytes > MostSharedBytes()) return cudaErrorInvalidValue;
   return cudaSuccess;
 }
 

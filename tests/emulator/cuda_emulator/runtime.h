@@ -6,6 +6,8 @@
 #include <set>
 #include <string>
 
+#include "environment.h"
+
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;
 
@@ -19,6 +21,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
   cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
 };
 
 namespace cuda_emulator {
@@ -62,6 +65,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrMultiProcessorCount: *value = 132; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = cuda_emulator::MostSharedBytes();
+      return cudaSuccess;
   }
   return cudaErrorInvalidValue;
 }

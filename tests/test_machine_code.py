@@ -1,0 +1,112 @@
+"""The CUDA kernels as ptxas compiled them, for every architecture that is shipped."""
+
+import pathlib
+import re
+import subprocess
+
+import machine_code
+import pytest
+from emulator import build
+from machine_code import Row
+
+from jax_convgrad import dispatch, native
+from jax_convgrad.tools import layers
+
+pytestmark = pytest.mark.static
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """The CUDA module's, for every architecture."""
+    return machine_code.read(pathlib.Path(native.cuda.__file__))
+
+
+def test_every_kernel_is_what_its_row_says(kernels, capsys):
+    with capsys.disabled():
+        print(f"\n{machine_code.table(kernels)}")
+    wrong = {
+        f"{kernel.name} {kernel.arch}": found
+        for kernel in kernels
+        if (found := machine_code.complaints(kernel))
+    }
+    assert wrong == {}
+
+
+def test_every_architecture_has_every_kernel(kernels):
+    names = {kernel.name for kernel in kernels}
+    built = {(kernel.name, kernel.arch) for kernel in kernels}
+    assert built == {(name, arch) for name in names for arch in machine_code.shipped()}
+
+
+def test_every_row_describes_a_kernel(kernels):
+    used = {machine_code.row_of(kernel).kernel for kernel in kernels}
+    assert [row.kernel for row in machine_code.ROWS if row.kernel not in used] == []
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """{name: kernel} of planted_machine_code.cu."""
+    path = tmp_path_factory.mktemp("planted") / "planted.sm_90a.cubin"
+    source = build.ROOT / "tests/planted_machine_code.cu"
+    code = "-gencode=arch=compute_90a,code=sm_90a"
+    command = [build.gpu_compiler(), "-std=c++17", "-O3", code, "-cubin", source, "-o", path]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return {kernel.name: kernel for kernel in machine_code.read(path)}
+
+
+PLANTED = [
+    ("Spills", Row("Spills", 1024, 1), r"local memory: \d+ bytes of stack, [1-9]"),
+    ("HasLocalArray", Row("HasLocalArray", 128, 1), r"local memory: [1-9]\d* bytes of stack"),
+    ("Divides", Row("Divides", 128, 1), r"64-bit division: calls .*__cuda_sm20_div_s64"),
+    ("OtherThreads", Row("OtherThreads", 128, 1), r"launch bounds of 256 threads, expected 128"),
+    ("MuchShared", Row("MuchShared", 128, 5), r"4 blocks fit, expected 5"),
+    ("MuchShared", Row("MuchShared", 128, 1, 190 << 10), r"a block has no room for 243712 bytes"),
+    ("Copies<float>", Row("Copies<.*>", 128, 1, needs=("STG.128",)), r"lacks STG\.128"),
+    ("Copies<float4>", Row("Copies<.*>", 128, 1, never=("STG",)), r"has 1 STG"),
+    ("Copies<float>", Row("Copies<int>", 128, 1), r"0 rows .* describe Copies<float>"),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "complaint"), PLANTED, ids=lambda value: str(value)[:20])
+def test_planted_fault_is_reported(planted, name, row, complaint):
+    found = machine_code.complaints(planted[name], [row])
+    assert any(re.match(complaint, text) for text in found), found
+
+
+CORRECT = [
+    (
+        "Copies<float4>",
+        Row("Copies<float4>", 128, 16, needs=("LDG.128", "STG.128"), never=("LDL",)),
+    ),
+    ("OtherThreads", Row("Other.*", 256, 8, never=machine_code.NO_TENSOR_CORES)),
+    ("Divides", Row("Divides", 128, 1, divides="its purpose")),
+    ("HasLocalArray", Row("HasLocalArray", 128, 1, local="its purpose")),
+    ("MuchShared", Row("MuchShared", 128, 4)),
+]
+
+
+@pytest.mark.parametrize(("name", "row"), CORRECT, ids=lambda value: str(value)[:20])
+def test_what_is_allowed_is_not_reported(planted, name, row):
+    assert machine_code.complaints(planted[name], [row]) == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plans_agree_with_the_kernels(kernels, dtype):
+    """Every layer's plan has the threads and the shared memory of some kernel."""
+
+    def fits(kernel, planned):
+        dynamic = machine_code.row_of(kernel).dynamic_shared
+        shared = planned.shared_bytes == dynamic or planned.shared_bytes <= kernel.static_shared
+        return kernel.threads == planned.threads and shared
+
+    for layer in layers.load(build.ROOT / "benchmarks/layers.json", "NHWC"):
+        planned = dispatch.plan(layer.geometry, dtype, "cuda")
+        assert any(fits(kernel, planned) for kernel in kernels), planned
+
+
+@pytest.mark.parametrize("program", ["primitives", "core"])
+def test_gpu_programs_compile(program):
+    """Those of test_gpu.py, which needs a GPU to run them."""
+    sources = build.core_sources()[:2] if program == "core" else [build.EMULATOR / "primitives.cu"]
+    for source in sources:
+        build.gpu_object(source, "80")
