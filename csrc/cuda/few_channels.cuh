@@ -85,7 +85,7 @@ constexpr FewShape FewShapeOf(bool three_products, int64_t taps, int64_t slices)
                        : FewShape{kFewMostTaps, 1, 1, 8};
   }
   return taps <= 1                  ? FewShape{1, 4, 8, 12}
-         : taps == 2                ? FewShape{2, 2, 8, 12}
+         : taps == 2                ? FewShape{2, 2, 6, 12}
          : taps == 3 && slices == 1 ? FewShape{3, 1, 5, 12}
          : taps == 3 && slices == 2 ? FewShape{3, 2, 4, 12}
          : taps == 3                ? FewShape{3, 3, 2, 12}
