@@ -44,7 +44,8 @@ class Row:
         kernel: regular expression for the whole name, template arguments included.
         threads: of a block, as in the kernel's launch bounds.
         blocks: that a multiprocessor holds at once. Less is allowed on `SMALL`.
-        dynamic_shared: bytes of shared memory that a launch adds.
+        dynamic_shared: bytes of shared memory that every launch adds.
+        planned_shared: whether a plan says how many bytes its launch adds.
         needs: instructions that must occur.
         never: instructions that must not.
         divides: why 64-bit integer divisions are called, "" if they must not be.
@@ -55,6 +56,7 @@ class Row:
     threads: int
     blocks: int
     dynamic_shared: int = 0
+    planned_shared: bool = False
     needs: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     divides: str = ""
@@ -87,6 +89,15 @@ ROWS = (
     Row("MmaKernel<float, true, 64, 64, .*>", 128, 3, 34932, needs=_MMA_32),
     Row(f"MmaReduceKernel<{_BITS_16}>", 128, 4, needs=("LDG.128", "STG.128"),
         never=NO_TENSOR_CORES),
+    Row(f"DepthwiseRingKernel<.*RingShape<({_BITS_16}|float), (1|3), 3, .*>", 128, 4,
+        never=NO_TENSOR_CORES),
+    Row(f"DepthwiseRingKernel<.*RingShape<({_BITS_16}|float), (5|7), .*>", 128, 3,
+        never=NO_TENSOR_CORES),
+    Row("DepthwiseWindowKernel<.*>", 256, 2, planned_shared=True, never=NO_TENSOR_CORES),
+    Row(f"GroupedKernel<{_BITS_16}, .*>", 256, 2, planned_shared=True,
+        needs=("HMMA.16816", "LDGSTS.128", "LDSM", "STG.128")),
+    Row("GroupedKernel<float, .*>", 256, 2, planned_shared=True,
+        needs=("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.64")),
     Row("MmaReduceKernel<float>", 128, 4, needs=("LDG.128", "STG.64"), never=NO_TENSOR_CORES),
 )  # fmt: skip
 

@@ -81,3 +81,8 @@ def test_mutation_is_caught(tmp_path, mutation):
 def test_every_mutation_still_applies(tmp_path):
     for index, mutation in enumerate(mutations.MUTATIONS):
         mutations.apply(mutation, tmp_path / str(index))
+
+
+def test_the_documented_table_is_that_of_the_mutations():
+    text = (build.ROOT / "docs/performance.md").read_text()
+    assert "\n".join(mutations.table()) in text

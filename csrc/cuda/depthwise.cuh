@@ -224,7 +224,8 @@ __device__ __forceinline__ int32_t TakeDigit(const Divider<int32_t>& size,
   return digit;
 }
 
-// Computes an element of dX again if what was stored is not finite.
+// Computes an element of dX again if what was stored is not finite. Stores go through
+// pointers whose origin the compiler has forgotten, so that dX must not be __restrict__.
 template <typename T>
 __device__ __forceinline__ void RepairElement(const Geometry<int32_t>& g, int32_t n,
                                               int32_t channel, const int32_t (&h)[kAxes],
@@ -278,8 +279,7 @@ template <typename S>
 __global__ void __launch_bounds__(kRingThreads, S::kMinBlocks)
     DepthwiseRingKernel(const __grid_constant__ DepthwiseParams params,
                         const typename S::Type* __restrict__ dy,
-                        const typename S::Type* __restrict__ w,
-                        typename S::Type* __restrict__ dx) {
+                        const typename S::Type* __restrict__ w, typename S::Type* dx) {
   using T = typename S::Type;
   constexpr int kVector = S::kVector;
   alignas(16) __shared__ T staged[S::kTaps][S::kPitch];
@@ -574,8 +574,7 @@ struct WindowPlace {
 template <typename T, int kVector, int kRun>
 __global__ void __launch_bounds__(kWindowThreads, kWindowMinBlocks)
     DepthwiseWindowKernel(const __grid_constant__ DepthwiseParams params,
-                          const T* __restrict__ dy, const T* __restrict__ w,
-                          T* __restrict__ dx) {
+                          const T* __restrict__ dy, const T* __restrict__ w, T* dx) {
   using Acc = Accumulator<T>;
   __shared__ WindowPlace places[kWindowThreads];
   CU_DYNAMIC_SHARED(shared);

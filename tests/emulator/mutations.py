@@ -307,6 +307,20 @@ def problems(check: str) -> list[str]:
     return lines
 
 
+_COPIES = {"0": "copies late", "1": "copies at once"}
+_ORDERS = {"0": "natural order", "1": "reversed order"}
+_VARIANTS = {"plain": "", "address": ", ASan", "thread": ", TSan"}
+
+
+def table() -> list[str]:
+    """The lines of the table in docs/performance.md."""
+    return [
+        f"| {m.name} | `{pathlib.Path(m.file).name}` | {m.check}, {_COPIES[m.mode[0]]}, "
+        f"{_ORDERS[m.mode[1]]}{_VARIANTS[m.variant]} |"
+        for m in MUTATIONS
+    ]
+
+
 def apply(mutation: Mutation, folder: pathlib.Path) -> pathlib.Path:
     """A copy of the sources with the mistake in it."""
     for part in ("csrc", str(build.EMULATOR)):
