@@ -98,6 +98,12 @@ ROWS = (
         needs=("HMMA.16816", "LDGSTS.128", "LDSM", "STG.128")),
     Row("GroupedKernel<float, .*>", 256, 2, planned_shared=True,
         needs=("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.64")),
+    Row(f"FewChannelsKernel<{_BITS_16}, .*>", 384, 1, planned_shared=True,
+        needs=("HMMA.16816", "LDGSTS.128", "LDSM", "STG.128")),
+    Row("FewChannelsKernel<float, false, .*>", 384, 1, planned_shared=True,
+        needs=("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.128")),
+    Row("FewChannelsKernel<float, true, .*>", 256, 1, planned_shared=True,
+        needs=("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.128")),
     Row("MmaReduceKernel<float>", 128, 4, needs=("LDG.128", "STG.64"), never=NO_TENSOR_CORES),
 )  # fmt: skip
 

@@ -353,7 +353,6 @@ __device__ __forceinline__ void Gather(const FewParams& params, const FewStrip& 
     } else if (params.store_bytes > 0) {
       StoreRun<sizeof(T)>(run, to, count, lane);
     }
-    if (!__any_sync(0xffffffffu, special != 0)) continue;
     __syncwarp();  // another lane may have stored what this one repairs
 #pragma unroll 1
     for (int e = 0; special != 0; ++e, special >>= 1) {
@@ -385,7 +384,8 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
   const Geometry<int32_t>& g = params.geometry;
   const int thread = static_cast<int>(threadIdx.x);
   const int threads = static_cast<int>(blockDim.x);
-  const int lane = thread % 32, warp = thread / 32;
+  const int lane = thread % 32;
+  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);  // ptxas sees: for all lanes
   T* const run = reinterpret_cast<T*>(shared + params.runs_at) + warp * kFewRun;
 
   // This warp's columns, part of K and pixels.
@@ -443,8 +443,15 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
       }
     }
   }
-  const bool all_taps =
-      __any_sync(0xffffffffu, column_taps[0] == kTaps || column_taps[1] == kTaps) != 0;
+  // Whether some column of the warp has a tap kTaps - 1: the same for all lanes.
+  bool all_taps = false;
+  const int last_column =
+      column0 + kFewColumns < columns ? column0 + kFewColumns : columns;
+  for (int f = column0 / params.columns_of_phase;
+       f * params.columns_of_phase < last_column; ++f) {
+    all_taps = all_taps || (first_phase + f < params.phase_count &&
+                            g.axis[1].tabled[first_phase + f].r_count == kTaps);
+  }
 
   // Numbers that are needed once a strip stay in shared memory too.
   if (thread == 0) {
