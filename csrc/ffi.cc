@@ -71,16 +71,14 @@ namespace {
 
 #ifdef CONVGRAD_CUDA
 constexpr auto& KernelNames = CudaKernelNames;
-bool MakePlan(const Problem& problem, const char* kernel, int capability, Plan* plan) {
-  return PlanCuda(problem, kernel, capability, plan);
-}
+constexpr auto& MakePlan = PlanCuda;
 #else
 constexpr auto& KernelNames = CpuKernelNames;
-bool MakePlan(const Problem& problem, const char* kernel, int /*capability*/,
-              Plan* plan) {
+bool MakePlan(const Problem& problem, const char* kernel, const Gpu&, Plan* plan) {
   return PlanCpu(problem, kernel, plan);
 }
-int CudaCapability() { return 0; }
+Gpu CurrentGpu() { return {}; }
+Gpu GpuOf(int) { return {}; }
 #endif
 
 Ints ToInts(IntSpan span) { return Ints(span.begin(), span.end()); }
@@ -95,9 +93,9 @@ std::optional<DType> ToDType(ffi::DataType type) {
   }
 }
 
-std::string PlanProblem(const Problem& problem, const std::string& kernel, int capability,
+std::string PlanProblem(const Problem& problem, const std::string& kernel, const Gpu& gpu,
                         Plan* plan) {
-  if (MakePlan(problem, kernel.c_str(), capability, plan)) return "";
+  if (MakePlan(problem, kernel.c_str(), gpu, plan)) return "";
   return "kernel must be 'auto' or the name of a kernel that takes this geometry, got '" +
          kernel + "'";
 }
@@ -131,7 +129,7 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
   problem->dtype = *dtype;
   problem->allow_tf32 = call.allow_tf32;
   if (std::string error =
-          PlanProblem(*problem, std::string(call.kernel), CudaCapability(), plan);
+          PlanProblem(*problem, std::string(call.kernel), CurrentGpu(), plan);
       !error.empty()) {
     return error + " for " + shapes;
   }
@@ -336,7 +334,8 @@ py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
   problem.allow_tf32 = call["allow_tf32"].cast<bool>();
   Plan plan{};
   if (error.empty())
-    error = PlanProblem(problem, call["kernel"].cast<std::string>(), capability, &plan);
+    error = PlanProblem(problem, call["kernel"].cast<std::string>(), GpuOf(capability),
+                        &plan);
   if (!error.empty()) throw py::value_error(error);
   py::dict result;
   result["kernel"] = plan.kernel;

@@ -49,6 +49,13 @@ constexpr Rung kRungs[] = {
      kAnyLater},
     {"grouped", PlanGrouped, LaunchGrouped, 80, kAnyLater},
 };
+// The kinds of GPU that plans are made for: each up to the next. From CUDA's table of
+// technical specifications by compute capability.
+constexpr Gpu kGpus[] = {
+    {80, 163 << 10}, {86, 99 << 10},  {87, 163 << 10},
+    {89, 99 << 10},  {90, 227 << 10}, {120, 99 << 10},
+};
+
 constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
 
 bool Runs(const Rung& rung, int capability) {
@@ -56,14 +63,15 @@ bool Runs(const Rung& rung, int capability) {
 }
 
 // The fastest rung by the models; the first of equals.
-bool Choose(const Problem& problem, const char* kernel, int capability, Plan* best) {
+bool Choose(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* best) {
   const bool any = std::strcmp(kernel, "auto") == 0;
   bool found = false;
   for (const Rung& rung : kRungs) {
     if (!any && std::strcmp(kernel, rung.name) != 0) continue;
-    if (!Runs(rung, capability)) continue;
+    if (!Runs(rung, gpu.capability)) continue;
     Plan plan{};
-    if (!rung.plan(problem, &plan)) continue;
+    if (!rung.plan(problem, gpu.shared_bytes, &plan)) continue;
+    if (plan.shared_bytes > gpu.shared_bytes) continue;
     plan.kernel = rung.name;
     if (!found || plan.model_us < best->model_us) *best = plan;
     found = true;
@@ -106,7 +114,7 @@ const char* ByDType(const Problem& problem, const void* dy, const void* w, void*
 
 }  // namespace
 
-bool PlanDirect(const Problem& problem, Plan* plan) {
+bool PlanDirect(const Problem& problem, int64_t, Plan* plan) {
   plan->threads = kDirectThreads;
   plan->blocks = DirectBlocks(problem);
   plan->resident =
@@ -134,7 +142,7 @@ const char* LaunchDirect(CUstream_st* stream, const Problem& problem, const Plan
   });
 }
 
-bool PlanTiled(const Problem& problem, Plan* plan) {
+bool PlanTiled(const Problem& problem, int64_t, Plan* plan) {
   const auto fill = [&](auto shape) {
     using S = decltype(shape);
     plan->tile_m = S::kM;
@@ -196,33 +204,41 @@ const char* const* CudaKernelNames() {
   return names;
 }
 
-bool PlanCuda(const Problem& problem, const char* kernel, int capability, Plan* plan) {
-  if (!Choose(problem, kernel, capability, plan)) return false;
+bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* plan) {
+  if (!Choose(problem, kernel, gpu, plan)) return false;
   // A program may run on another GPU than it was lowered for, where another rung is the
   // fastest: room for whichever needs the most.
-  int planned = capability;  // rungs that start alike are planned for once
-  for (const Rung& rung : kRungs) {
-    if (rung.lowest == planned) continue;
-    planned = rung.lowest;
+  for (const Gpu& other_gpu : kGpus) {
     Plan other{};
-    if (Choose(problem, kernel, rung.lowest, &other)) {
+    if (other_gpu.capability != gpu.capability &&
+        Choose(problem, kernel, other_gpu, &other)) {
       plan->workspace_bytes = std::max(plan->workspace_bytes, other.workspace_bytes);
     }
   }
   return true;
 }
 
-int CudaCapability() {
-  int device = 0, major = 0, minor = 0;
+Gpu GpuOf(int capability) {
+  Gpu gpu = {capability, 0};
+  for (const Gpu& known : kGpus) {
+    if (known.capability <= capability) gpu.shared_bytes = known.shared_bytes;
+  }
+  return gpu;
+}
+
+Gpu CurrentGpu() {
+  int device = 0, major = 0, minor = 0, shared_bytes = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) !=
           cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) !=
-          cudaSuccess) {
+          cudaSuccess ||
+      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                             device) != cudaSuccess) {
     (void)cudaGetLastError();
-    return 0;
+    return {};
   }
-  return 10 * major + minor;
+  return {10 * major + minor, shared_bytes};
 }
 
 const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& plan,

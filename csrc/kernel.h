@@ -96,11 +96,17 @@ struct CUstream_st;  // cudaStream_t is a pointer to it
 
 namespace convgrad {
 
-// `capability` is that of the GPU that will run the plan, times ten (90 for 9.0). It may
-// change the kernel but never the workspace.
-bool PlanCuda(const Problem& problem, const char* kernel, int capability, Plan* plan);
+// What plans depend on of the GPU that will run them. It may change the kernel and its
+// tiles but never the workspace.
+struct Gpu {
+  int capability;        // times ten: 90 for 9.0
+  int64_t shared_bytes;  // that a block may have
+};
+Gpu CurrentGpu();           // of capability 0 if there is none
+Gpu GpuOf(int capability);  // such as are sold
+
+bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* plan);
 const char* const* CudaKernelNames();  // null-terminated
-int CudaCapability();                  // of the current device, 0 if there is none
 
 // Enqueues the kernel on `stream` and returns null, or a static error text. `plan` comes
 // from PlanCuda for the same problem and the current device.

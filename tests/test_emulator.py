@@ -288,15 +288,29 @@ def test_blocks_take_several_tiles_where_the_tests_mean_it(emulated):
     assert tiles >= 2 * plan["blocks"]
 
 
+# The most shared memory of a block, in KiB, by compute capability: CUDA's documentation.
+SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_plans_fit_the_gpu_that_runs_them(emulated, dtype):
+    for layer in LAYERS[::3]:
+        g = layer.geometry
+        attributes = custom_call.attributes(g, "cuda", None)
+        for capability, kib in SHARED_KIB.items():
+            plan = emulated.plan(
+                dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes, capability=capability
+            )
+            assert plan["shared_bytes"] <= kib << 10, (layer, capability)
+
+
 @pytest.mark.parametrize("kernel", ["auto", "mma", "tiled"])
 def test_workspace_does_not_depend_on_the_gpu(emulated, kernel):
     # Small M, so that the sum is split.
     g = make_geometry((7, 7), (3, 3), (512, 512), batch=4, padding=1)
     attributes = custom_call.attributes(g, "cuda", None, kernel)
     shapes = (g.lhs_shape, g.rhs_shape, g.out_shape)
-    plans = [
-        emulated.plan("bfloat16", *shapes, attributes, capability=c) for c in (80, 90, 100, 120)
-    ]
+    plans = [emulated.plan("bfloat16", *shapes, attributes, capability=c) for c in SHARED_KIB]
     assert len({plan["workspace_bytes"] for plan in plans}) == 1
     with pytest.raises(ValueError, match="kernel"):
         emulated.plan("bfloat16", *shapes, attributes, capability=75)

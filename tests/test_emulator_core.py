@@ -34,14 +34,14 @@ def test_blocks_that_take_several_tiles(tmp_path, mode):
     check(build.core(), mutations.problems("walking"), mode, tmp_path)
 
 
-@pytest.mark.parametrize("shared_bytes", [40 << 10, 4 << 10])
-def test_grouped_where_a_block_has_less_shared_memory(tmp_path, monkeypatch, shared_bytes):
-    # Smaller tiles than planned for, or none at all.
+@pytest.mark.parametrize("shared_bytes", [40 << 10, 12 << 10])
+def test_where_a_block_has_less_shared_memory(tmp_path, monkeypatch, shared_bytes):
+    # Smaller tiles than usual, or other kernels.
     monkeypatch.setenv("CUDA_EMULATOR_SHARED", str(shared_bytes))
     problems = [
-        cases.line(case, dtype, kernel="grouped")
-        for case in cases.small_cases(0, SEED, 1 << 18)
-        if case.name.startswith(("grouped", "dense"))
+        cases.line(case, dtype)
+        for case in cases.small_cases(0, SEED, 1 << 17)
+        if case.name.startswith(("grouped", "few", "stem", "gray", "patch"))
         for dtype in ("float32", "bfloat16")
     ]
     check(build.core(), [*problems, *mutations.problems("walking")], cases.MODES[0], tmp_path)

@@ -418,7 +418,7 @@ bool ConfigureAny(const Problem& problem, Configuration* c) {
 
 }  // namespace
 
-bool PlanDepthwise(const Problem& given, Plan* plan) {
+bool PlanDepthwise(const Problem& given, int64_t, Plan* plan) {
   Problem problem = Orient(given);
   if (!Takes(problem)) return false;
   const int64_t images = ImagesIn32Bits(problem, 0);

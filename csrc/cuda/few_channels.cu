@@ -91,8 +91,9 @@ struct FewLayout {
   int64_t z_at, table_at, runs_at, shared_bytes;
 };
 
+// False if it needs more shared memory than that.
 bool MakeLayout(const Problem& problem, const FewProblem& few, int64_t phases,
-                int64_t pixel_warps, FewLayout* layout) {
+                int64_t pixel_warps, int64_t shared_bytes, FewLayout* layout) {
   FewLayout& l = *layout;
   const Axis& last = problem.axis[2];
   const int64_t size = SizeInBytes(problem.dtype);
@@ -140,7 +141,7 @@ bool MakeLayout(const Problem& problem, const FewProblem& few, int64_t phases,
   l.table_at = l.z_at + 2 * l.z_buffer * 4;
   l.runs_at = RoundUp(l.table_at + outputs * 4, kMmaChunkBytes);
   l.shared_bytes = l.runs_at + l.warps * kFewRun * size;
-  return l.shared_bytes + kReservedBytes <= ReferenceGpu::kSharedBytes &&
+  return l.shared_bytes + kReservedBytes <= shared_bytes &&
          l.z_part < int64_t{1} << (32 - kFewCountBits);
 }
 
@@ -218,7 +219,7 @@ double ModelUs(const Problem& problem, const FewProblem& few, const FewLayout& l
 }
 
 bool PlanFew(const Problem& problem, bool three_products, double products_per_us,
-             Plan* plan) {
+             int64_t shared_bytes, Plan* plan) {
   const FewProblem few = Analyse(problem, three_products);
   if (!few.taken || ImagesIn32Bits(problem, kFewSlack) == 0) return false;
   bool found = false;
@@ -228,7 +229,7 @@ bool PlanFew(const Problem& problem, bool three_products, double products_per_us
     bool fits = false;
     for (int64_t pixel_warps = 1; pixel_warps <= few.shape.warps; ++pixel_warps) {
       FewLayout layout{};
-      if (!MakeLayout(problem, few, phases, pixel_warps, &layout)) continue;
+      if (!MakeLayout(problem, few, phases, pixel_warps, shared_bytes, &layout)) continue;
       fits = true;
       const int64_t most_rows = CeilDiv(few.u_count, few.apart);
       for (int64_t cuts = 1; cuts <= most_rows; cuts *= 2) {
@@ -372,7 +373,8 @@ const char* LaunchFew(cudaStream_t stream, const Problem& problem, const Plan& p
   const int64_t warps =
       CeilDiv(plan.tile_n, kFewColumns) *
       CeilDiv(few.slices * kFewSliceBytes, plan.tile_k * SizeInBytes(problem.dtype));
-  if (!MakeLayout(problem, few, phases, plan.threads / 32 / warps, &layout)) {
+  if (!MakeLayout(problem, few, phases, plan.threads / 32 / warps,
+                  plan.shared_bytes + kReservedBytes, &layout)) {
     return kRefused;
   }
   const int64_t rows = plan.tile_m / layout.positions;
@@ -395,12 +397,12 @@ const char* LaunchFew(cudaStream_t stream, const Problem& problem, const Plan& p
 
 }  // namespace
 
-bool PlanFewChannels(const Problem& problem, Plan* plan) {
+bool PlanFewChannels(const Problem& problem, int64_t shared_bytes, Plan* plan) {
   if (problem.dtype == DType::kF32) {
     return problem.allow_tf32 &&
-           PlanFew(problem, false, ReferenceGpu::kMmaTf32PerUs, plan);
+           PlanFew(problem, false, ReferenceGpu::kMmaTf32PerUs, shared_bytes, plan);
   }
-  return PlanFew(problem, false, ReferenceGpu::kMma16PerUs, plan);
+  return PlanFew(problem, false, ReferenceGpu::kMma16PerUs, shared_bytes, plan);
 }
 
 const char* LaunchFewChannels(CUstream_st* stream, const Problem& problem,
@@ -416,9 +418,9 @@ const char* LaunchFewChannels(CUstream_st* stream, const Problem& problem,
   return "the few_channels kernel takes no float64";
 }
 
-bool PlanFewChannels3xTf32(const Problem& problem, Plan* plan) {
+bool PlanFewChannels3xTf32(const Problem& problem, int64_t shared_bytes, Plan* plan) {
   return problem.dtype == DType::kF32 &&
-         PlanFew(problem, true, ReferenceGpu::kMmaTf32PerUs / 3, plan);
+         PlanFew(problem, true, ReferenceGpu::kMmaTf32PerUs / 3, shared_bytes, plan);
 }
 
 const char* LaunchFewChannels3xTf32(CUstream_st* stream, const Problem& problem,

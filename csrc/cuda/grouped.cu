@@ -472,8 +472,9 @@ const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan&
   return nullptr;
 }
 
-// Plans for blocks of up to that much shared memory.
-bool PlanWithin(const Problem& problem, int64_t shared_bytes, Plan* plan) {
+}  // namespace
+
+bool PlanGrouped(const Problem& problem, int64_t shared_bytes, Plan* plan) {
   if (!Takes(problem)) return false;
   Problem part = problem;
   part.batch = ImagesIn32Bits(problem, 0);
@@ -496,47 +497,25 @@ bool PlanWithin(const Problem& problem, int64_t shared_bytes, Plan* plan) {
   return true;
 }
 
-// What a block may have on this device: less than on the one that plans are made for if
-// it is another.
-int64_t SharedBytesOfDevice() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
-          cudaSuccess) {
-    (void)cudaGetLastError();
-    return 0;
-  }
-  return std::min<int64_t>(bytes, ReferenceGpu::kSharedBytes);
-}
-
-}  // namespace
-
-bool PlanGrouped(const Problem& problem, Plan* plan) {
-  return PlanWithin(problem, ReferenceGpu::kSharedBytes, plan);
-}
-
 const char* LaunchGrouped(CUstream_st* stream, const Problem& problem, const Plan& plan,
                           const void* dy, const void* w, void* dx, void* workspace) {
-  // A plan assumes the reference GPU, and aligned arrays, which XLA's are.
-  const int64_t bytes = SharedBytesOfDevice();
+  // A plan assumes aligned arrays, which XLA's are.
   const uintptr_t address =
       reinterpret_cast<uintptr_t>(dy) | reinterpret_cast<uintptr_t>(dx);
-  Plan fitting = plan;
-  if (address % kGroupedChunkBytes != 0 ||
-      (plan.shared_bytes > bytes && !PlanWithin(problem, bytes, &fitting))) {
+  if (address % kGroupedChunkBytes != 0) {
     return LaunchDirect(stream, problem, plan, dy, w, dx, workspace);
   }
+  const int64_t bytes = CurrentGpu().shared_bytes;
   switch (problem.dtype) {
     case DType::kF64: break;
     case DType::kF32:
       return problem.allow_tf32
-                 ? LaunchTyped<float, false>(stream, problem, fitting, bytes, dy, w, dx)
-                 : LaunchTyped<float, true>(stream, problem, fitting, bytes, dy, w, dx);
+                 ? LaunchTyped<float, false>(stream, problem, plan, bytes, dy, w, dx)
+                 : LaunchTyped<float, true>(stream, problem, plan, bytes, dy, w, dx);
     case DType::kBF16:
-      return LaunchTyped<__nv_bfloat16, false>(stream, problem, fitting, bytes, dy, w,
-                                               dx);
+      return LaunchTyped<__nv_bfloat16, false>(stream, problem, plan, bytes, dy, w, dx);
     case DType::kF16:
-      return LaunchTyped<__half, false>(stream, problem, fitting, bytes, dy, w, dx);
+      return LaunchTyped<__half, false>(stream, problem, plan, bytes, dy, w, dx);
   }
   return "the grouped kernel takes no float64";
 }

@@ -296,7 +296,7 @@ const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan&
 
 }  // namespace
 
-bool PlanMma(const Problem& problem, Plan* plan) {
+bool PlanMma(const Problem& problem, int64_t, Plan* plan) {
   switch (problem.dtype) {
     case DType::kF64: return false;
     case DType::kF32:
@@ -325,7 +325,7 @@ const char* LaunchMma(CUstream_st* stream, const Problem& problem, const Plan& p
   return "the mma kernel takes no float64";
 }
 
-bool PlanMma3xTf32(const Problem& problem, Plan* plan) {
+bool PlanMma3xTf32(const Problem& problem, int64_t, Plan* plan) {
   return problem.dtype == DType::kF32 &&
          PlanTyped<float, true>(problem, ReferenceGpu::kMmaTf32PerUs / 3, plan);
 }

@@ -3,8 +3,8 @@
 // which the host compiler or nvcc reads; this header needs no CUDA.
 //
 // A plan function returns false if its kernel does not take the problem. Otherwise it
-// fills in the whole plan, `model_us` included, from the problem alone: not from the GPU
-// that is there, which may not be the one that runs the program.
+// fills in the whole plan, `model_us` included, from its arguments alone: not from the
+// GPU that is there, which may not be the one that runs the program.
 
 #pragma once
 
@@ -47,7 +47,9 @@ struct ReferenceGpu {
 // Blocks of a grid's first dimension; the other two end at 65535.
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-using PlanFunction = bool(const Problem& problem, Plan* plan);
+// `shared_bytes` is what a block may have of shared memory on the GPU that will run the
+// plan.
+using PlanFunction = bool(const Problem& problem, int64_t shared_bytes, Plan* plan);
 // Returns null, or a static error text.
 using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,
                                    const Plan& plan, const void* dy, const void* w,

@@ -280,7 +280,7 @@ int RunLine(const Line& line, int repeats) {
   for (const char* const* kernel = CudaKernelNames(); *kernel != nullptr; ++kernel) {
     Plan plan{};
     if ((line.kernel != "*" && line.kernel != *kernel) ||
-        !PlanCuda(problem, *kernel, CudaCapability(), &plan)) {
+        !PlanCuda(problem, *kernel, CurrentGpu(), &plan)) {
       continue;
     }
     if (line.tile_m != 0) {
