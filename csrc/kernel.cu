@@ -2,14 +2,14 @@
 // (cuda/rungs.h), and the two rungs that take anything. The others are in the .cu files
 // of cuda/.
 //
-//   direct         any problem, by the definition                     cuda/direct.cuh
-//   tiled          implicit GEMM on the FP32 and FP64 units           cuda/tiled.cuh
-//   mma            implicit GEMM on the tensor cores, mma.sync        cuda/mma.cuh
-//   mma_3xtf32     the same with the accuracy of float32              cuda/mma.cuh
-//   depthwise      one input channel a group, channels-last           cuda/depthwise.cuh
-//   few_channels   up to four input channels, on the tensor cores cuda/few_channels.cuh
-//   few_channels_3xtf32   with the accuracy of float32 cuda/few_channels.cuh grouped
-//   groups of few channels on the tensor cores         cuda/grouped.cuh
+// - direct: any problem, by the definition (cuda/direct.cuh);
+// - tiled: implicit GEMM on the FP32 and FP64 units (cuda/tiled.cuh);
+// - mma, mma_3xtf32: implicit GEMM on the tensor cores (cuda/mma.cuh);
+// - depthwise: one input channel a group, on the FP32 units (cuda/depthwise.cuh);
+// - few_channels, few_channels_3xtf32: few input channels, on the tensor cores
+//   (cuda/few_channels.cuh);
+// - grouped: groups of few channels, on the tensor cores (cuda/grouped.cuh).
+// "3xtf32" is TF32 with the accuracy of float32.
 
 #include <algorithm>
 #include <cstdint>
@@ -62,13 +62,22 @@ bool Runs(const Rung& rung, int capability) {
   return rung.lowest <= capability && capability <= rung.highest;
 }
 
-// The fastest rung by the models; the first of equals.
+// Whether every sum is empty, or there is none.
+bool IsEmpty(const Problem& problem) {
+  int64_t least = std::min(
+      {problem.batch, problem.groups, problem.in_channels, problem.out_channels});
+  for (const Axis& a : problem.axis) least = std::min({least, a.in, a.out, a.win});
+  return least == 0;
+}
+
+// The fastest rung by the models; the first of equals. Only the first rung takes what is
+// empty, so that the others may divide by sizes.
 bool Choose(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* best) {
   const bool any = std::strcmp(kernel, "auto") == 0;
   bool found = false;
   for (const Rung& rung : kRungs) {
     if (!any && std::strcmp(kernel, rung.name) != 0) continue;
-    if (!Runs(rung, gpu.capability)) continue;
+    if (!Runs(rung, gpu.capability) || (IsEmpty(problem) && &rung != kRungs)) continue;
     Plan plan{};
     if (!rung.plan(problem, gpu.shared_bytes, &plan)) continue;
     if (plan.shared_bytes > gpu.shared_bytes) continue;

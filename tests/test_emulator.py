@@ -288,6 +288,35 @@ def test_blocks_take_several_tiles_where_the_tests_mean_it(emulated):
     assert tiles >= 2 * plan["blocks"]
 
 
+EMPTY = {
+    "batch": make_geometry((5, 5), (3, 3), (4, 8), batch=0, padding=1),
+    "height": make_geometry((0, 5), (3, 3), (4, 8), padding=1),
+    "width": make_geometry((5, 0), (3, 3), (4, 8), padding=1),
+    "in_channels": make_geometry((5, 5), (3, 3), (0, 8), padding=1),
+    "out_channels": make_geometry((5, 5), (3, 3), (4, 0), padding=1),
+    "window": make_geometry((5, 5), (3, 0), (1, 4), padding=1),
+    "depthwise": make_geometry((5, 0), (3, 3), (8, 8), padding=1, feature_groups=8),
+    "outputs": make_geometry((2, 2), (3, 3), (4, 8)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_problems_are_planned_for_direct_alone(emulated, name):
+    for dtype in cases.DTYPES:
+        assert set(plans(emulated, EMPTY[name], dtype)) == {"direct"}
+        assert set(plans(emulated, EMPTY[name], dtype, (lax.Precision.HIGHEST,) * 2)) == {"direct"}
+
+
+def test_grad_of_an_empty_array_is_lowered_for_cuda(lowered_for_cuda):
+    g = EMPTY["width"]
+    x, w = jnp.zeros(g.lhs_shape), jnp.zeros(g.rhs_shape)
+
+    def loss(x):
+        return jax_convgrad.conv_general_dilated(x, w, **g.conv_params()).sum()
+
+    assert jax.jit(jax.grad(loss))(x).shape == g.lhs_shape
+
+
 # The most shared memory of a block, in KiB, by compute capability: CUDA's documentation.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
 

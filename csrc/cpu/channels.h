@@ -3,8 +3,8 @@
 // A vector covers a block of whole groups: lane l is channel l % C of the block's group
 // l / C. For one row of dX and one block,
 //
-//   dX[h, lane] = sum over taps t, k   dY[h*p_per_h - t*p_per_r, perm_k(lane)] *
-//   W[t][k][lane]
+//   dX[h, lane] = sum over taps t, k   dY[p(h, t), perm_k(lane)] * W[t][k][lane]
+//   where   p(h, t) = h*p_per_h - t*p_per_r
 //
 // where perm_k picks out channel k of the lane's own group (the identity if K = C = 1).
 //
@@ -13,8 +13,9 @@
 // all but its first tap. Widths are multiples that common images divide into; the last
 // tile of a row, and the last block of channels, overlap the one before.
 //
-// Border tiles read zeros where a tap misses dY, which is exact unless the filter has an
-// Inf or a NaN; those blocks do border positions one by one, with their own taps only.
+// Border tiles leave out up to three positions at an end that a tap misses dY for. Where
+// it misses more, these read zeros, which is exact unless the filter has an Inf or a NaN;
+// such blocks do border positions one by one, with their own taps only.
 //
 // Limits: max(C, K) <= kMaxSharedGroup unless C = K = 1; all strides, dilations, types.
 

@@ -312,7 +312,11 @@ DepthwiseAxis MakeAxis(const Problem& problem, int i) {
   const int64_t common = Gcd(a.stride, a.rhs_dilation);
   const int64_t step = a.stride / common, spacing = a.rhs_dilation / common;
   int64_t inverse = 0;
-  while (inverse < spacing && inverse * step % spacing != 1 % spacing) ++inverse;
+  // Wanted only where there are lattices (Takes, TakesRing).
+  while (spacing <= kMostLattices && inverse < spacing &&
+         inverse * step % spacing != 1 % spacing) {
+    ++inverse;
+  }
   return {index(a.in),
           index(a.out),
           index(a.pad_lo),

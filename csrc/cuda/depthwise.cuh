@@ -1,8 +1,8 @@
 // "depthwise": one input channel a group, on the FP32 units; products and sums are those
 // of float32 (of float64 for f64), so that it serves precision HIGHEST too.
 //
-//   dX[n,c,h] = sum over k, r  dY[n, c*K + k, p] * W[c,k,r],   h + pad_lo = p*stride +
-//   r*dilation
+//   dX[n,c,h] = sum over k, r  dY[n, c*K + k, p] * W[c,k,r]
+//   where   h + pad_lo = p*stride + r*dilation
 //
 // There is no channel to sum over that another output shares, hence nothing for a matrix
 // product to do: in a channels-last layout neighbouring lanes take neighbouring channels,

@@ -19,8 +19,6 @@ namespace {
 
 constexpr int64_t kReservedBytes = 1024;  // of shared memory, for each block
 
-int64_t RoundUp(int64_t v, int64_t to) { return CeilDiv(v, to) * to; }
-
 // ---- how a problem is cut up ------------------------------------------------------
 
 // What does not depend on the choices of a plan.
@@ -163,7 +161,6 @@ int64_t ResidentBlocks(const FewProblem& few, const FewLayout& layout) {
 // Estimates, all of them: no measurement has corrected them. What a step (a row of a
 // strip) asks of a multiprocessor, in instructions of a warp, in bytes of shared memory
 // and in products; and how many cycles it takes a block that is alone.
-constexpr double kCyclesPerUs = 1755;
 constexpr double kSharedBytesPerCycle = 128;
 constexpr double kIssuedPerCycle = 4 * 0.8;
 constexpr double kTensorEfficiency = 0.85;
@@ -204,12 +201,12 @@ double ModelUs(const Problem& problem, const FewProblem& few, const FewLayout& l
       size;
   const double alone_us = (300 + 12 * copies / warps + 8 * multiplies / warps +
                            std::ceil(jobs / warps) * (150 + 10 * terms)) /
-                          kCyclesPerUs;
+                          ReferenceGpu::kCyclesPerUs;
   const double shared_us = std::max(
       {copied_bytes / (ReferenceGpu::kCopyBytesPerUs / ReferenceGpu::kMultiprocessors),
        products / (products_per_us / ReferenceGpu::kMultiprocessors * kTensorEfficiency),
-       shared_bytes / (kSharedBytesPerCycle * kCyclesPerUs),
-       issued / (kIssuedPerCycle * kCyclesPerUs)});
+       shared_bytes / (kSharedBytesPerCycle * ReferenceGpu::kCyclesPerUs),
+       issued / (kIssuedPerCycle * ReferenceGpu::kCyclesPerUs)});
   const double step_us = std::max(real(resident) * shared_us, alone_us);
   const double steps =
       real(std::min(rows, CeilDiv(few.u_count, few.apart)) + few.taps - 1);

@@ -1,13 +1,13 @@
 // "few_channels" and "few_channels_3xtf32": gradients with respect to few input channels
 // (stems, first layers, patch embeddings) on the tensor cores, sm_80 and newer.
 //
-// A GEMM whose columns are C <= 4 channels wastes most of a tensor core. Here the columns
-// are all that one pixel of dY adds to: along the last axis every tap s, and along the
-// axis before it (below: rows) every phase f with its taps t (phase.h):
+// A GEMM whose columns are a few channels C wastes most of a tensor core. Here the
+// columns are all that one pixel of dY adds to: along the last axis every tap s, and
+// along the axis before it (below: rows) every phase f with its taps t (phase.h). With
+// r(f,t) = r0_f + t*r_step, and h = f + (u - p0_f)*h_step,
 //
-//   z[f, s, c][u, q] = sum over t, k  W[k, c, r_f + t*r_step, s] * dY[u - t*p_per_r, q,
-//   k] dX[h, w, c]      = sum over s     z[f, s, c][u, q(w, s)],    h = f + (u -
-//   p0_f)*h_step
+//   z[f,s,c][u,q] = sum over t, k  W[k, c, r(f,t), s] * dY[u - t*p_per_r, q, k]
+//   dX[h,w,c]     = sum over s     z[f,s,c][u, q(w,s)]
 //
 // u counts rows of dY, and is the one that a row of dX reads with tap zero. The sum over
 // t stays in the tensor cores' accumulators, the sum over s (the gather) goes through
@@ -41,8 +41,9 @@
 //
 // Limits: one group; bf16, f16 and f32; channels of dY contiguous; no dilation of dX; of
 // three axes the first must be trivial; at most kFewMostTaps taps of a phase along the
-// rows, and K as the registers of a block's warps permit. Any alignment, any other
-// strides.
+// rows, K as the registers of a block's warps permit, and of the columns of one phase no
+// more than these warps have rows (16 each): any C, but worth it only for few. Any
+// alignment, any other strides.
 
 #pragma once
 
@@ -329,7 +330,6 @@ __device__ __forceinline__ void Gather(const FewParams& params, const FewStrip& 
 
     const int32_t row_at = at.dx_at + h * g.axis[1].dx_stride;
     unsigned special = 0;
-    __syncwarp();  // the run before has been stored
 #pragma unroll
     for (int e = 0; e < kFewRunPerLane; ++e) {
       const int32_t output = e * 32 + lane;

@@ -14,7 +14,6 @@
 namespace convgrad {
 namespace {
 
-int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 // The smallest number from `a` on that leaves `rest` when divided by `b`.
 int64_t RoundUpTo(int64_t a, int64_t rest, int64_t b) {
   return a + ((rest - a) % b + b) % b;
@@ -135,12 +134,11 @@ double WavefrontsOfMma(const Work& work, Strip strip) {
   const double b = work.three_products ? 4 : 2;
   return 4.0 / strip.share + b / static_cast<double>(work.warp_tiles_m);
 }
-constexpr double kCyclesPerUs = 1755;
 double CyclesOfMma(const Problem& problem, bool three_products) {
   const double products = 16 * 8 * (problem.dtype == DType::kF32 ? 8 : 16);
   const double per_us = problem.dtype == DType::kF32 ? ReferenceGpu::kMmaTf32PerUs
                                                      : ReferenceGpu::kMma16PerUs;
-  return products * (three_products ? 3 : 1) * kCyclesPerUs *
+  return products * (three_products ? 3 : 1) * ReferenceGpu::kCyclesPerUs *
          static_cast<double>(ReferenceGpu::kMultiprocessors) / per_us;
 }
 
@@ -331,12 +329,13 @@ double ModelUs(const Problem& problem, const Work& work, const Cut& cut) {
                          CeilDiv(blocks, beside * ReferenceGpu::kMultiprocessors);
   const double walk_us =
       real(rounds) *
-      std::max(kLatencyUs, real(beside) * cycles / kCyclesPerUs / (busy * kEfficiency));
+      std::max(kLatencyUs,
+               real(beside) * cycles / ReferenceGpu::kCyclesPerUs / (busy * kEfficiency));
 
   // Before that each block builds B while its first tile arrives.
   const double fill =
       real(work.pairs * 2 * UnitOfDy(problem) * cut.strips * work.strip.tiles) / 32 * 90 /
-      4 / kCyclesPerUs;
+      4 / ReferenceGpu::kCyclesPerUs;
   const double load = real(cut.stage_bytes * ReferenceGpu::kMultiprocessors) /
                       ReferenceGpu::kCopyBytesPerUs;
   const double once_us = real(CeilDiv(blocks, ReferenceGpu::kMultiprocessors)) * fill;

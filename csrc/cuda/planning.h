@@ -11,6 +11,7 @@ namespace convgrad {
 constexpr int kWidestCopy = 16;  // bytes
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t RoundUp(int64_t a, int64_t b) { return CeilDiv(a, b) * b; }
 
 // The bytes, a power of two up to 16, to which all of an operand's rows are aligned. The
 // stride of a dimension of size one says nothing.

@@ -20,9 +20,21 @@ cudaError_t LaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                          int shared_bytes, cudaStream_t stream, Parameters... arguments) {
   constexpr int kWithoutOptIn = 48 * 1024;
   if (shared_bytes > kWithoutOptIn) {
-    const cudaError_t status =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    // The limit is the kernel's, not the launch's: threads that each set what they need
+    // would undo each other's. So it is always set to the most that the device allows.
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    int device = 0, most = 0;
+    cudaFuncAttributes attributes{};
+    cudaError_t status = cudaGetDevice(&device);
+    if (status == cudaSuccess) {
+      status =
+          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, function);
+    if (status == cudaSuccess) {
+      status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    most - static_cast<int>(attributes.sharedSizeBytes));
+    }
     if (status != cudaSuccess) return status;
   }
   void* pointers[] = {&arguments...};

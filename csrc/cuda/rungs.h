@@ -17,6 +17,7 @@ namespace convgrad {
 struct ReferenceGpu {
   static constexpr const char* kName = "H200 SXM";
   static constexpr int64_t kMultiprocessors = 132;
+  static constexpr double kCyclesPerUs = 1755;
   static constexpr int64_t kSharedBytes = 227 * 1024;  // of a multiprocessor, for blocks
   static constexpr double kCopyBytesPerUs = 4.3e6;     // read and written
   static constexpr double kLaunchUs = 2.5;             // a kernel that does nothing
