@@ -34,6 +34,10 @@ def test_blocks_that_take_several_tiles(tmp_path, mode):
     check(build.core(), mutations.problems("walking"), mode, tmp_path)
 
 
+def test_images_beyond_32_bit_offsets(tmp_path):
+    check(build.core(), cases.far_lines(), cases.MODES[0], tmp_path)
+
+
 @pytest.mark.parametrize("shared_bytes", [40 << 10, 12 << 10])
 def test_where_a_block_has_less_shared_memory(tmp_path, monkeypatch, shared_bytes):
     # Smaller tiles than usual, or other kernels.

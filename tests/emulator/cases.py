@@ -113,6 +113,7 @@ def line(
     allow_tf32: bool = True,
     platform: str = "cuda",
     tile: tuple[int, int] = (0, 0),
+    apart: int = 0,
 ) -> str:
     """A problem in the words of core.cc. The platform says which layouts."""
     g = case.geometry
@@ -129,7 +130,7 @@ def line(
     words += [f"{bound(g, dtype, allow_tf32=allow_tf32):.17g}", int(allow_tf32)]
     for values in lists:
         words += [len(values), *values]
-    words += [g.feature_group_count, g.batch_group_count, *tile]
+    words += [g.feature_group_count, g.batch_group_count, *tile, apart]
     return " ".join(map(str, words))
 
 
@@ -160,6 +161,29 @@ def tile_lines(kernel: str, all_cases: Iterable[Case]) -> Iterator[str]:
             dtype = dtypes[(index + turn) % len(dtypes)]
             special = index % 4 == 3
             yield line(case, dtype, kernel=kernel, special=special, tile=tile)
+
+
+# Three images fit in 32-bit offsets, five do not: kernels without a 64-bit version are
+# launched for three of them, then for two.
+APART = (1 << 29) + 64
+
+
+def far_lines() -> Iterator[str]:
+    """Problems for every rung whose images are far apart in memory."""
+    g = make_geometry
+    table = {
+        "far_dense": g((5, 6), (3, 3), (16, 24), batch=5, stride=2, padding=1),
+        "far_odd": g((5, 4), (3, 3), (7, 9), batch=5, padding=1),
+        "far_depthwise": g((6, 5), (3, 3), (16, 16), batch=5, padding=1, feature_groups=16),
+        "far_depthwise_large": g((6, 5), (5, 4), (16, 16), batch=5, padding=2, feature_groups=16),
+        "far_grouped": g((6, 5), (3, 3), (32, 32), batch=5, padding=1, feature_groups=4),
+        "far_few": g((9, 8), (3, 3), (3, 16), batch=5, stride=2, padding=1),
+        "far_patches": g((8, 8), (4, 4), (3, 16), batch=5, stride=4),
+    }  # fmt: skip
+    for name, geometry in table.items():
+        for dtype in DTYPES:
+            for allow_tf32 in (True, False) if dtype == "float32" else (True,):
+                yield line(Case(name, geometry), dtype, allow_tf32=allow_tf32, apart=APART)
 
 
 def write(path: pathlib.Path, lines: Iterable[str]) -> pathlib.Path:

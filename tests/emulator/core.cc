@@ -10,10 +10,12 @@
 // A line is: name dtype kernel special tolerance allow_tf32, then as lists with their
 // length in front lhs_shape rhs_shape out_shape window_strides padding lhs_dilation
 // rhs_dilation lhs_spec rhs_spec out_spec lhs_layout rhs_layout out_layout, then
-// feature_group_count batch_group_count tile_m tile_n. The kernel "*" is all of them.
+// feature_group_count batch_group_count tile_m tile_n apart. The kernel "*" is all of
+// them.
 // With special = 1 the operands hold NaNs and infinities, and each output must be finite,
 // NaN or infinite as the literal sum is. A tile that is not zero replaces the plan's,
-// whose sum is then not split.
+// whose sum is then not split. If `apart` is not zero the images of dX and dY start that
+// many elements apart, which takes the emulator, and the batch as the first dimension.
 
 #include <cmath>
 #include <cstdint>
@@ -35,6 +37,10 @@
 #include "kernel.h"
 #include "problem.h"
 
+#ifndef __CUDACC__
+#include <sys/mman.h>
+#endif
+
 namespace convgrad {
 namespace {
 
@@ -44,7 +50,7 @@ struct Line {
   double tolerance;
   Ints lhs_shape, rhs_shape, out_shape;
   Attributes attributes;
-  int64_t tile_m, tile_n;
+  int64_t tile_m, tile_n, apart;
 };
 
 Ints ReadInts(std::istream& from) {
@@ -68,7 +74,8 @@ bool ReadLine(const std::string& text, Line* line) {
         &a.rhs_spec, &a.out_spec, &a.lhs_layout, &a.rhs_layout, &a.out_layout}) {
     *ints = ReadInts(from);
   }
-  from >> a.feature_group_count >> a.batch_group_count >> line->tile_m >> line->tile_n;
+  from >> a.feature_group_count >> a.batch_group_count >> line->tile_m >> line->tile_n >>
+      line->apart;
   return static_cast<bool>(from);
 }
 
@@ -119,6 +126,59 @@ class Array {
   size_t bytes_ = 0;
   std::unique_ptr<void, Free> memory_;
 };
+
+// An array's images far apart, in memory that exists only where it is touched.
+class FarImages {
+ public:
+  FarImages(const Array& array, int64_t images, int64_t apart_bytes)
+      : array_(array),
+        images_(static_cast<size_t>(images)),
+        apart_(static_cast<size_t>(apart_bytes)),
+        each_(array.bytes() / images_) {
+#ifndef __CUDACC__
+    void* const memory = mmap(nullptr, size(), PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    memory_ = static_cast<char*>(memory);
+    for (size_t n = 0; n < images_; ++n) {
+      std::memcpy(memory_ + n * apart_, compact() + n * each_, each_);
+    }
+#endif
+  }
+  FarImages(const FarImages&) = delete;
+  FarImages& operator=(const FarImages&) = delete;
+#ifndef __CUDACC__
+  ~FarImages() { munmap(memory_, size()); }
+#endif
+
+  void* get() const { return memory_; }
+  void Fetch() const {
+    for (size_t n = 0; memory_ != nullptr && n < images_; ++n) {
+      std::memcpy(compact() + n * each_, memory_ + n * apart_, each_);
+    }
+  }
+
+ private:
+  char* compact() const { return static_cast<char*>(array_.data()); }
+  size_t size() const { return (images_ - 1) * apart_ + each_; }
+
+  const Array& array_;
+  size_t images_, apart_, each_;
+  char* memory_ = nullptr;
+};
+
+// Runs a plan on images that are far apart, and returns what went wrong or null.
+const char* LaunchFar(const Problem& problem, const Plan& plan, const Array& dy,
+                      const Array& w, const Array& dx, const Array& workspace) {
+  const int64_t size = SizeInBytes(problem.dtype);
+  const FarImages from(dy, problem.batch, problem.dy.batch * size);
+  const FarImages to(dx, problem.batch, problem.dx.batch * size);
+  if (to.get() == nullptr) return "images that are far apart take the emulator";
+  const char* const error = LaunchCuda(nullptr, problem, plan, from.get(), w.data(),
+                                       to.get(), workspace.data());
+  to.Fetch();
+  return error;
+}
 
 void Fill(Array* array, bool special, std::mt19937* random) {
   std::normal_distribution<double> normal;
@@ -276,11 +336,14 @@ int RunLine(const Line& line, int repeats) {
   const DeviceMemory dy_there(dy.data(), dy.bytes()), w_there(w.data(), w.bytes());
   std::vector<double> expected;
 
+  Problem launched = problem;
+  if (line.apart != 0) launched.dx.batch = launched.dy.batch = line.apart;
+
   int failures = 0;
   for (const char* const* kernel = CudaKernelNames(); *kernel != nullptr; ++kernel) {
     Plan plan{};
     if ((line.kernel != "*" && line.kernel != *kernel) ||
-        !PlanCuda(problem, *kernel, CurrentGpu(), &plan)) {
+        !PlanCuda(launched, *kernel, CurrentGpu(), &plan)) {
       continue;
     }
     if (line.tile_m != 0) {
@@ -299,8 +362,11 @@ int RunLine(const Line& line, int repeats) {
     const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8});
     DeviceMemory dx_there(dx.data(), dx.bytes());
     const DeviceMemory workspace_there(workspace.data(), workspace.bytes());
-    const char* error = LaunchCuda(nullptr, problem, plan, dy_there.get(), w_there.get(),
-                                   dx_there.get(), workspace_there.get());
+    const char* error =
+        line.apart != 0
+            ? LaunchFar(launched, plan, dy, w, dx, workspace)
+            : LaunchCuda(nullptr, problem, plan, dy_there.get(), w_there.get(),
+                         dx_there.get(), workspace_there.get());
     if (error == nullptr) error = ErrorText(dx_there.Fetch());
     if (error == nullptr) {
       error = Repeat(repeats, problem, plan, dy_there.get(), w_there.get(),

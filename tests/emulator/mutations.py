@@ -23,9 +23,9 @@ from . import build, cases
 class Mutation:
     """One mistake, and what notices it.
 
-    `check` is the kind of problem: "values", "special" (NaN and Inf) or "walking" (blocks
-    that take several tiles). `variant` is that of `build.VARIANTS`, and `mode` a row of
-    `cases.MODES`.
+    `check` is the kind of problem: "values", "special" (NaN and Inf), "walking" (blocks
+    that take several tiles) or "far" (images beyond 32-bit offsets). `variant` is that of
+    `build.VARIANTS`, and `mode` a row of `cases.MODES`.
     """
 
     name: str
@@ -245,6 +245,16 @@ MUTATIONS = [
     Mutation("few_channels repairs nothing", _FEW,
              "const bool finite = sum[e] - sum[e] == 0.0f;", "const bool finite = true;",
              check="special"),
+    # ---- parts of the batch
+    *(
+        Mutation(f"{name} writes all parts of the batch to the first", f"csrc/cuda/{name}.cu",
+                 "static_cast<T*>(dx) + n * problem.dx.batch", "static_cast<T*>(dx)", check="far")
+        for name in ("mma", "depthwise", "grouped", "few_channels")
+    ),
+    Mutation("all images are held to fit in 32-bit offsets", _GEOMETRY,
+             "problem.batch = low + (high - low + 1) / 2;\n    if (FitsIn32Bits(problem, slack)) {",
+             "problem.batch = low + (high - low + 1) / 2;\n    if (true) {", check="far",
+             variant="address"),
     Mutation("part of a block leaves before a barrier", _TILED,
              "  Acc sum[S::kThreadM][S::kThreadN] = {};",
              "  if (thread >= S::kThreads - 32 && at.c0 + S::kN > g.in_channels) return;\n"
@@ -256,6 +266,8 @@ def problems(check: str) -> list[str]:
     """Lines for core.cc that together reach what the mutations of a kind change."""
     if check == "walking":
         return [cases.line(cases.walking_case(), "bfloat16", kernel="grouped")]
+    if check == "far":
+        return list(cases.far_lines())
     table = {
         "edges": make_geometry((7, 6), (3, 3), (10, 11), batch=3, padding=1),
         "strided": make_geometry((11, 9), (3, 3), (9, 5), stride=2, padding=((1, 2), (0, 1))),
