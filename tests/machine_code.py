@@ -183,11 +183,11 @@ class Kernel:
         """Accesses to local memory."""
         return self.count("LDL") + self.count("STL")
 
-    def resident(self, dynamic_shared: int) -> int:
-        """Blocks that a multiprocessor of the architecture holds at once."""
+    def resident(self, dynamic_shared: int, threads: int | None = None) -> int:
+        """Blocks, the largest or of so many threads, that a multiprocessor holds at once."""
         chip = CHIPS[self.arch]
         portion = -(-self.registers * 32 // REGISTER_PORTION) * REGISTER_PORTION
-        warps = -(-self.threads // 32)
+        warps = -(-(threads or self.threads) // 32)
         shared = self.static_shared + dynamic_shared + RESERVED_SHARED
         by_registers = REGISTERS // portion // warps
         return min(by_registers, chip.shared // shared, chip.threads // (32 * warps))

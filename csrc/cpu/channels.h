@@ -133,9 +133,41 @@ CONVGRAD_INLINE void AddTap(const T* first, int64_t step, const Acc<T>* filter,
   AddLanes<T, N, kWidth, kShared>(x, filter, c, sum);
 }
 
+// The same where only `missing` positions at one end read dY's outside: kMissing of them,
+// or one of the numbers below it. False if it is none of these.
+template <typename T, int N, int kWidth, bool kShared, int kMissing>
+CONVGRAD_INLINE bool AddShortTap(const T* first, int64_t step, int64_t missing,
+                                 bool at_start, const Acc<T>* filter,
+                                 const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
+  if constexpr (kMissing > 0 && kMissing < kWidth) {
+    if (missing != kMissing) {
+      return AddShortTap<T, N, kWidth, kShared, kMissing - 1>(first, step, missing,
+                                                              at_start, filter, c, sum);
+    }
+    if (at_start) {
+      AddTap<T, N, kWidth - kMissing, kShared>(first + kMissing * step, step, filter, c,
+                                               sum + kMissing);
+    } else {
+      AddTap<T, N, kWidth - kMissing, kShared>(first, step, filter, c, sum);
+    }
+    return true;
+  } else {
+    return false;
+  }
+}
+
+// The same where any position may.
 template <typename T, int N, int kWidth, bool kShared>
 CONVGRAD_INLINE void AddBorderTap(const T* row, int64_t q, const Acc<T>* filter,
                                   const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
+  constexpr int kMostMissing = kWidth > 3 ? 3 : kWidth - 1;  // of a 7x7 filter
+  const int64_t before = -q, behind = q + kWidth - c.out;
+  if (c.p_per_h == 1 && (before <= 0 || behind <= 0) &&
+      AddShortTap<T, N, kWidth, kShared, kMostMissing>(row + q * c.dy_step, c.dy_step,
+                                                       before > 0 ? before : behind,
+                                                       before > 0, filter, c, sum)) {
+    return;
+  }
   const T* x[kWidth];
   CONVGRAD_UNROLL
   for (int j = 0; j < kWidth; ++j) {

@@ -509,6 +509,7 @@ __global__ void __launch_bounds__(kGroupedThreads, kGroupedMinBlocks)
 
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % 32;
+  const int warp = __shfl_sync(0xffffffffu, thread / 32, 0);  // ptxas sees: for all lanes
   const int strips = params.strips.divisor;
   const int32_t block = static_cast<int32_t>(blockIdx.x);
   int32_t tile = params.slabs.Quotient(block);
@@ -561,7 +562,7 @@ __global__ void __launch_bounds__(kGroupedThreads, kGroupedMinBlocks)
 
     const GroupedPlace at = PlaceOfTile(params, tile);
 #pragma unroll 1
-    for (int32_t unit = thread / 32; unit < units; unit += kGroupedWarps) {
+    for (int32_t unit = warp; unit < units; unit += kGroupedWarps) {
       const int32_t rest = params.strips.Quotient(unit);
       const int32_t strip = unit - rest * strips;
       const int32_t phase_id = params.row_groups.Quotient(rest);
