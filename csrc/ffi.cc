@@ -72,10 +72,16 @@ namespace {
 #ifdef CONVGRAD_CUDA
 constexpr auto& KernelNames = CudaKernelNames;
 constexpr auto& MakePlan = PlanCuda;
+int64_t WorkspaceBytes(const Problem& problem, const Plan&, const std::string& kernel) {
+  return CudaWorkspaceBytes(problem, kernel.c_str());
+}
 #else
 constexpr auto& KernelNames = CpuKernelNames;
 bool MakePlan(const Problem& problem, const char* kernel, const Gpu&, Plan* plan) {
   return PlanCpu(problem, kernel, plan);
+}
+int64_t WorkspaceBytes(const Problem&, const Plan& plan, const std::string&) {
+  return plan.workspace_bytes;
 }
 Gpu CurrentGpu() { return {}; }
 Gpu GpuOf(int) { return {}; }
@@ -339,7 +345,8 @@ py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
   if (!error.empty()) throw py::value_error(error);
   py::dict result;
   result["kernel"] = plan.kernel;
-  result["workspace_bytes"] = plan.workspace_bytes;
+  result["workspace_bytes"] =
+      WorkspaceBytes(problem, plan, call["kernel"].cast<std::string>());
   result["tile"] = py::make_tuple(plan.tile_m, plan.tile_n, plan.tile_k);
   result["stages"] = plan.stages;
   result["split_k"] = plan.split_k;

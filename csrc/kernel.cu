@@ -70,24 +70,6 @@ bool IsEmpty(const Problem& problem) {
   return least == 0;
 }
 
-// The fastest rung by the models; the first of equals. Only the first rung takes what is
-// empty, so that the others may divide by sizes.
-bool Choose(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* best) {
-  const bool any = std::strcmp(kernel, "auto") == 0;
-  bool found = false;
-  for (const Rung& rung : kRungs) {
-    if (!any && std::strcmp(kernel, rung.name) != 0) continue;
-    if (!Runs(rung, gpu.capability) || (IsEmpty(problem) && &rung != kRungs)) continue;
-    Plan plan{};
-    if (!rung.plan(problem, gpu.shared_bytes, &plan)) continue;
-    if (plan.shared_bytes > gpu.shared_bytes) continue;
-    plan.kernel = rung.name;
-    if (!found || plan.model_us < best->model_us) *best = plan;
-    found = true;
-  }
-  return found;
-}
-
 // ---- the rungs that take anything -------------------------------------------------
 
 // The function's products, inserted zeros left out.
@@ -213,18 +195,33 @@ const char* const* CudaKernelNames() {
   return names;
 }
 
+// The fastest rung by the models; the first of equals. Only the first rung takes what is
+// empty, so that the others may divide by sizes.
 bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* plan) {
-  if (!Choose(problem, kernel, gpu, plan)) return false;
-  // A program may run on another GPU than it was lowered for, where another rung is the
-  // fastest: room for whichever needs the most.
-  for (const Gpu& other_gpu : kGpus) {
-    Plan other{};
-    if (other_gpu.capability != gpu.capability &&
-        Choose(problem, kernel, other_gpu, &other)) {
-      plan->workspace_bytes = std::max(plan->workspace_bytes, other.workspace_bytes);
+  const bool any = std::strcmp(kernel, "auto") == 0;
+  bool found = false;
+  for (const Rung& rung : kRungs) {
+    if (!any && std::strcmp(kernel, rung.name) != 0) continue;
+    if (!Runs(rung, gpu.capability) || (IsEmpty(problem) && &rung != kRungs)) continue;
+    Plan candidate{};
+    if (!rung.plan(problem, gpu.shared_bytes, &candidate)) continue;
+    if (candidate.shared_bytes > gpu.shared_bytes) continue;
+    candidate.kernel = rung.name;
+    if (!found || candidate.model_us < plan->model_us) *plan = candidate;
+    found = true;
+  }
+  return found;
+}
+
+int64_t CudaWorkspaceBytes(const Problem& problem, const char* kernel) {
+  int64_t bytes = 0;
+  for (const Gpu& gpu : kGpus) {
+    Plan plan{};
+    if (PlanCuda(problem, kernel, gpu, &plan)) {
+      bytes = std::max(bytes, plan.workspace_bytes);
     }
   }
-  return true;
+  return bytes;
 }
 
 Gpu GpuOf(int capability) {

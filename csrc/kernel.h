@@ -96,8 +96,7 @@ struct CUstream_st;  // cudaStream_t is a pointer to it
 
 namespace convgrad {
 
-// What plans depend on of the GPU that will run them. It may change the kernel and its
-// tiles but never the workspace.
+// What plans depend on of the GPU that will run them.
 struct Gpu {
   int capability;        // times ten: 90 for 9.0
   int64_t shared_bytes;  // that a block may have
@@ -106,6 +105,9 @@ Gpu CurrentGpu();           // of capability 0 if there is none
 Gpu GpuOf(int capability);  // such as are sold
 
 bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* plan);
+// Enough for the plan of any GPU: a program may run on another one than it was lowered
+// for.
+int64_t CudaWorkspaceBytes(const Problem& problem, const char* kernel);
 const char* const* CudaKernelNames();  // null-terminated
 
 // Enqueues the kernel on `stream` and returns null, or a static error text. `plan` comes

@@ -397,17 +397,10 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const T* dy
 template <typename T>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const void* dy,
                         const void* w, void* dx) {
-  const int64_t images = ImagesIn32Bits(problem, 0);
-  if (images == 0) return "the depthwise kernel does not take this problem";
-  Problem part = problem;
-  for (int64_t n = 0; n < problem.batch; n += images) {
-    part.batch = std::min(images, problem.batch - n);
-    const cudaError_t status = EnqueuePart<T>(
-        stream, part, static_cast<const T*>(dy) + n * problem.dy.batch,
-        static_cast<const T*>(w), static_cast<T*>(dx) + n * problem.dx.batch);
-    if (status != cudaSuccess) return ErrorText(status);
-  }
-  return nullptr;
+  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part) {
+    return EnqueuePart<T>(stream, part, dy_part, static_cast<const T*>(w), dx_part);
+  };
+  return ErrorText(LaunchInParts<T>(problem, 0, dy, dx, launch));
 }
 
 bool ConfigureAny(const Problem& problem, Configuration* c) {

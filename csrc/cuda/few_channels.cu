@@ -362,8 +362,7 @@ const char* LaunchFew(cudaStream_t stream, const Problem& problem, const Plan& p
                       const void* dy, const void* w, void* dx) {
   constexpr const char* kRefused = "the few_channels kernel does not take this problem";
   FewProblem few = Analyse(problem, kThreeProducts);
-  const int64_t images = ImagesIn32Bits(problem, kFewSlack);
-  if (!few.taken || images == 0) return kRefused;
+  if (!few.taken) return kRefused;
   // A plan names what it chose.
   FewLayout layout{};
   const int64_t phases = plan.tile_n / (problem.axis[2].win * problem.in_channels);
@@ -375,21 +374,16 @@ const char* LaunchFew(cudaStream_t stream, const Problem& problem, const Plan& p
     return kRefused;
   }
   const int64_t rows = plan.tile_m / layout.positions;
-  Problem part = problem;
-  for (int64_t n = 0; n < problem.batch; n += images) {
-    part.batch = std::min(images, problem.batch - n);
+  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part) {
     few.planes = part.batch * part.axis[0].in;
-    const T* const dy_part = static_cast<const T*>(dy) + n * problem.dy.batch;
-    T* const dx_part = static_cast<T*>(dx) + n * problem.dx.batch;
     FewParams params = MakeFewParams(part, few, layout, rows, dy_part, dx_part);
     params.strip_step =
         std::min(params.strips, static_cast<unsigned>(plan.blocks / layout.phase_groups));
     const int64_t blocks = static_cast<int64_t>(params.strip_step) * layout.phase_groups;
-    const cudaError_t status = Enqueue<T, kThreeProducts>(
-        stream, few, params, plan, blocks, dy_part, static_cast<const T*>(w), dx_part);
-    if (status != cudaSuccess) return ErrorText(status);
-  }
-  return nullptr;
+    return Enqueue<T, kThreeProducts>(stream, few, params, plan, blocks, dy_part,
+                                      static_cast<const T*>(w), dx_part);
+  };
+  return ErrorText(LaunchInParts<T>(problem, kFewSlack, dy, dx, launch));
 }
 
 }  // namespace

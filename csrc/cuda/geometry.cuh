@@ -184,8 +184,7 @@ inline bool FitsIn32Bits(const Problem& problem, int slack) {
   return outputs < kLimit && terms < kLimit && dx < kLimit && dy < kLimit && w < kLimit;
 }
 
-// How many images at a time the 32-bit kernels take, 0 if not even one. A kernel without
-// a 64-bit version is launched for one such part of the batch after the other.
+// How many images at a time the 32-bit kernels take, 0 if not even one.
 inline int64_t ImagesIn32Bits(Problem problem, int slack) {
   int64_t low = 0, high = problem.batch;
   while (low < high) {
@@ -197,6 +196,23 @@ inline int64_t ImagesIn32Bits(Problem problem, int slack) {
     }
   }
   return low;
+}
+
+// Launches a kernel without a 64-bit version for one part of the batch after the other:
+// launch(part, dy, dx). Returns cudaErrorInvalidValue if an image is too large by itself.
+template <typename T, typename Launch>
+cudaError_t LaunchInParts(const Problem& problem, int slack, const void* dy, void* dx,
+                          Launch launch) {
+  const int64_t images = ImagesIn32Bits(problem, slack);
+  if (images == 0) return cudaErrorInvalidValue;
+  Problem part = problem;
+  cudaError_t status = cudaSuccess;
+  for (int64_t n = 0; n < problem.batch && status == cudaSuccess; n += images) {
+    part.batch = images < problem.batch - n ? images : problem.batch - n;
+    status = launch(part, static_cast<const T*>(dy) + n * problem.dy.batch,
+                    static_cast<T*>(dx) + n * problem.dx.batch);
+  }
+  return status;
 }
 
 }  // namespace convgrad

@@ -457,18 +457,11 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan&
 template <typename T, bool kThreeProducts>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan& plan,
                         int64_t shared_bytes, const void* dy, const void* w, void* dx) {
-  const int64_t images = ImagesIn32Bits(problem, 0);
-  if (images == 0) return "the grouped kernel does not take this problem";
-  Problem part = problem;
-  for (int64_t n = 0; n < problem.batch; n += images) {
-    part.batch = std::min(images, problem.batch - n);
-    const cudaError_t status = EnqueuePart<T, kThreeProducts>(
-        stream, part, plan, shared_bytes,
-        static_cast<const T*>(dy) + n * problem.dy.batch, static_cast<const T*>(w),
-        static_cast<T*>(dx) + n * problem.dx.batch);
-    if (status != cudaSuccess) return ErrorText(status);
-  }
-  return nullptr;
+  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part) {
+    return EnqueuePart<T, kThreeProducts>(stream, part, plan, shared_bytes, dy_part,
+                                          static_cast<const T*>(w), dx_part);
+  };
+  return ErrorText(LaunchInParts<T>(problem, 0, dy, dx, launch));
 }
 
 }  // namespace

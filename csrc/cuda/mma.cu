@@ -280,18 +280,15 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
 template <typename T, bool kThreeProducts>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan& plan,
                         const void* dy, const void* w, void* dx, void* workspace) {
-  Rewritten part = AsPatches(problem);
-  const int64_t images = ImagesIn32Bits(part.problem, kMmaSlack);
-  if (images == 0) return "the mma kernel does not take this problem";
-  for (int64_t n = 0; n < problem.batch; n += images) {
-    part.problem.batch = std::min(images, problem.batch - n);
-    const cudaError_t status = EnqueuePart<T, kThreeProducts>(
-        stream, part, plan, static_cast<const T*>(dy) + n * problem.dy.batch,
-        static_cast<const T*>(w), static_cast<T*>(dx) + n * problem.dx.batch,
-        static_cast<float4*>(workspace));
-    if (status != cudaSuccess) return ErrorText(status);
-  }
-  return nullptr;
+  Rewritten rewritten = AsPatches(problem);
+  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part) {
+    rewritten.problem = part;
+    return EnqueuePart<T, kThreeProducts>(stream, rewritten, plan, dy_part,
+                                          static_cast<const T*>(w), dx_part,
+                                          static_cast<float4*>(workspace));
+  };
+  const Problem whole = rewritten.problem;
+  return ErrorText(LaunchInParts<T>(whole, kMmaSlack, dy, dx, launch));
 }
 
 }  // namespace

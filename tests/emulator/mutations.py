@@ -246,11 +246,8 @@ MUTATIONS = [
              "const bool finite = sum[e] - sum[e] == 0.0f;", "const bool finite = true;",
              check="special"),
     # ---- parts of the batch
-    *(
-        Mutation(f"{name} writes all parts of the batch to the first", f"csrc/cuda/{name}.cu",
-                 "static_cast<T*>(dx) + n * problem.dx.batch", "static_cast<T*>(dx)", check="far")
-        for name in ("mma", "depthwise", "grouped", "few_channels")
-    ),
+    Mutation("all parts of the batch are written to the first", _GEOMETRY,
+             "static_cast<T*>(dx) + n * problem.dx.batch", "static_cast<T*>(dx)", check="far"),
     Mutation("all images are held to fit in 32-bit offsets", _GEOMETRY,
              "problem.batch = low + (high - low + 1) / 2;\n    if (FitsIn32Bits(problem, slack)) {",
              "problem.batch = low + (high - low + 1) / 2;\n    if (true) {", check="far",
