@@ -14,8 +14,9 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-# One measured call lasts at least this long, so that starting it weighs nothing.
-CALL_US = 5_000.0
+# One measured call lasts at least this long, so that starting it weighs little. Longer
+# calls would hold more results at once than a cache does, for some peers and not others.
+CALL_US = 1_000.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 60
 
 
