@@ -10,9 +10,10 @@
 //
 // Tiling, from the inside out:
 //   registers  kRows x vectors of accumulators, kRows broadcasts of A for a row of B;
-//   L1         a block of B, kBlockBytes of (taps, k), used by all the rows of a task;
-//   stack      the task's tile of dX, up to kMaxTaskRows x one panel, accumulated over
-//              the blocks of B and then rounded, transposed if need be, and stored;
+//   L2         a block of B, kBlockBytes of (taps, k), used by all the rows of a task;
+//   sums       of up to kMaxTaskRows x one panel over the blocks of B: in dX itself where
+//              that has their type and the panel's columns side by side, else in a tile
+//              on the stack that is then rounded, transposed if need be, and stored;
 //   a task     (phase, group, a range of rows, a range of panels), or, if groups are
 //              narrow, (phase, a range of groups, a range of rows).
 // No reduction is ever split between tasks, so the bits do not depend on the threads.
@@ -45,7 +46,7 @@ struct GemmState {
 // Walks the blocks of B. Whole taps while they fit, else equal parts of one tap.
 template <typename A, int kVecs>
 inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const* phase,
-                    const A* dy, const A* panel, bool exact, A* tile) {
+                    const A* dy, const A* panel, bool exact, const GemmSums<A>& sums) {
   const Problem& p = s.args.problem;
   constexpr int64_t kWidth = kVecs * kLanes<A>;
   constexpr int64_t kBlockRows = kBlockBytes / (kWidth * static_cast<int>(sizeof(A)));
@@ -66,7 +67,7 @@ inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
         for (int64_t t2 = 0; t2 < phase[2]->r_count; ++t2) {
           AppendTap(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
           if (block.taps == taps_in_block) {
-            AddBlock<A, kVecs>(rows, block, dy, zeros, panel, exact, fresh, tile);
+            AddBlock<A, kVecs>(rows, block, dy, zeros, panel, exact, fresh, sums);
             fresh = false;
             block.taps = 0;
           }
@@ -74,11 +75,14 @@ inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
       }
     }
     if (block.taps > 0) {
-      AddBlock<A, kVecs>(rows, block, dy, zeros, panel, exact, fresh, tile);
+      AddBlock<A, kVecs>(rows, block, dy, zeros, panel, exact, fresh, sums);
       fresh = false;
     }
   }
-  if (fresh) __builtin_memset(tile, 0, sizeof(A) * rows.count * kWidth);  // no taps
+  for (int64_t m = 0; fresh && m < rows.count; ++m) {  // no taps
+    A* row = sums.to + (sums.step != 0 ? m * sums.step : rows.dx[m]);
+    for (int64_t c = 0; c < kWidth; ++c) row[c] = 0;
+  }
 }
 
 CONVGRAD_INLINE bool PanelIsTainted(const CpuArgs& a, int64_t group, int64_t panels,
@@ -133,20 +137,27 @@ void GemmTask(const void* state, int64_t index) {
     const A* filter = PackedPanel<A>(a, group, panel);
     const bool exact = PanelIsTainted(a, group, s.panels, i);
     const int64_t width = panel.vectors * kLanes<A>;
+    T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
+    const int64_t* column_dx = a.column_dx + panel.first;
+    const bool direct = AreSumsOfDx<T>(panel, column_dx);
+    GemmSums<A> sums = {tile, width};
+    if constexpr (kIsAcc<T>) {
+      if (direct) sums = {dx + column_dx[0], 0};
+    }
     switch (panel.vectors) {
-      case 1: AddTaps<A, 1>(s, rows, phase, dy, filter, exact, tile); break;
-      case 2: AddTaps<A, 2>(s, rows, phase, dy, filter, exact, tile); break;
+      case 1: AddTaps<A, 1>(s, rows, phase, dy, filter, exact, sums); break;
+      case 2: AddTaps<A, 2>(s, rows, phase, dy, filter, exact, sums); break;
       default:
         if constexpr (kPanelVectors<A> == 4) {
           if (panel.vectors == 3) {
-            AddTaps<A, 3>(s, rows, phase, dy, filter, exact, tile);
+            AddTaps<A, 3>(s, rows, phase, dy, filter, exact, sums);
           } else {
-            AddTaps<A, 4>(s, rows, phase, dy, filter, exact, tile);
+            AddTaps<A, 4>(s, rows, phase, dy, filter, exact, sums);
           }
         }
     }
-    StoreTile<T>(rows, tile, width, panel.columns, a.column_dx + panel.first,
-                 static_cast<T*>(a.dx) + group * p.dx.group);
+    if (!direct) StoreTile<T>(rows, tile, width, panel.columns, column_dx, dx);
+    rows.first_time = false;
   }
 }
 
@@ -155,6 +166,7 @@ void GemmTask(const void* state, int64_t index) {
 // With few channels a group the pointers cost as much as the products, so that a task
 // finds them once and uses them for many groups, whose channels lie side by side in dY.
 constexpr int kMaxNarrowVectors = 2;
+constexpr int64_t kNarrowBytes = 32 * 1024;  // of a group's filter
 
 template <typename A>
 inline bool GroupsAreNarrow(const GemmState& s) {
@@ -172,7 +184,7 @@ inline bool GroupsAreNarrow(const GemmState& s) {
     taps *= most;
   }
   const int64_t row_bytes = panel.vectors * kVectorBytes;
-  return taps <= kBlockTaps && taps * p.out_channels * row_bytes <= kBlockBytes;
+  return taps <= kBlockTaps && taps * p.out_channels * row_bytes <= kNarrowBytes;
 }
 
 template <typename T, int kVecs>
@@ -209,16 +221,21 @@ void NarrowGroupsTask(const void* state, int64_t index) {
 
   alignas(64) A tile[kMaxTaskRows * kWidth];
   const Panel panel = PanelAt<A>(p, 0);
+  const bool direct = AreSumsOfDx<T>(panel, a.column_dx);
   const int64_t end = (group_part + 1) * s.task_groups;
   for (int64_t g = group_part * s.task_groups; g < end && g < p.groups; ++g) {
     T* const dx = static_cast<T*>(a.dx) + g * p.dx.group;
+    GemmSums<A> sums = {tile, kWidth};
+    if constexpr (kIsAcc<T>) {
+      if (direct) sums = {dx, 0};
+    }
     const A* filter = PackedPanel<A>(a, g, panel);
     const bool exact = PanelIsTainted(a, g, 1, 0);
     for (int64_t m = 0; m < rows.count; m += kRows) {
       AddTapRows<A, kVecs>(found[m / kRows], g * p.out_channels, block, filter, zeros,
-                           exact, true, tile + m * kWidth);
+                           exact, true, rows, m, sums);
     }
-    StoreTile<T>(rows, tile, kWidth, panel.columns, a.column_dx, dx);
+    if (!direct) StoreTile<T>(rows, tile, kWidth, panel.columns, a.column_dx, dx);
   }
 }
 

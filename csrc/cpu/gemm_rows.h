@@ -28,7 +28,19 @@ struct GemmRows {
   int64_t dy[kMaxTaskRows];  // of tap 0, in elements; may lie outside
   int64_t dx[kMaxTaskRows];
   int32_t lo[kAxes][kMaxTaskRows], hi[kAxes][kMaxTaskRows];
+  bool inside[kMaxTaskRows];  // no tap of the phase misses dY
+  bool first_time;            // that the task reads dY
 };
+
+template <typename T>
+constexpr bool kIsAcc = sizeof(T) == sizeof(Acc<T>);  // sums need no rounding
+
+// Whether the sums of a panel can be kept in dX: whole vectors of neighbouring columns.
+template <typename T>
+CONVGRAD_INLINE bool AreSumsOfDx(const Panel& panel, const int64_t* column_dx) {
+  if (!kIsAcc<T> || panel.columns != panel.vectors * kLanes<Acc<T>>) return false;
+  return column_dx[panel.columns - 1] - column_dx[0] == panel.columns - 1;
+}
 
 constexpr int64_t kShortRun = 4;  // neighbouring columns that are not worth a vector
 
@@ -102,6 +114,7 @@ inline void LayOutRows(const Problem& p, const ActivationStrides& dy_at,
     n /= phase[x]->h_count;
   }
   rows->count = count;
+  rows->first_time = true;
   TapRange taps[kAxes];
   int64_t dy_base = 0, dx_base = 0;
   bool moved = true;  // the two leading axes or n
@@ -119,9 +132,11 @@ inline void LayOutRows(const Problem& p, const ActivationStrides& dy_at,
     taps[2] = ValidTaps(*phase[2], p.axis[2].out, i[2]);
     rows->dy[m] = dy_base + (phase[2]->p0 + i[2] * phase[2]->p_per_h) * dy_at.axis[2];
     rows->dx[m] = dx_base + (phase[2]->h0 + i[2] * phase[2]->h_step) * p.dx.axis[2];
+    rows->inside[m] = true;
     for (int x = 0; x < kAxes; ++x) {
       rows->lo[x][m] = static_cast<int32_t>(taps[x].lo);
       rows->hi[x][m] = static_cast<int32_t>(taps[x].hi);
+      rows->inside[m] &= taps[x].lo == 0 && taps[x].hi == phase[x]->r_count;
     }
     if (++i[2] == phase[2]->h_count) {
       moved = true;

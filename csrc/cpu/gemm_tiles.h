@@ -10,7 +10,10 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 32 * 1024;
+// A block of B stays in L2 while the rows of a task stream past it: a register tile takes
+// a vector of B for every kRows multiply-adds, which L2 delivers, and a larger block
+// saves accumulators on their way to memory and back.
+constexpr int64_t kBlockBytes = (kVectorBytes == 64 ? 128 : 64) * 1024;
 constexpr int kBlockTaps = 16;  // pointer tables are on the stack
 static_assert(kMaxTaskRows * kVectorBytes * kPanelVectors<float> <= 48 * 1024,
               "a task's tile has to leave room on a 64 KiB stack");
@@ -24,21 +27,25 @@ struct GemmBlock {
   int64_t filter[kBlockTaps];   // the tap's place in the packed panel
 };
 
-// tile[kRows][kVecs vectors] += sum over taps, k of rows[t][i][at + k] * b[t][k][...],
-// where a fresh tile counts as zeros whatever it holds.
+// out[i][0 .. kVecs vectors) += sum over taps, k of rows[t][i][at + k] * b[t][k][...],
+// where fresh rows count as zeros whatever they hold. So many streams at once are more
+// than hardware foresees: asks for what the first tap reads `ahead` elements further on,
+// unless that is 0, and for fresh rows long before they are stored.
 template <typename A, int kRows, int kVecs>
 __attribute__((noinline)) void Multiply(int taps, int64_t k_count,
                                         const A* const (*rows)[kRows], int64_t at,
-                                        const A* const* b, bool fresh, A* tile,
-                                        int64_t tile_step) {
+                                        int64_t ahead, const A* const* b, bool fresh,
+                                        A* const* out) {
   constexpr int L = kLanes<A>;
+  constexpr int64_t kLine = 64 / static_cast<int>(sizeof(A));
   using V = Vec<A, L>;
   V sum[kRows][kVecs];
   CONVGRAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
     CONVGRAD_UNROLL
     for (int v = 0; v < kVecs; ++v) {
-      sum[i][v] = fresh ? V{} : Load<L>(tile + i * tile_step + v * L);
+      if (fresh) __builtin_prefetch(out[i] + v * L, 1);
+      sum[i][v] = fresh ? V{} : Load<L>(out[i] + v * L);
     }
   }
   for (int t = 0; t < taps; ++t) {
@@ -46,22 +53,28 @@ __attribute__((noinline)) void Multiply(int taps, int64_t k_count,
     CONVGRAD_UNROLL
     for (int i = 0; i < kRows; ++i) row[i] = rows[t][i] + at;
     const A* bk = b[t];
-    for (int64_t k = 0; k < k_count; ++k) {
-      V column[kVecs];
-      CONVGRAD_UNROLL
-      for (int v = 0; v < kVecs; ++v) column[v] = Load<L>(bk + v * L);
-      CONVGRAD_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        CONVGRAD_UNROLL
-        for (int v = 0; v < kVecs; ++v) sum[i][v] += column[v] * row[i][k];
+    for (int64_t k0 = 0; k0 < k_count; k0 += kLine) {
+      const int64_t k1 = k_count - k0 < kLine ? k_count : k0 + kLine;
+      if (t == 0 && ahead != 0) {
+        for (int i = 0; i < kRows; ++i) __builtin_prefetch(row[i] + ahead + k0);
       }
-      bk += kVecs * L;
+      for (int64_t k = k0; k < k1; ++k) {
+        V column[kVecs];
+        CONVGRAD_UNROLL
+        for (int v = 0; v < kVecs; ++v) column[v] = Load<L>(bk + v * L);
+        CONVGRAD_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          CONVGRAD_UNROLL
+          for (int v = 0; v < kVecs; ++v) sum[i][v] += column[v] * row[i][k];
+        }
+        bk += kVecs * L;
+      }
     }
   }
   CONVGRAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
     CONVGRAD_UNROLL
-    for (int v = 0; v < kVecs; ++v) Store<L>(tile + i * tile_step + v * L, sum[i][v]);
+    for (int v = 0; v < kVecs; ++v) Store<L>(out[i] + v * L, sum[i][v]);
   }
 }
 
@@ -82,6 +95,18 @@ CONVGRAD_INLINE void FindTapRows(const GemmRows& rows, const GemmBlock& block, i
   found->taps = 0;
   found->mixed = false;
   found->live = rows.count - m < kRows ? static_cast<int>(rows.count - m) : kRows;
+  bool inside = found->live == kRows;
+  for (int i = 0; i < kRows; ++i) inside &= rows.inside[m + i];
+  if (inside) {
+    const A* base[kRows];
+    for (int i = 0; i < kRows; ++i) base[i] = dy + (rows.dy[m + i] + block.k0);
+    for (int t = 0; t < block.taps; ++t) {
+      for (int i = 0; i < kRows; ++i) found->row[t][i] = base[i] - block.dy_back[t];
+      found->tap[t] = t;
+    }
+    found->taps = block.taps;
+    return;
+  }
   for (int t = 0; t < block.taps; ++t) {
     const int32_t t0 = block.tap[t][0], t1 = block.tap[t][1], t2 = block.tap[t][2];
     int hits = 0;
@@ -100,54 +125,67 @@ CONVGRAD_INLINE void FindTapRows(const GemmRows& rows, const GemmBlock& block, i
   }
 }
 
-// Adds one block of B to a register tile, whose rows read dY `at` elements further on
-// than they were found: so do the zeros.
+constexpr int kFewRows = 2;  // that cost less one by one than a register tile does
+
+// Where the sums of a task are kept: its tile, or dX itself. Rows are `step` apart, or,
+// if that is 0, where GemmRows has them.
+template <typename A>
+struct GemmSums {
+  A* to;
+  int64_t step;
+};
+
+// Adds one block of B to rows [m, m + kRows), which read dY `at` elements further on than
+// they were found: so do the zeros.
 template <typename A, int kVecs>
 inline void AddTapRows(const TapRows<A, RowsFor(kVecs)>& found, int64_t at,
                        const GemmBlock& block, const A* panel, const A* zeros, bool exact,
-                       bool fresh, A* out) {
+                       bool fresh, const GemmRows& rows, int64_t m,
+                       const GemmSums<A>& sums) {
   constexpr int kRows = RowsFor(kVecs);
-  constexpr int64_t kStep = kVecs * kLanes<A>;
-  const A* filter[kBlockTaps];
-  for (int t = 0; t < found.taps; ++t) filter[t] = panel + block.filter[found.tap[t]];
-  const bool one_by_one = exact && found.mixed;
-  if (fresh && (found.taps == 0 || one_by_one)) {
-    for (int64_t i = 0; i < found.live * kStep; ++i) out[i] = 0;
+  constexpr int64_t kWidth = kVecs * kLanes<A>;
+  A spare[kWidth];  // of rows that do not exist
+  A* out[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    out[i] = i >= found.live  ? spare
+             : sums.step != 0 ? sums.to + (m + i) * sums.step
+                              : sums.to + rows.dx[m + i];
   }
-  if (found.taps == 0) return;
-  if (one_by_one) {
+  const A* filter[kBlockTaps];
+  if ((exact && found.mixed) || found.live <= kFewRows) {  // row by row
     for (int i = 0; i < found.live; ++i) {
+      const A* row[kBlockTaps][1];
+      int taps = 0;
       for (int t = 0; t < found.taps; ++t) {
         if (found.row[t][i] == zeros) continue;
-        const A* const one[1][1] = {{found.row[t][i]}};
-        Multiply<A, 1, kVecs>(1, block.k_count, one, at, filter + t, false,
-                              out + i * kStep, kStep);
+        row[taps][0] = found.row[t][i];
+        filter[taps++] = panel + block.filter[found.tap[t]];
       }
+      Multiply<A, 1, kVecs>(taps, block.k_count, row, at, 0, filter, fresh, out + i);
     }
-  } else if (found.live == kRows) {
-    Multiply<A, kRows, kVecs>(found.taps, block.k_count, found.row, at, filter, fresh,
-                              out, kStep);
-  } else {
-    A spare[kRows * kStep];  // the tile ends before the register tile does
-    for (int64_t i = 0; i < kRows * kStep; ++i) {
-      spare[i] = !fresh && i < found.live * kStep ? out[i] : 0;
-    }
-    Multiply<A, kRows, kVecs>(found.taps, block.k_count, found.row, at, filter, false,
-                              spare, kStep);
-    for (int64_t i = 0; i < found.live * kStep; ++i) out[i] = spare[i];
+    return;
   }
+  if (found.live < kRows) {
+    for (int64_t c = 0; c < kWidth; ++c) spare[c] = 0;
+  }
+  for (int t = 0; t < found.taps; ++t) filter[t] = panel + block.filter[found.tap[t]];
+  const int64_t last = rows.count - 1;
+  const int64_t next = m + kRows < last ? m + kRows : last;
+  const int64_t ahead = rows.first_time ? rows.dy[next] - rows.dy[m] : 0;
+  Multiply<A, kRows, kVecs>(found.taps, block.k_count, found.row, at, ahead, filter,
+                            fresh, out);
 }
 
-// Adds one block of B to all rows of the task's tile, which is fresh at the first one.
+// Adds one block of B to all rows of the task, whose sums are fresh at the first one.
 template <typename A, int kVecs>
 inline void AddBlock(const GemmRows& rows, const GemmBlock& block, const A* dy,
-                     const A* zeros, const A* panel, bool exact, bool fresh, A* tile) {
+                     const A* zeros, const A* panel, bool exact, bool fresh,
+                     const GemmSums<A>& sums) {
   constexpr int kRows = RowsFor(kVecs);
   for (int64_t m = 0; m < rows.count; m += kRows) {
     TapRows<A, kRows> found;
     FindTapRows(rows, block, m, dy, zeros, &found);
-    AddTapRows<A, kVecs>(found, 0, block, panel, zeros, exact, fresh,
-                         tile + m * kVecs * kLanes<A>);
+    AddTapRows<A, kVecs>(found, 0, block, panel, zeros, exact, fresh, rows, m, sums);
   }
 }
 
