@@ -10,12 +10,15 @@
 //
 // Tiling: kWidth neighbouring positions of one phase in registers, all taps in turn, so
 // a filter vector serves kWidth multiply-adds, and dY, read in place, comes from L1 for
-// all but its first tap. Widths are multiples that common images divide into; the last
-// tile of a row, and the last block of channels, overlap the one before.
+// all but its first tap. The last tile of a row, and the last block of channels, overlap
+// the one before.
 //
-// Border tiles leave out up to three positions at an end that a tap misses dY for. Where
-// it misses more, these read zeros, which is exact unless the filter has an Inf or a NaN;
-// such blocks do border positions one by one, with their own taps only.
+// Memory: a row is hundreds of pixels, each a cache line or some, which no prefetcher
+// follows in the order that tiles visit them. So a tile fetches what the tile below it
+// will need; without that, most of the time goes to waiting.
+//
+// Border tiles read zeros where a tap misses dY, which is exact unless the filter has an
+// Inf or a NaN; such blocks do border positions one by one, with their own taps only.
 //
 // Limits: max(C, K) <= kMaxSharedGroup unless C = K = 1; all strides, dilations, types.
 
@@ -97,6 +100,11 @@ struct ChannelsRow {
   int64_t dx_step;
   int64_t lanes;  // that are stored
 
+  // Rows to prefetch: position 0 of channel 0 of dY's, null if there is none; how far
+  // dX's is from the current one.
+  const T* next_dy;
+  int64_t next_dx;
+
   // Of the block: how far on its channels and its filter are, its permutations.
   int64_t dy_at, dx_at, filter_at;
   const Lanes* perm;
@@ -104,115 +112,139 @@ struct ChannelsRow {
 
 alignas(64) constexpr unsigned char kZeroLanes[64] = {};
 
-// One tap: x[j] is what position j reads.
-template <typename T, int N, int kWidth, bool kShared>
-CONVGRAD_INLINE void AddLanes(const T* const* x, const Acc<T>* filter,
-                              const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
-  using V = Vec<Acc<T>, N>;
-  if constexpr (kShared) {
-    for (int64_t k = 0; k < c.out_channels; ++k) {
-      const V w = Load<N>(filter + k * N);
-      const auto perm = c.perm[k];
-      CONVGRAD_UNROLL
-      for (int j = 0; j < kWidth; ++j) {
-        sum[j] += Permute<Acc<T>, N>(Load<N>(x[j]), perm) * w;
-      }
-    }
-  } else {
-    const V w = Load<N>(filter);
-    CONVGRAD_UNROLL
-    for (int j = 0; j < kWidth; ++j) sum[j] += Load<N>(x[j]) * w;
-  }
+// Keeps the compiler from seeing where a pointer came from. It would turn a pointer that
+// takes a step after each use into as many hoisted products as there are uses.
+template <typename P>
+CONVGRAD_INLINE void Opaque(P*& pointer) {
+  asm("" : "+r"(pointer));
 }
 
-template <typename T, int N, int kWidth, bool kShared>
-CONVGRAD_INLINE void AddTap(const T* first, int64_t step, const Acc<T>* filter,
+// One tap for all positions of a tile: position j reads at q + j*p_per_h, which x points
+// to for j = 0. In a border tap some of these are outside of dY; they count as zeros.
+template <typename T, int N, int kWidth, bool kShared, bool kBorder>
+CONVGRAD_INLINE void AddTap(const T* x, int64_t q, const Acc<T>* filter,
                             const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
-  const T* x[kWidth];
-  CONVGRAD_UNROLL
-  for (int j = 0; j < kWidth; ++j) x[j] = first + j * step;
-  AddLanes<T, N, kWidth, kShared>(x, filter, c, sum);
-}
-
-// The same where only `missing` positions at one end read dY's outside: kMissing of them,
-// or one of the numbers below it. False if it is none of these.
-template <typename T, int N, int kWidth, bool kShared, int kMissing>
-CONVGRAD_INLINE bool AddShortTap(const T* first, int64_t step, int64_t missing,
-                                 bool at_start, const Acc<T>* filter,
-                                 const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
-  if constexpr (kMissing > 0 && kMissing < kWidth) {
-    if (missing != kMissing) {
-      return AddShortTap<T, N, kWidth, kShared, kMissing - 1>(first, step, missing,
-                                                              at_start, filter, c, sum);
+  using V = Vec<Acc<T>, N>;
+  const int64_t step = c.p_per_h * c.dy_step;
+  const T* zeros = reinterpret_cast<const T*>(kZeroLanes);
+  for (int64_t k = 0; k < (kShared ? c.out_channels : 1); ++k) {
+    const V w = Load<N>(filter + k * N);
+    const T* at = x;
+    int64_t position = q;
+    CONVGRAD_UNROLL
+    for (int j = 0; j < kWidth; ++j) {
+      const T* from = at;
+      if constexpr (kBorder) {
+        if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(c.out)) from = zeros;
+        position += c.p_per_h;
+      }
+      V value = Load<N>(from);
+      if constexpr (kShared) value = Permute<Acc<T>, N>(value, c.perm[k]);
+      sum[j] += value * w;
+      at += step;
+      Opaque(at);
     }
-    if (at_start) {
-      AddTap<T, N, kWidth - kMissing, kShared>(first + kMissing * step, step, filter, c,
-                                               sum + kMissing);
-    } else {
-      AddTap<T, N, kWidth - kMissing, kShared>(first, step, filter, c, sum);
-    }
-    return true;
-  } else {
-    return false;
   }
-}
-
-// The same where any position may.
-template <typename T, int N, int kWidth, bool kShared>
-CONVGRAD_INLINE void AddBorderTap(const T* row, int64_t q, const Acc<T>* filter,
-                                  const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
-  constexpr int kMostMissing = kWidth > 3 ? 3 : kWidth - 1;  // of a 7x7 filter
-  const int64_t before = -q, behind = q + kWidth - c.out;
-  if (c.p_per_h == 1 && (before <= 0 || behind <= 0) &&
-      AddShortTap<T, N, kWidth, kShared, kMostMissing>(row + q * c.dy_step, c.dy_step,
-                                                       before > 0 ? before : behind,
-                                                       before > 0, filter, c, sum)) {
-    return;
-  }
-  const T* x[kWidth];
-  CONVGRAD_UNROLL
-  for (int j = 0; j < kWidth; ++j) {
-    const int64_t at = q + j * c.p_per_h;
-    const bool inside = static_cast<uint64_t>(at) < static_cast<uint64_t>(c.out);
-    x[j] = inside ? row + at * c.dy_step : reinterpret_cast<const T*>(kZeroLanes);
-  }
-  AddLanes<T, N, kWidth, kShared>(x, filter, c, sum);
 }
 
 // Positions [i, i + kWidth) of the phase, taps [t_lo, t_hi); tap 0 of i reads p.
-template <typename T, int N, int kWidth, bool kShared, bool kBorder>
+template <typename T, int N, int kWidth, bool kShared>
 __attribute__((noinline)) void ChannelsTile(const ChannelsRow<T, N>& c, int64_t i,
                                             int64_t p, int64_t t_lo, int64_t t_hi) {
   using A = Acc<T>;
   using V = Vec<A, N>;
   V sum[kWidth] = {};
-  const int64_t step = c.p_per_h * c.dy_step;
+  T* dx = c.dx + c.dx_at + i * c.dx_step;
+  const int64_t span = (kWidth - 1) * c.p_per_h;
+  if (c.next_dy != nullptr) {
+    const T* next = c.next_dy + c.dy_at + p * c.dy_step;
+    CONVGRAD_UNROLL
+    for (int j = 0; j < kWidth; ++j) {
+      __builtin_prefetch(next, 0);
+      next += c.p_per_h * c.dy_step;
+      Opaque(next);
+    }
+  }
+  T* next = dx + c.next_dx;
+  CONVGRAD_UNROLL
+  for (int j = 0; j < kWidth; ++j) {
+    __builtin_prefetch(next, 1);
+    next += c.dx_step;
+    Opaque(next);
+  }
   for (int64_t r = 0; r < c.row_count; ++r) {
-    const T* row = c.rows[r].dy + c.dy_at;
+    int64_t q = p - t_lo * c.p_per_r;
+    const T* x = c.rows[r].dy + c.dy_at + q * c.dy_step;
     const A* filter = c.rows[r].filter + c.filter_at + t_lo * c.tap_step;
     for (int64_t t = t_lo; t < t_hi; ++t) {
-      const int64_t q = p - t * c.p_per_r;
       // Even in a border tile most taps are inside for every position.
-      if (!kBorder || (q >= 0 && q + (kWidth - 1) * c.p_per_h < c.out)) {
-        AddTap<T, N, kWidth, kShared>(row + q * c.dy_step, step, filter, c, sum);
-      } else {
-        AddBorderTap<T, N, kWidth, kShared>(row, q, filter, c, sum);
+      if (q >= 0 && q + span < c.out) {
+        AddTap<T, N, kWidth, kShared, false>(x, q, filter, c, sum);
+      } else if (q < c.out && q + span >= 0) {
+        AddTap<T, N, kWidth, kShared, true>(x, q, filter, c, sum);
       }
+      q -= c.p_per_r;
+      x -= c.p_per_r * c.dy_step;
       filter += c.tap_step;
     }
   }
-  T* dx = c.dx + c.dx_at + i * c.dx_step;
-  CONVGRAD_UNROLL
-  for (int j = 0; j < kWidth; ++j) {
-    if (c.lanes == N) {
-      Store<N>(dx + j * c.dx_step, sum[j]);
-    } else {
-      A lane[N];
-      Store<N>(lane, sum[j]);
-      for (int64_t l = 0; l < c.lanes; ++l) StoreOne(dx + j * c.dx_step + l, lane[l]);
+  if (c.lanes == N) {
+    CONVGRAD_UNROLL
+    for (int j = 0; j < kWidth; ++j) {
+      Store<N>(dx, sum[j]);
+      dx += c.dx_step;
+      Opaque(dx);
+    }
+  } else {
+    A lanes[kWidth * N];
+    CONVGRAD_UNROLL
+    for (int j = 0; j < kWidth; ++j) Store<N>(lanes + j * N, sum[j]);
+    for (int j = 0; j < kWidth; ++j) {
+      for (int64_t l = 0; l < c.lanes; ++l) {
+        StoreOne(dx + j * c.dx_step + l, lanes[j * N + l]);
+      }
     }
   }
 }
+
+// The tiles, widest first, of the vectors in use.
+template <typename T, int N>
+struct WidthTile {
+  int64_t width;
+  void (*tile)(const ChannelsRow<T, N>&, int64_t, int64_t, int64_t, int64_t);
+};
+
+template <typename T, int N, int kWidth, bool kShared>
+constexpr WidthTile<T, N> kTile = {kWidth, ChannelsTile<T, N, kWidth, kShared>};
+
+// Fewer widths where they matter less: rare types, narrow vectors, shared groups.
+template <typename T, int N, bool kShared>
+struct WidthTiles {
+  static constexpr WidthTile<T, N> tiles[] = {kTile<T, N, 7, kShared>,
+                                              kTile<T, N, 1, kShared>};
+};
+template <>
+struct WidthTiles<float, kLanes<float>, false> {
+  static constexpr WidthTile<float, kLanes<float>> tiles[] = {
+      kTile < float,
+      kLanes<float>,
+      kVectorRegisters == 32 ? 14 : 8,
+      false >,
+      kTile<float, kLanes<float>, 7, false>,
+      kTile<float, kLanes<float>, 3, false>,
+      kTile<float, kLanes<float>, 1, false>};
+};
+template <>
+struct WidthTiles<BF16, kLanes<float>, false> {
+  static constexpr WidthTile<BF16, kLanes<float>> tiles[] = {
+      kTile < BF16,
+      kLanes<float>,
+      kVectorRegisters == 32 ? 14 : 8,
+      false >,
+      kTile<BF16, kLanes<float>, 7, false>,
+      kTile<BF16, kLanes<float>, 3, false>,
+      kTile<BF16, kLanes<float>, 1, false>};
+};
 
 // The blocks of a task, and how their vectors of dY are permuted.
 template <typename T, int N>
@@ -222,20 +254,29 @@ struct ChannelsBlocks {
   typename ChannelsRow<T, N>::Lanes perm[kMaxSharedGroup];
 };
 
-// All positions of a phase in tiles of kWidth. The blocks are innermost, so that dX is
-// written, and dY read, nearly in the order of memory: with one block at a time every
-// access would be a lone cache line that no prefetcher foresees.
-template <typename T, int N, int kWidth, bool kShared>
-inline void ChannelsPhase(const ChannelsBlocks<T, N>& blocks, const Phase& f,
-                          ChannelsRow<T, N>& c) {
+// All positions of a phase in tiles. The blocks are innermost, so that dX is written, and
+// dY read, nearly in the order of memory.
+template <typename T, int N, bool kShared>
+__attribute__((noinline)) void ChannelsPhase(const ChannelsBlocks<T, N>& blocks,
+                                             const Phase& f, ChannelsRow<T, N>& c) {
   const Problem& problem = blocks.state.args.problem;
+  constexpr auto& tiles = WidthTiles<T, N, kShared>::tiles;
+  constexpr int kTiles = sizeof(tiles) / sizeof(tiles[0]);
   typename ChannelsRow<T, N>::Lanes late_perm[kMaxSharedGroup];
-  for (int64_t start = 0; start < f.h_count; start += kWidth) {
-    const int64_t i =
-        start + kWidth <= f.h_count ? start : f.h_count - kWidth;  // may overlap
+  int64_t width = 0;
+  for (int64_t start = 0; start < f.h_count; start += width) {
+    // The widest tile that fits, or the narrowest one that covers the rest of the row,
+    // moved back to end with it.
+    int pick = kTiles - 1;
+    const int64_t rest = f.h_count - start;
+    while (pick > 0 && tiles[pick].width < rest && tiles[pick - 1].width <= f.h_count) {
+      --pick;
+    }
+    width = tiles[pick].width;
+    const int64_t i = width <= rest ? start : f.h_count - width;
     const int64_t p = f.p0 + i * f.p_per_h;
     const int64_t least = p - (f.r_count - 1) * f.p_per_r;
-    const bool inside = least >= 0 && p + (kWidth - 1) * f.p_per_h < c.out;
+    const bool inside = least >= 0 && p + (width - 1) * f.p_per_h < c.out;
     for (int64_t block = blocks.first; block < blocks.end; ++block) {
       const int64_t g = FirstGroup(blocks.state, block);
       c.dx_at = g * problem.dx.group;
@@ -251,45 +292,16 @@ inline void ChannelsPhase(const ChannelsBlocks<T, N>& blocks, const Phase& f,
         }
         c.perm = early > 0 ? late_perm : blocks.perm;
       }
-      if (inside) {
-        ChannelsTile<T, N, kWidth, kShared, false>(c, i, p, 0, f.r_count);
-      } else if (blocks.state.args.taint[block] != 0) {
-        for (int64_t j = i; j < i + kWidth; ++j) {
-          const TapRange taps = ValidTaps(f, c.out, j);
-          ChannelsTile<T, N, 1, kShared, false>(c, j, f.p0 + j * f.p_per_h, taps.lo,
-                                                taps.hi);
-        }
-      } else {
-        ChannelsTile<T, N, kWidth, kShared, true>(c, i, p, 0, f.r_count);
+      if (inside || blocks.state.args.taint[block] == 0) {
+        tiles[pick].tile(c, i, p, 0, f.r_count);
+        continue;
+      }
+      for (int64_t j = i; j < i + width; ++j) {
+        const TapRange taps = ValidTaps(f, c.out, j);
+        tiles[kTiles - 1].tile(c, j, f.p0 + j * f.p_per_h, taps.lo, taps.hi);
       }
     }
   }
-}
-
-// Picks the width that covers a phase with least overlap; wider ones on a tie.
-template <typename T, int N, bool kShared>
-inline void ChannelsAnyWidth(const ChannelsBlocks<T, N>& blocks, const Phase& f,
-                             ChannelsRow<T, N>& c) {
-  constexpr bool kMain = N == kLanes<Acc<T>>;  // few widths for the rare narrow vectors
-  constexpr bool kWide = kMain && kVectorRegisters == 32;
-  int64_t width = 1, covered = INT64_MAX;
-  for (const int64_t w : {14, 8, 7, 3}) {
-    if (w > f.h_count || (w == 14 && !kWide) || ((w == 8 || w == 3) && !kMain)) continue;
-    const int64_t cover = CeilDiv(f.h_count, w) * w;
-    if (cover < covered) {
-      width = w;
-      covered = cover;
-    }
-  }
-  if constexpr (kWide) {
-    if (width == 14) return ChannelsPhase<T, N, 14, kShared>(blocks, f, c);
-  }
-  if constexpr (kMain) {
-    if (width == 8) return ChannelsPhase<T, N, 8, kShared>(blocks, f, c);
-    if (width == 3) return ChannelsPhase<T, N, 3, kShared>(blocks, f, c);
-  }
-  if (width == 7) return ChannelsPhase<T, N, 7, kShared>(blocks, f, c);
-  ChannelsPhase<T, N, 1, kShared>(blocks, f, c);
 }
 
 // A task makes some rows of dX, along axis 1, for some blocks of channels.
@@ -334,6 +346,7 @@ void ChannelsTask(const void* state, int64_t index) {
 
   const T* dy = static_cast<const T*>(a.dy) + n * p.dy.batch;
   const A* filter = static_cast<const A*>(a.filter);
+  int64_t fetched = -1;  // row of dY
   const int64_t row_end = (row_task + 1) * s.task_rows;
   for (int64_t h1 = row_task * s.task_rows; h1 < row_end && h1 < p.axis[1].in; ++h1) {
     const Phase& f1 = a.phase[1][h1 % a.phase_count[1]];
@@ -352,6 +365,20 @@ void ChannelsTask(const void* state, int64_t index) {
     T* dx =
         static_cast<T*>(a.dx) + n * p.dx.batch + h0 * p.dx.axis[0] + h1 * p.dx.axis[1];
     c.row_count = count;
+    // While a row is made, the next one's dX and what that reads first of dY are fetched.
+    c.next_dx = 0;
+    c.next_dy = nullptr;
+    if (h1 + 1 < row_end && h1 + 1 < p.axis[1].in) {
+      c.next_dx = p.dx.axis[1];
+      const Phase& next = a.phase[1][(h1 + 1) % a.phase_count[1]];
+      const int64_t next_i = (h1 + 1) / a.phase_count[1];
+      const TapRange taps = ValidTaps(next, p.axis[1].out, next_i);
+      const int64_t top = next.p0 + next_i * next.p_per_h - taps.lo * next.p_per_r;
+      if (taps.lo < taps.hi && top > fetched && count > 0) {
+        fetched = top;
+        c.next_dy = dy + (p0 - taps0.lo * f0.p_per_r) * p.dy.axis[0] + top * p.dy.axis[1];
+      }
+    }
     for (int64_t x = 0; x < a.phase_count[2]; ++x) {
       const Phase& f = a.phase[2][x];
       c.p_per_h = f.p_per_h;
@@ -360,7 +387,8 @@ void ChannelsTask(const void* state, int64_t index) {
       c.dx = dx + f.h0 * p.dx.axis[2];
       c.dx_step = f.h_step * p.dx.axis[2];
       for (int64_t r = 0; r < count; ++r) rows[r].filter += f.r0 * tap_size;
-      ChannelsAnyWidth<T, N, kShared>(blocks, f, c);
+      ChannelsPhase<T, N, kShared>(blocks, f, c);
+      c.next_dy = nullptr;
       for (int64_t r = 0; r < count; ++r) rows[r].filter -= f.r0 * tap_size;
     }
   }
