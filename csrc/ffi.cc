@@ -259,7 +259,7 @@ ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer d
   }
   if (dx->element_count() == 0) return ffi::Error::Success();
   RunCpu(problem, plan, dy.untyped_data(), w.untyped_data(), dx->untyped_data(),
-         workspace->untyped_data(),
+         workspace->untyped_data(), std::max<int64_t>(1, pool.num_threads()),
          [&pool](int64_t count, const std::function<void(int64_t)>& task) {
            RunInPool(pool, count, task);
          });

@@ -84,8 +84,10 @@ const char* const* CpuKernelNames();  // null-terminated
 // Computes dX. `plan` comes from PlanCpu for the same problem; `workspace` holds
 // plan.workspace_bytes bytes, aligned to 64. All of dX is written, including the
 // zeros that no tap reaches. dX has at least one element; dY and W may be empty.
+// `threads` is how many `parallel_for` is likely to use: the result does not depend on
+// it.
 void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void* w,
-            void* dx, void* workspace, const ParallelFor& parallel_for);
+            void* dx, void* workspace, int64_t threads, const ParallelFor& parallel_for);
 
 // "avx512", "avx2" or "portable": what RunCpu uses on this machine.
 const char* CpuIsa();

@@ -293,7 +293,7 @@ bool PlanCpu(const Problem& problem, const char* kernel, Plan* plan) {
 }
 
 void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void* w,
-            void* dx, void* workspace, const ParallelFor& parallel_for) {
+            void* dx, void* workspace, int64_t threads, const ParallelFor& parallel_for) {
   const char* name;
   Kernel kernel;
   if (!Choose(problem, plan.kernel, &name, &kernel)) return;
@@ -305,6 +305,7 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   args.dy = dy;
   args.w = w;
   args.dx = dx;
+  args.threads = threads;
   for (int x = 0; x < kAxes; ++x) {
     args.phase_count[x] = StoredPhases(args.problem.axis[x]);
     Phase* phases = reinterpret_cast<Phase*>(base + at.phases[x]);

@@ -93,6 +93,7 @@ def test_public_function_on_each_platform(device, rng, x64, dtype):
 # Tiny, so that the definition can be looped over, with padding for a kernel to multiply.
 NONFINITE = {
     "dense": make_geometry((5, 4), (3, 3), (3, 4), padding=1),
+    "wide filter": make_geometry((2, 2), (2, 2), (256, 32), batch=1, padding=1),
     "strided": make_geometry((7, 6), (3, 2), (2, 5), stride=(2, 3), padding=2),
     "pointwise": make_geometry((3, 4), (1, 1), (5, 6)),
     "depthwise": make_geometry((6, 5), (3, 3), (4, 4), padding=2, feature_groups=4),

@@ -39,26 +39,66 @@ struct GemmState {
   ActivationStrides dy_at;  // of that
   int64_t panels, task_panels, panel_groups;
   int64_t task_rows, row_groups, phases;
-  int64_t task_groups, group_parts;  // of gemm_groups.h
+  int64_t task_groups, group_parts;  // of narrow groups
   bool pack_dy;
+  bool small_blocks;  // that would fit the stack
+  bool local_filter;  // and are packed there, each by the task that multiplies it
 };
+
+// A panel of the filter: packed, or to be packed block by block into `local`.
+template <typename A>
+struct GemmFilter {
+  const A* packed;
+  bool exact;  // it holds an Inf or a NaN
+
+  A* local;
+  const A* w;  // the group's filter
+  const int64_t* column_w;
+  Panel panel;
+};
+
+// Packs a block into filter.local; returns whether it holds an Inf or a NaN.
+template <typename A>
+__attribute__((noinline)) bool PackBlock(const Problem& p, const GemmFilter<A>& filter,
+                                         GemmBlock* block) {
+  const bool contiguous = ColumnsAreContiguous(filter.panel, filter.column_w);
+  const int64_t size = block->k_count * filter.panel.vectors * kLanes<A>;
+  A taint = 0;
+  for (int t = 0; t < block->taps; ++t) {
+    block->filter[t] = t * size;
+    taint +=
+        PackTap<A>(p, filter.w + block->w[t], filter.column_w, contiguous, filter.panel,
+                   block->k0, block->k0 + block->k_count, filter.local + t * size);
+  }
+  return IsTainted(taint);
+}
 
 // Walks the blocks of B. Whole taps while they fit, else equal parts of one tap.
 template <typename A, int kVecs>
 inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const* phase,
-                    const A* dy, const A* panel, bool exact, const GemmSums<A>& sums) {
+                    const A* dy, const GemmFilter<A>& filter, const GemmSums<A>& sums) {
   const Problem& p = s.args.problem;
   constexpr int64_t kWidth = kVecs * kLanes<A>;
-  constexpr int64_t kBlockRows = kBlockBytes / (kWidth * static_cast<int>(sizeof(A)));
-  const int64_t k_parts = CeilDiv(p.out_channels, kBlockRows);
+  const int64_t block_rows = (s.small_blocks ? kTileBytes : kBlockBytes) /
+                             (kWidth * static_cast<int>(sizeof(A)));
+  const int64_t k_parts = CeilDiv(p.out_channels, block_rows);
   const int64_t k_step = CeilDiv(p.out_channels, k_parts);
-  int64_t taps_in_block = kBlockRows / k_step;
+  int64_t taps_in_block = block_rows / k_step;
   if (taps_in_block > kBlockTaps) taps_in_block = kBlockTaps;
 
   const A* zeros = static_cast<const A*>(s.args.zeros);
   bool fresh = true;
+  GemmBlock block;
+  const auto add = [&] {
+    const bool exact =
+        filter.local == nullptr ? filter.exact : PackBlock<A>(p, filter, &block);
+    AddBlock<A, kVecs>(rows, block, dy, zeros,
+                       filter.local == nullptr ? filter.packed : filter.local, exact,
+                       fresh, sums);
+    fresh = false;
+    block.taps = 0;
+  };
   for (int64_t k0 = 0; k0 < p.out_channels; k0 += k_step) {
-    GemmBlock block;
     block.taps = 0;
     block.k0 = k0;
     block.k_count = p.out_channels - k0 < k_step ? p.out_channels - k0 : k_step;
@@ -66,18 +106,11 @@ inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
       for (int64_t t1 = 0; t1 < phase[1]->r_count; ++t1) {
         for (int64_t t2 = 0; t2 < phase[2]->r_count; ++t2) {
           AppendTap(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
-          if (block.taps == taps_in_block) {
-            AddBlock<A, kVecs>(rows, block, dy, zeros, panel, exact, fresh, sums);
-            fresh = false;
-            block.taps = 0;
-          }
+          if (block.taps == taps_in_block) add();
         }
       }
     }
-    if (block.taps > 0) {
-      AddBlock<A, kVecs>(rows, block, dy, zeros, panel, exact, fresh, sums);
-      fresh = false;
-    }
+    if (block.taps > 0) add();
   }
   for (int64_t m = 0; fresh && m < rows.count; ++m) {  // no taps
     A* row = sums.to + (sums.step != 0 ? m * sums.step : rows.dx[m]);
@@ -130,12 +163,21 @@ void GemmTask(const void* state, int64_t index) {
   if (!RowsOfTask(s, phase_index, row_group, phase, &rows)) return;
   const A* dy = static_cast<const A*>(s.dy) + group * s.dy_at.group;
 
-  alignas(64) A tile[kMaxTaskRows * kPanelColumns<A>];
+  alignas(64) A tile[kTileBytes / sizeof(A)];
   const int64_t end = (panel_group + 1) * s.task_panels;
   for (int64_t i = panel_group * s.task_panels; i < end && i < s.panels; ++i) {
     const Panel panel = PanelAt<A>(p, i);
-    const A* filter = PackedPanel<A>(a, group, panel);
-    const bool exact = PanelIsTainted(a, group, s.panels, i);
+    GemmFilter<A> filter{};
+    filter.packed = PackedPanel<A>(a, group, panel);
+    if (!s.local_filter) filter.exact = PanelIsTainted(a, group, s.panels, i);
+    if constexpr (kIsAcc<T>) {
+      if (s.local_filter) {
+        filter.local = tile;
+        filter.w = static_cast<const T*>(a.w) + group * p.w.group;
+        filter.column_w = a.column_w + panel.first;
+        filter.panel = panel;
+      }
+    }
     const int64_t width = panel.vectors * kLanes<A>;
     T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
     const int64_t* column_dx = a.column_dx + panel.first;
@@ -145,14 +187,14 @@ void GemmTask(const void* state, int64_t index) {
       if (direct) sums = {dx + column_dx[0], 0};
     }
     switch (panel.vectors) {
-      case 1: AddTaps<A, 1>(s, rows, phase, dy, filter, exact, sums); break;
-      case 2: AddTaps<A, 2>(s, rows, phase, dy, filter, exact, sums); break;
+      case 1: AddTaps<A, 1>(s, rows, phase, dy, filter, sums); break;
+      case 2: AddTaps<A, 2>(s, rows, phase, dy, filter, sums); break;
       default:
         if constexpr (kPanelVectors<A> == 4) {
           if (panel.vectors == 3) {
-            AddTaps<A, 3>(s, rows, phase, dy, filter, exact, sums);
+            AddTaps<A, 3>(s, rows, phase, dy, filter, sums);
           } else {
-            AddTaps<A, 4>(s, rows, phase, dy, filter, exact, sums);
+            AddTaps<A, 4>(s, rows, phase, dy, filter, sums);
           }
         }
     }
@@ -214,12 +256,12 @@ void NarrowGroupsTask(const void* state, int64_t index) {
     }
   }
   const A* zeros = static_cast<const A*>(a.zeros);
-  TapRows<A, kRows> found[kMaxTaskRows / kRows];
+  TapRows<A, kRows> found[kMaxTileRows / kRows];
   for (int64_t m = 0; m < rows.count; m += kRows) {
     FindTapRows(rows, block, m, static_cast<const A*>(s.dy), zeros, &found[m / kRows]);
   }
 
-  alignas(64) A tile[kMaxTaskRows * kWidth];
+  alignas(64) A tile[kMaxTileRows * kWidth];
   const Panel panel = PanelAt<A>(p, 0);
   const bool direct = AreSumsOfDx<T>(panel, a.column_dx);
   const int64_t end = (group_part + 1) * s.task_groups;
@@ -241,6 +283,11 @@ void NarrowGroupsTask(const void* state, int64_t index) {
 
 // ---- stages and tasks -------------------------------------------------------------
 
+inline int64_t FilterPackTasks(const GemmState& s) {
+  const Problem& p = s.args.problem;
+  return s.local_filter ? 0 : p.groups * s.panels * FilterChunks(p);
+}
+
 // The first stage: packs the filter, clears the row of zeros, and packs dY.
 template <typename T>
 void GemmPackTask(const void* state, int64_t index) {
@@ -251,20 +298,39 @@ void GemmPackTask(const void* state, int64_t index) {
     return;
   }
   index -= 1;
-  const int64_t filter_tasks = p.groups * s.panels * FilterChunks(p);
+  const int64_t filter_tasks = FilterPackTasks(s);
   if (index < filter_tasks) return PackFilterTask<T>(s.args, index);
   PackDyTask<T>(s.args, index - filter_tasks);
+}
+
+// Whether tasks can pack what they need of the filter, and whether it is large enough to
+// be worth it.
+template <typename T>
+inline bool CanPackLocally(const CpuArgs& a) {
+  constexpr int64_t kLeastBytes = 128 * 1024;
+  const Problem& p = a.problem;
+  const int64_t c = p.in_channels;
+  const Panel all = {0, c, static_cast<int>(CeilDiv(c, kLanes<Acc<T>>))};
+  const int64_t bytes = p.out_channels * c * Taps(p) * static_cast<int64_t>(sizeof(T));
+  return AreSumsOfDx<T>(all, a.column_dx) && bytes >= kLeastBytes &&
+         (p.w.out_channel == 1 || ColumnsAreContiguous(all, a.column_w));
 }
 
 // How many rows and panels, or groups, a task takes: few enough tasks that each amortises
 // what it sets up, enough of them for tens of threads. A block of B is reused over the
 // rows of a task but never over its panels, so panels are split first; groups last,
 // because neighbouring ones share cache lines of dX, or pages.
-template <typename A>
+//
+// But if the rows of a phase are few, a packed filter would be used once, and sending it
+// to memory and back costs more than the products: tasks that take all rows of a panel
+// pack their own blocks, if there are enough panels to keep the threads busy. The blocks
+// are as small whether or not there are, so that the bits are the same.
+template <typename T>
 inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
+  using A = Acc<T>;
   constexpr int64_t kEnoughTasks = 96;
   constexpr double kLeastWork = 1e6;  // multiply-adds
-  constexpr int64_t kLeastRows = kMaxTaskRows / 4;
+  constexpr int64_t kLeastRows = kMaxTileRows / 4;
   const CpuArgs& a = s->args;
   int64_t rows = p.batch;  // of the phase that has most
   for (int x = 0; x < kAxes; ++x) rows *= a.phase[x][0].h_count;
@@ -275,13 +341,23 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   s->panels = CeilDiv(p.in_channels, kPanelColumns<A>);
   s->task_panels = s->panels;
   s->task_groups = narrow ? p.groups : 1;
-  s->task_rows = kMaxTaskRows;
+  s->task_rows = kMaxTileRows;
+  s->small_blocks = !narrow && rows <= kMaxTaskRows && CanPackLocally<T>(a);
+  if (s->small_blocks) {
+    const int64_t tasks = s->phases * p.groups * s->panels;
+    const int64_t turns = CeilDiv(tasks, a.threads);
+    s->local_filter = 5 * tasks >= 4 * turns * a.threads;
+  }
+  if (s->local_filter) {
+    s->task_rows = rows;
+    s->task_panels = 1;
+  }
   while (true) {
     s->row_groups = CeilDiv(rows, s->task_rows);
     s->panel_groups = CeilDiv(s->panels, s->task_panels);
     s->group_parts = CeilDiv(p.groups, s->task_groups);
     const int64_t tasks = s->phases * s->group_parts * s->row_groups * s->panel_groups;
-    if (tasks >= kEnoughTasks || work / tasks < 2 * kLeastWork) break;
+    if (s->local_filter || tasks >= kEnoughTasks || work / tasks < 2 * kLeastWork) break;
     if (s->task_panels > 1) {
       s->task_panels = CeilDiv(s->task_panels, 2);
     } else if (s->task_rows > kLeastRows && s->task_rows < 2 * rows) {
@@ -304,10 +380,9 @@ void PrepareGemm(const CpuArgs& a, CpuJob* job) {
   s.dy = s.pack_dy ? a.packed_dy : a.dy;
   s.dy_at = s.pack_dy ? PackedDyStrides(p) : p.dy;
   const bool narrow = GroupsAreNarrow<A>(s);
-  ChooseTasks<A>(p, narrow, &s);
+  ChooseTasks<T>(p, narrow, &s);
   SetState(job, s);
-  const int64_t pack_tasks =
-      1 + p.groups * s.panels * FilterChunks(p) + (s.pack_dy ? PackDyTasks(p) : 0);
+  const int64_t pack_tasks = 1 + FilterPackTasks(s) + (s.pack_dy ? PackDyTasks(p) : 0);
   job->stages = 2;
   job->stage[0] = {pack_tasks, GemmPackTask<T>};
   job->stage[1] = {s.phases * s.group_parts * s.row_groups * s.panel_groups,

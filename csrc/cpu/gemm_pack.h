@@ -158,6 +158,27 @@ inline Acc<T> PackTapsStrided(const T* w, const int64_t* column_w, const Problem
   return taint;
 }
 
+// Whether the columns of a panel are neighbours in the filter.
+CONVGRAD_INLINE bool ColumnsAreContiguous(const Panel& panel, const int64_t* column_w) {
+  bool contiguous = true;
+  for (int64_t c = 1; c < panel.columns; ++c) {
+    contiguous &= column_w[c] == column_w[0] + c;
+  }
+  return contiguous;
+}
+
+// Out channels [k0, k1) of one tap of a panel, if its columns are contiguous or
+// out_channel == 1; the first goes `to`. Returns whether they hold an Inf or a NaN.
+template <typename T>
+inline Acc<T> PackTap(const Problem& p, const T* tap, const int64_t* column_w,
+                      bool contiguous, const Panel& panel, int64_t k0, int64_t k1,
+                      Acc<T>* to) {
+  tap += k0 * p.w.out_channel;
+  return contiguous
+             ? PackTapCopied<T>(tap + column_w[0], p.w.out_channel, panel, 0, k1 - k0, to)
+             : PackTapTransposed<T>(tap, column_w, panel, 0, k1 - k0, to);
+}
+
 // A task packs (group, panel, kFilterPackChannels out channels), all taps.
 template <typename T>
 void PackFilterTask(const CpuArgs& a, int64_t index) {
@@ -174,18 +195,14 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
   const int64_t* column_w = a.column_w + panel.first;
   A* to = PackedPanel<A>(a, group, panel);
   A taint = 0;
-  bool contiguous = true;  // the panel's columns in the filter
-  for (int64_t c = 1; c < panel.columns; ++c) {
-    contiguous &= column_w[c] == column_w[0] + c;
-  }
+  const bool contiguous = ColumnsAreContiguous(panel, column_w);
   if (contiguous || p.w.out_channel == 1) {
     for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
       for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
         for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
           const T* tap = w + r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[2];
-          taint += contiguous ? PackTapCopied<T>(tap + column_w[0], p.w.out_channel,
-                                                 panel, k0, k1, to)
-                              : PackTapTransposed<T>(tap, column_w, panel, k0, k1, to);
+          taint += PackTap<T>(p, tap, column_w, contiguous, panel, k0, k1,
+                              to + k0 * panel.vectors * kLanes<A>);
           to += p.out_channels * panel.vectors * kLanes<A>;
         }
       }

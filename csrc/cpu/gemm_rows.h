@@ -19,9 +19,12 @@ CONVGRAD_INLINE constexpr int RowsFor(int vectors) {
              : (kVectorBytes == 32 ? (vectors == 2 ? 6 : 12) : (vectors == 2 ? 4 : 8));
 }
 
-constexpr int64_t kMaxTaskRows = 168;  // a multiple of every RowsFor
-static_assert(kMaxTaskRows % RowsFor(1) == 0 && kMaxTaskRows % RowsFor(2) == 0,
+// Rows of a task: at most so many if it keeps their sums in a tile, and if it does not.
+constexpr int64_t kMaxTileRows = 168;  // a multiple of every RowsFor
+constexpr int64_t kMaxTaskRows = 2 * kMaxTileRows;
+static_assert(kMaxTileRows % RowsFor(1) == 0 && kMaxTileRows % RowsFor(2) == 0,
               "a full task should have no partial register tile");
+
 // The rows of a task: where each reads and writes, and which taps it has.
 struct GemmRows {
   int64_t count;

@@ -15,8 +15,8 @@ namespace {
 // saves accumulators on their way to memory and back.
 constexpr int64_t kBlockBytes = (kVectorBytes == 64 ? 128 : 64) * 1024;
 constexpr int kBlockTaps = 16;  // pointer tables are on the stack
-static_assert(kMaxTaskRows * kVectorBytes * kPanelVectors<float> <= 48 * 1024,
-              "a task's tile has to leave room on a 64 KiB stack");
+constexpr int64_t kTileBytes = kMaxTileRows * kVectorBytes * kPanelVectors<float>;
+static_assert(kTileBytes <= 44 * 1024, "a task's tile has to leave room on its stack");
 
 // A block of B: some taps of the phase, channels [k0, k0 + k_count) of each.
 struct GemmBlock {
@@ -24,7 +24,8 @@ struct GemmBlock {
   int64_t k0, k_count;
   int32_t tap[kBlockTaps][kAxes];
   int64_t dy_back[kBlockTaps];  // how far before tap 0 the tap reads
-  int64_t filter[kBlockTaps];   // the tap's place in the packed panel
+  int64_t w[kBlockTaps];        // the tap's place in the filter
+  int64_t filter[kBlockTaps];   // and in the packed panel
 };
 
 // out[i][0 .. kVecs vectors) += sum over taps, k of rows[t][i][at + k] * b[t][k][...],
@@ -193,13 +194,16 @@ inline void AddBlock(const GemmRows& rows, const GemmBlock& block, const A* dy,
 inline void AppendTap(const ActivationStrides& dy_at, const Problem& p,
                       const Phase* const* phase, const int64_t (&t)[kAxes], int64_t width,
                       GemmBlock* block) {
-  int64_t back = 0, r = 0;
+  int64_t back = 0, w = 0, r = 0;
   for (int x = 0; x < kAxes; ++x) {
+    const int64_t r_x = phase[x]->r0 + t[x] * phase[x]->r_step;
     back += t[x] * phase[x]->p_per_r * dy_at.axis[x];
-    r = r * p.axis[x].win + phase[x]->r0 + t[x] * phase[x]->r_step;
+    w += r_x * p.w.axis[x];
+    r = r * p.axis[x].win + r_x;
     block->tap[block->taps][x] = static_cast<int32_t>(t[x]);
   }
   block->dy_back[block->taps] = back;
+  block->w[block->taps] = w;
   block->filter[block->taps] = (r * p.out_channels + block->k0) * width;
   ++block->taps;
 }

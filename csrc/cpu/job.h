@@ -28,6 +28,7 @@ struct CpuArgs {
   const void* dy;
   const void* w;
   void* dx;
+  int64_t threads;  // that will share the tasks, about
 
   // Along axis a: phase[a][0 .. phase_count[a]). Phases beyond the input are left
   // out, so phase_count is at most axis[a].in and every phase has a position.

@@ -191,6 +191,9 @@ def named_cases() -> list[Case]:
         "dense_3x3": g((10, 10), (3, 3), (16, 32), padding=1),
         "dense_3x3_nchw": g((10, 10), (3, 3), (16, 32), padding=1, dimension_numbers="first"),
         "dense_3x3_wide": g((9, 7), (3, 3), (64, 128), padding=1),
+        # So few positions that a filter block is used once.
+        "dense_3x3_deep": g((5, 6), (3, 3), (256, 48), padding=1),
+        "dense_deep_s2": g((7, 5), (3, 2), (192, 100), stride=2, padding=1),
         "dense_5x5_valid": g((11, 12), (5, 5), (8, 24)),
         "dense_1d": g((33,), (5,), (16, 24), padding=2),
         "dense_1d_ncw": g((33,), (5,), (16, 24), padding=2, dimension_numbers="first"),
