@@ -44,7 +44,7 @@ def test_step_prints_and_writes_both_nets(tiny, tmp_path, capsys):
         assert net["convolutions"] == CONVOLUTIONS[net["net"]]
         assert net["native"] == net["input_gradients"] == net["convolutions"] - 1
         assert sum(net["kernels"].values()) == sum(row["count"] for row in net["layers"])
-        assert net["gradient_error"] <= net["gradient_bound"] < 1e-3
+        assert max(net["loss_error"], net["gradient_error"]) <= net["bound"] < 1e-3
         assert all(row["errors"]["ours"] <= row["bound"] for row in net["layers"])
         us = {name: time["median"] for name, time in net["times_us"].items()}
         assert set(us) == {"lax", "ours", "forward", "dx_lax", "dx_ours"}

@@ -31,8 +31,9 @@ The JSON is what `machine.describe` gives, `options`, `complete`, and
                                                that a kernel computes
       kernels                   how many by kernel, "lax" among them
       losses, loss_error        by program; their relative distance
-      gradient_error, gradient_bound    the largest normwise distance of a parameter's two
-                                gradients, and the one allowed
+      gradient_error            the largest normwise distance of a parameter's two gradients
+      bound                     what is allowed for both: twice the sum, over the input
+                                gradients, of the error allowed for one
       times_us                  by name above: {median, q1, q3, rounds, instances, calls}
       speedup, dx_speedup       lax over ours, {median, q1, q3, loss, within_noise}
       backward_us, dx_of_backward, dx_of_step, ceiling, expected    as above
@@ -63,7 +64,7 @@ def describe(report: Report) -> list[str]:
         f"  {report['convolutions']} convolutions; {report['input_gradients']} input gradients in "
         f"a step, {report['native']} of them by a kernel ({kernels})",
         f"  losses {report['losses']['lax']:.7g} by lax and {report['losses']['ours']:.7g}; "
-        f"gradients {report['gradient_error']:.2e} apart, at most {report['gradient_bound']:.2e}",
+        f"gradients {report['gradient_error']:.2e} apart, at most {report['bound']:.2e}",
     ]
     lines += [f"  FAILED {f['what']}: {f['message']}" for f in report["failures"]]
     if "times_us" not in report:
