@@ -1,4 +1,4 @@
-"""The command line: `python -m jax_convgrad {info,check,demo,bench}`."""
+"""The command line: `python -m jax_convgrad {info,check,demo,bench,step}`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,23 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time the gradient beside lax and PyTorch")
     _add_bench_options(bench)
+    step = commands.add_parser("step", help="time a training step under lax and under install()")
+    _add_step_options(step)
     return parser
+
+
+def _add_step_options(step: argparse.ArgumentParser) -> None:
+    add = step.add_argument
+    add("--net", dest="nets", action="append", metavar="NAME",
+        help="resnet18 or convnext; may be repeated (default: both)")  # fmt: skip
+    add("--batch", type=_count, default=8, help="images of a step (default 8)")
+    add("--image", type=_count, default=64, help="their height and width (default 64)")
+    add("--precision", choices=("default", "highest"), default="default",
+        help="on a GPU, default lets float32 be TF32")  # fmt: skip
+    add("--seconds", type=_positive, default=20.0, help="time to measure one net (default 20)")
+    add("--seed", type=_natural, default=0)
+    add("--json", type=pathlib.Path, dest="json_path", help="write the results here")
+    add("--png", type=pathlib.Path, dest="png_path", help="draw them here")
 
 
 def _add_bench_options(bench: argparse.ArgumentParser) -> None:
@@ -85,6 +101,8 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     add("--precision", choices=("default", "highest"), default="default",
         help="on a GPU, default lets float32 be TF32, for every peer")  # fmt: skip
     add("--row-seconds", type=_positive, default=2.0, help="time to measure one row (default 2)")
+    add("--scan", type=_count, metavar="STEPS",
+        help="as the body of a lax.scan of so many steps")  # fmt: skip
     add("--limit", type=_count, help="only the first LIMIT rows")
     add("--seed", type=_natural, default=0)
     add("--json", type=pathlib.Path, dest="json_path", help="write the results here")
@@ -134,6 +152,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .tools import bench
 
             return bench.main(**options)
+        if command == "step":
+            from .tools import step
+
+            return step.main(**options)
         return _run_demo(argv[1:])
     except ToolError as e:
         print(f"python -m jax_convgrad {command}: error: {e}", file=sys.stderr)

@@ -72,6 +72,10 @@ def test_check_without_kernels_says_so(run_python):
         (("bench", "--layout", "CHWN"), "CHWN"),
         (("bench", "--layers", "missing.json"), "missing.json"),
         (("bench", "--peers", "numpy"), "numpy"),
+        (("bench", "--scan", "0"), "at least 1"),
+        (("step", "--net", "vgg"), "vgg"),
+        (("step", "--image", "40"), "multiple of 32"),
+        (("step", "--seconds", "0"), "positive"),
     ],
 )
 def test_bad_arguments_exit_with_status_two(run_python, arguments, message):
@@ -113,3 +117,19 @@ def test_bench_can_be_limited(run_python, layers, tmp_path):
     arguments = ("--layers", str(layers), "--row-seconds", "0.05", "--limit", "1")
     run_python(*MODULE, "bench", *arguments, "--implementation", "xla", "--json", str(path))
     assert len(json.loads(path.read_text())["rows"]) == 1
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_bench_runs_inside_a_scan(run_python, layers, tmp_path, layout):
+    path = tmp_path / "out.json"
+    arguments = ("--layers", str(layers), "--row-seconds", "0.05", "--scan", "3")
+    run_python(*MODULE, "bench", *arguments, "--layout", layout, "--json", str(path),
+               JAX_CONVGRAD="on")  # fmt: skip
+    results = json.loads(path.read_text())
+    assert results["options"]["scan"] == 3
+    assert len(results["rows"]) == len(ROWS)
+    for row in results["rows"]:
+        assert row["failures"] == []
+        assert row["implementation"] == "native"
+        assert {time["instances"] for time in row["times_us"].values()} == {3}

@@ -4,7 +4,9 @@ Every result is checked before it is timed. Peers are timed in turns within one 
 (`timing`), on operands that rotate through a pool, several instances to a call. On a GPU
 times are device times: JAX's as the wall time of many instances issued back to back,
 PyTorch's by events around a CUDA graph. Every row is printed, losses and failures
-included. `results` documents the JSON.
+included. With a number of steps, JAX's functions run as the body of a `lax.scan`, where XLA
+compiles some of them otherwise; PyTorch, which has none, runs a loop. `results` documents
+the JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ..dispatch import Implementation
 from . import DTYPES, ToolError, layers, machine, require, results, timing
 from .console import Console, table
 from .results import PEERS, Row
-from .workloads import JaxPeer, Workload, distance, make_pool, reference, workloads
+from .workloads import JaxPeer, ScanPeer, Workload, distance, make_pool, reference, workloads
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {"auto": None, "native": "native", "xla": "xla"}
 
@@ -78,6 +80,7 @@ def measure_row(
     seed: int,
     row_seconds: float,
     cache_bytes: int | None,
+    scan: int | None = None,
 ) -> Row:
     """Checks and times one row.
 
@@ -88,12 +91,13 @@ def measure_row(
         seed: of the operands.
         row_seconds: time to spend on timing.
         cache_bytes: size of the last-level cache, if known.
+        scan: steps of the scan that JAX's peers run in; None for no scan.
 
     Returns:
         The row, as `results` documents it. Failures are recorded, not raised.
     """
     row = _empty_row(workload)
-    pool = make_pool(workload, seed)
+    pool = make_pool(workload, seed, scan)
     row["working_set_bytes"] = len(pool) * workload.bytes_moved
     if cache_bytes:
         row["cache"] = "cold" if row["working_set_bytes"] > 2 * cache_bytes else "warm"
@@ -107,11 +111,13 @@ def measure_row(
     row.update(reference=trusted.dtype, bound=trusted.bound)
     on_device = [(jax.device_put(a), jax.device_put(b)) for a, b in pool]
 
+    jax_peer = JaxPeer if scan is None else ScanPeer
+
     def prepare(name: str) -> Any:
         if name == "ours":
-            return JaxPeer(name, workload.our_function(implementation), on_device)
+            return jax_peer(name, workload.our_function(implementation), on_device)
         if name == "lax":
-            return JaxPeer(name, workload.lax_function(), on_device)
+            return jax_peer(name, workload.lax_function(), on_device)
         from . import torch_peer
 
         try:
@@ -150,7 +156,10 @@ def measure_row(
     if any(peer.name == "ours" for peer in ready):
         try:
             timings = timing.measure(
-                ready, pool=len(pool), batched=machine.is_gpu(), row_seconds=row_seconds
+                ready,
+                pool=len(pool),
+                batched=machine.is_gpu() or scan is not None,
+                row_seconds=row_seconds,
             )
         except Exception as e:  # out of memory, mostly
             row["failures"].append(_error("timing", e))
@@ -187,16 +196,6 @@ def _select(
     return sorted(picked, key=lambda layer: layer.index)
 
 
-def _writable(path: pathlib.Path | None) -> None:
-    """Raises before the measurement rather than after it."""
-    if path is None:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ToolError(f"cannot write {path}: {e.strerror}") from None
-
-
 def main(
     *,
     layers_path: pathlib.Path | None,
@@ -209,6 +208,7 @@ def main(
     implementation: str,
     precision: str,
     row_seconds: float,
+    scan: int | None,
     limit: int | None,
     seed: int,
     json_path: pathlib.Path | None,
@@ -219,14 +219,10 @@ def main(
     Returns:
         The exit status: 1 if a result of ours was wrong or did not come.
     """
-    options = {
-        name: _portable(value) if isinstance(value, pathlib.Path) else value
-        for name, value in locals().items()
-    }
+    options = results.portable_options(locals())
     if png_path is not None:
         require("matplotlib", "--png")
-    _writable(json_path)
-    _writable(png_path)
+    results.check_writable(json_path, png_path)
     names = _parse_peers(peers)
     torch_settings = None
     if "torch" in names:
@@ -259,18 +255,12 @@ def main(
             if json_path is not None:
                 json_path.write_text(json.dumps(report, indent=1) + "\n")
 
-        _run(console, todo, _IMPLEMENTATIONS[implementation], names, seed, row_seconds, save)
+        _run(console, todo, _IMPLEMENTATIONS[implementation], names, seed, row_seconds, scan, save)
     if png_path is not None:
         from . import plots
 
         plots.draw(report, png_path)
     return _conclude(console, report)
-
-
-def _portable(path: pathlib.Path) -> str:
-    """A path as a report shows it: without the folders above the working directory."""
-    absolute, here = path.resolve(), pathlib.Path.cwd()
-    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else path.name
 
 
 def _run(
@@ -280,6 +270,7 @@ def _run(
     peers: Sequence[str],
     seed: int,
     row_seconds: float,
+    scan: int | None,
     save: Callable[[Sequence[Row], bool], None],
 ) -> None:
     """Measures, prints and saves every row; a run that is stopped leaves what it has."""
@@ -296,6 +287,7 @@ def _run(
                     seed=seed,
                     row_seconds=row_seconds,
                     cache_bytes=cache_bytes,
+                    scan=scan,
                 )
             except ToolError:
                 raise

@@ -1,4 +1,4 @@
-"""The figure of a benchmark: every row's ratio by class, and the rates under the roofs."""
+"""The figures of bench (ratios by class, rates under the roofs) and of step (where time goes)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from .results import PEERS, geometric_mean
 
 _FASTER, _SLOWER = "#2b6f9e", "#d1495b"
 _INK, _GRID = "#333333", "#d9d9d9"
+_STYLE = {"font.size": 10, "axes.edgecolor": _INK, "axes.labelcolor": _INK,
+          "xtick.color": _INK, "ytick.color": _INK, "text.color": _INK}  # fmt: skip
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 
 
@@ -32,9 +34,7 @@ def draw(report: dict[str, Any], path: pathlib.Path) -> None:
     peers = [peer for peer in PEERS if any(peer in row["ratios"] for row in report["rows"])]
     class_names = list(dict.fromkeys(row["class"] for row in report["rows"]))
     width = max(9.0, 2.5 + 0.75 * len(class_names))
-    style = {"font.size": 10, "axes.edgecolor": _INK, "axes.labelcolor": _INK,
-             "xtick.color": _INK, "ytick.color": _INK, "text.color": _INK}  # fmt: skip
-    with plt.rc_context(style):
+    with plt.rc_context(_STYLE):
         figure, axes = plt.subplots(
             len(peers) + 1,
             1,
@@ -52,7 +52,22 @@ def draw(report: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _title(report: dict[str, Any]) -> str:
-    machine, options, versions = report["machine"], report["options"], report["versions"]
+    options = report["options"]
+    budget = options["batch_budget"]
+    return _heading(
+        "Convolution input gradient",
+        report,
+        [
+            f"{options['dtype']} {options['layout']}",
+            *([f"inside a scan of {options['scan']} steps"] if options.get("scan") else []),
+            *([f"batch budget {budget:g} MFLOP"] if budget else []),
+        ],
+    )
+
+
+def _heading(what: str, report: dict[str, Any], details: list[str]) -> str:
+    """Three lines: what on which device, the details, the versions and the date."""
+    machine, versions = report["machine"], report["versions"]
     on_cpu = machine["platform"] == "cpu"
     device = machine["cpu_model"] if on_cpu else machine["device_kind"]
     if on_cpu:
@@ -60,18 +75,16 @@ def _title(report: dict[str, Any]) -> str:
     elif machine["driver"]:
         device += f", driver {machine['driver']}"
     commit = (report["git_commit"] or "")[:10]
-    budget = options["batch_budget"]
     second = [
-        f"{options['dtype']} {options['layout']}",
-        *([f"batch budget {budget:g} MFLOP"] if budget else []),
+        *details,
         f"jax-convgrad {versions['jax-convgrad']}" + (f" ({commit})" if commit else ""),
         f"jax {versions['jax']}",
-        *([f"torch {versions['torch']}"] if versions.get("torch") else []),
+        *([f"torch {versions['torch']}"] if report.get("torch") else []),
         report["date_utc"][:10],
     ]
     half = (len(second) + 1) // 2
     lines = [" · ".join(second[:half]), " · ".join(second[half:])]
-    return "\n".join([f"Convolution input gradient on {device}", *lines])
+    return "\n".join([f"{what} on {device}", *lines])
 
 
 def _ratios(axis: Any, report: dict[str, Any], peer: str, class_names: list[str]) -> None:
@@ -167,6 +180,73 @@ def _roofline(axis: Any, report: dict[str, Any], class_names: list[str]) -> None
     axis.set_ylabel("GFLOP/s of ours")
     axis.set_title(f"Roofline: {roofs['source']}", loc="left", fontsize=10)
     axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=9)
+    _clean(axis)
+
+
+def draw_steps(report: dict[str, Any], path: pathlib.Path) -> None:
+    """Draws the report of `step`: for each net the two steps as bars, cut into their parts.
+
+    Args:
+        report: the object that `step` documents.
+        path: of the PNG.
+
+    Raises:
+        ToolError: matplotlib is not installed.
+    """
+    matplotlib = require("matplotlib", "--png")
+    matplotlib.use("Agg")
+    plt = require("matplotlib.pyplot", "--png")
+    nets = [net for net in report["nets"] if "times_us" in net]
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(max(1, len(nets)), 1, figsize=(10, 1.4 + 2.3 * len(nets)),
+                                    layout="constrained", squeeze=False)  # fmt: skip
+        for net, axis in zip(nets, axes[:, 0], strict=False):
+            _step_bars(axis, net)
+        if nets:
+            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
+                          ncols=4, frameon=False, fontsize=9)  # fmt: skip
+            axes[-1, 0].set_xlabel("ms for one step; line: median and quartiles")
+        options = report["options"]
+        details = [f"batch {options['batch']}, {options['image']}x{options['image']} images, f32"]
+        figure.suptitle(_heading("A training step", report, details), fontsize=11, x=0.01,
+                        ha="left")  # fmt: skip
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
+def _step_bars(axis: Any, net: dict[str, Any]) -> None:
+    """Both steps of one net: forward, input gradients as measured alone, and the rest."""
+    for program, height in (("lax", 1), ("ours", 0)):
+        step, left = net["times_us"][program], 0.0
+        forward, gradients = (
+            net["times_us"][name]["median"] / 1e3 for name in ("forward", f"dx_{program}")
+        )
+        rest = max(0.0, step["median"] / 1e3 - forward - gradients)
+        for label, ms, colour in (
+            ("forward", forward, "#a9b8c4"),
+            ("dX, measured alone", gradients, _SLOWER),
+            ("the rest: filter gradients, other layers, update", rest, "#dfe4e8"),
+        ):
+            axis.barh(height, ms, left=left, height=0.62, color=colour,
+                      label=label if program == "lax" else None)  # fmt: skip
+            left += ms
+        middle, q1, q3 = (step[key] / 1e3 for key in ("median", "q1", "q3"))
+        axis.errorbar([middle], [height], xerr=[[middle - q1], [q3 - middle]], color=_INK,
+                      capsize=3, elinewidth=1)  # fmt: skip
+    if net["ceiling"]:
+        axis.axvline(net["times_us"]["lax"]["median"] / 1e3 / net["ceiling"], color=_INK,
+                     linewidth=1.2, linestyle="--", label="if dX took no time")  # fmt: skip
+    axis.set_yticks([1, 0], ["lax", "install()"])
+    ceiling = f"{net['ceiling']:.3g}x" if net["ceiling"] else "none"
+    axis.set_title(
+        f"{net['title']}: {net['speedup']['median']:.3g}x. dX is "
+        f"{100 * net['dx_of_backward']:.0f} % of lax's backward pass; ceiling {ceiling}. "
+        f"{net['native']} of {net['input_gradients']} dX by a kernel",
+        loc="left",
+        fontsize=10,
+    )
+    axis.grid(axis="x", color=_GRID, linewidth=0.7)
+    axis.set_axisbelow(True)
     _clean(axis)
 
 

@@ -36,10 +36,12 @@ The JSON is one object:
 from __future__ import annotations
 
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from .timing import Timing
+from . import ToolError
+from .timing import Spread, Timing
 
 PEERS = ("lax", "torch")
 Row = dict[str, Any]
@@ -47,30 +49,63 @@ Row = dict[str, Any]
 _CLASS_WIDTH, _NAME_WIDTH = 18, 62
 
 
+def time_entry(timing: Timing) -> dict[str, Any]:
+    """A peer's time, as the JSON has it."""
+    us = timing.us
+    return {
+        "median": us.median,
+        "q1": us.q1,
+        "q3": us.q3,
+        "rounds": len(timing.samples_us),
+        "instances": timing.instances,
+        "calls": timing.calls,
+    }
+
+
+def ratio_entry(ratio: Spread) -> dict[str, Any]:
+    """A peer's time over ours, as the JSON has it."""
+    return {
+        "median": ratio.median,
+        "q1": ratio.q1,
+        "q3": ratio.q3,
+        "loss": ratio.median < 1,
+        "within_noise": ratio.median < 1 <= ratio.q3,
+    }
+
+
 def time_fields(row: Row, timings: dict[str, Timing]) -> None:
     """Adds times, ratios and rates to a row."""
     for name, timing in timings.items():
-        us = timing.us
-        row["times_us"][name] = {
-            "median": us.median,
-            "q1": us.q1,
-            "q3": us.q3,
-            "rounds": len(timing.samples_us),
-            "instances": timing.instances,
-            "calls": timing.calls,
-        }
+        row["times_us"][name] = time_entry(timing)
         if name == "ours":
-            row["gflop_per_s"] = row["flops"] / us.median / 1e3
-            row["gbyte_per_s"] = row["bytes"] / us.median / 1e3
+            row["gflop_per_s"] = row["flops"] / timing.us.median / 1e3
+            row["gbyte_per_s"] = row["bytes"] / timing.us.median / 1e3
         else:
-            ratio = timings["ours"].ratio_of(timing)
-            row["ratios"][name] = {
-                "median": ratio.median,
-                "q1": ratio.q1,
-                "q3": ratio.q3,
-                "loss": ratio.median < 1,
-                "within_noise": ratio.median < 1 <= ratio.q3,
-            }
+            row["ratios"][name] = ratio_entry(timings["ours"].ratio_of(timing))
+
+
+def portable_options(options: dict[str, Any]) -> dict[str, Any]:
+    """A command's options as its JSON has them: paths without folders above this one."""
+    return {
+        name: _portable(value) if isinstance(value, pathlib.Path) else value
+        for name, value in options.items()
+    }
+
+
+def _portable(path: pathlib.Path) -> str:
+    absolute, here = path.resolve(), pathlib.Path.cwd()
+    return str(absolute.relative_to(here)) if absolute.is_relative_to(here) else path.name
+
+
+def check_writable(*paths: pathlib.Path | None) -> None:
+    """Makes the folders of files to come, so that a ToolError precedes the measurement."""
+    for path in paths:
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ToolError(f"cannot write {path}: {e.strerror}") from None
 
 
 def _microseconds(row: Row, peer: str) -> str:

@@ -181,13 +181,19 @@ def workloads(layer: Layer, dtype: str, precision: str) -> list[Workload]:
 Operands = tuple[np.ndarray, np.ndarray]
 
 
-def make_pool(workload: Workload, seed: int) -> list[Operands]:
+def make_pool(workload: Workload, seed: int, count: int | None = None) -> list[Operands]:
     """Random normal operands, one pair per instance, all different.
 
     Values are drawn once; the others are rotations of them, which costs a copy.
+
+    Args:
+        workload: what they are for.
+        seed: of the values.
+        count: how many pairs; None for as many as a call can take.
     """
-    most, most_bytes = _POOL_LIMITS["gpu" if machine.is_gpu() else "cpu"]
-    count = max(2, min(most, most_bytes // max(1, workload.bytes_moved)))
+    if count is None:
+        most, most_bytes = _POOL_LIMITS["gpu" if machine.is_gpu() else "cpu"]
+        count = max(2, min(most, most_bytes // max(1, workload.bytes_moved)))
     rng = np.random.default_rng(seed)
     bases = [
         rng.standard_normal(shape, dtype=np.float32).astype(workload.dtype)
@@ -229,6 +235,41 @@ class JaxPeer:
             out = self._many(batch)
         for array in out:
             array.block_until_ready()
+        return 1e6 * (time.perf_counter() - start) / (instances * calls)
+
+
+class ScanPeer:
+    """A JAX function as the body of a `lax.scan` over the whole pool.
+
+    As in the backward pass of a scanned net, operands are cut from stacked ones, last step
+    first, and the result is carried. The loop's own work, a copy of the operands for every
+    step, is part of the time.
+    """
+
+    def __init__(self, name: str, function: Function, pool: Sequence[tuple[Any, Any]]) -> None:
+        self.name = name
+        self._operands = tuple(map(jnp.stack, zip(*pool, strict=True)))
+        result = jax.eval_shape(function, *pool[0])
+
+        def scan(operands: Any) -> Any:
+            start = jnp.zeros(result.shape, result.dtype)
+            return lax.scan(lambda _, pair: (function(*pair), None), start, operands, reverse=True)[
+                0
+            ]
+
+        self._scan = jax.jit(scan)
+
+    def result(self) -> Any:
+        """The result for the pool's first operands."""
+        return self._scan(self._operands).block_until_ready()
+
+    def run(self, first: int, instances: int, calls: int) -> float:
+        """As `timing.Peer.run` says, the instances being the pool."""
+        del first
+        start = time.perf_counter()
+        for _ in range(calls):
+            out = self._scan(self._operands)
+        out.block_until_ready()
         return 1e6 * (time.perf_counter() - start) / (instances * calls)
 
 

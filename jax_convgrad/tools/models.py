@@ -1,0 +1,190 @@
+"""The nets of `step`, in plain JAX: ResNet-18 and ConvNeXt-Atto.
+
+Images are NHWC, filters HWIO, and every convolution is `lax.conv_general_dilated`, which is
+what `install()` changes. ResNet-18 is that of He et al. (arXiv:1512.03385) with projections
+of option B: 7x7 stem of stride 2, max-pooling, four stages of two blocks. ConvNeXt is that of
+Liu et al. (arXiv:2201.03545) in the size that timm calls Atto. Its 1x1 convolutions are matrix
+products over the channels, as in the authors' code, so they are no convolutions here either.
+
+Batch norm is in training mode; running means, which no gradient depends on, are left out. The
+scale of ConvNeXt's layers starts at 1 instead of 1e-6, at which float32 would hide an error in
+the gradient of a block behind its residual connection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+CLASSES = 1000
+IMAGE_MULTIPLE = 32  # what the strides of either net multiply to
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    """A net that classifies images with three channels.
+
+    Attributes:
+        title: its name in print.
+        widths: channels of each stage.
+        depths: blocks of each stage.
+        init: makes the parameters from (generator, widths, depths).
+        logits: [N, H, W, 3] images under those parameters to [N, CLASSES].
+    """
+
+    title: str
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    init: Callable[[np.random.Generator, Sequence[int], Sequence[int]], Params]
+    logits: Callable[[Params, jax.Array], jax.Array]
+
+    def params(self, seed: int) -> Params:
+        """Random float32 parameters, as NumPy arrays."""
+        return self.init(np.random.default_rng(seed), self.widths, self.depths)
+
+    def loss(self, params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
+        """The mean cross-entropy of a batch."""
+        scores = jax.nn.log_softmax(self.logits(params, images))
+        return -jnp.mean(jnp.take_along_axis(scores, labels[:, None], axis=1))
+
+
+def _filter(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Normal values of variance 2 / fan-in; the last dimension is that of the outputs."""
+    values = rng.standard_normal(shape, dtype=np.float32)
+    return values * np.sqrt(2 / np.prod(shape[:-1]), dtype=np.float32)
+
+
+def _affine(channels: int) -> Params:
+    """A norm's scale and offset."""
+    return {"scale": np.ones(channels, np.float32), "offset": np.zeros(channels, np.float32)}
+
+
+def _dense(rng: np.random.Generator, inputs: int, outputs: int) -> Params:
+    return {"w": _filter(rng, inputs, outputs), "b": np.zeros(outputs, np.float32)}
+
+
+def _conv(x: jax.Array, w: jax.Array, stride: int, pad: int, groups: int = 1) -> jax.Array:
+    return lax.conv_general_dilated(
+        x,
+        w,
+        (stride, stride),
+        [(pad, pad)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+def _norm(p: Params, x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
+    centred = x - jnp.mean(x, axes, keepdims=True)
+    variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
+    return centred * (lax.rsqrt(variance + epsilon) * p["scale"]) + p["offset"]
+
+
+def _batch_norm(p: Params, x: jax.Array) -> jax.Array:
+    return _norm(p, x, (0, 1, 2), 1e-5)
+
+
+def _layer_norm(p: Params, x: jax.Array) -> jax.Array:
+    return _norm(p, x, (-1,), 1e-6)
+
+
+def _linear(p: Params, x: jax.Array) -> jax.Array:
+    return x @ p["w"] + p["b"]
+
+
+def _init_resnet(rng: np.random.Generator, widths: Sequence[int], depths: Sequence[int]) -> Params:
+    def block(inputs: int, outputs: int, first: bool) -> Params:
+        params = {
+            "conv1": _filter(rng, 3, 3, inputs, outputs),
+            "norm1": _affine(outputs),
+            "conv2": _filter(rng, 3, 3, outputs, outputs),
+            "norm2": _affine(outputs),
+        }
+        if first:
+            params |= {"shortcut": _filter(rng, 1, 1, inputs, outputs), "norm3": _affine(outputs)}
+        return params
+
+    blocks, channels = [], widths[0]
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        for index in range(depth):
+            blocks.append(block(channels, width, first=stage > 0 and index == 0))
+            channels = width
+    return {
+        "stem": _filter(rng, 7, 7, 3, widths[0]),
+        "norm": _affine(widths[0]),
+        "blocks": blocks,
+        "head": _dense(rng, channels, CLASSES),
+    }
+
+
+def _resnet(params: Params, x: jax.Array) -> jax.Array:
+    x = jax.nn.relu(_batch_norm(params["norm"], _conv(x, params["stem"], 2, 3)))
+    x = lax.reduce_window(
+        x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), [(0, 0), (1, 1), (1, 1), (0, 0)]
+    )
+    for p in params["blocks"]:
+        stride, shortcut = 1, x
+        if "shortcut" in p:  # the first block of every stage but the first
+            stride = 2
+            shortcut = _batch_norm(p["norm3"], _conv(x, p["shortcut"], stride, 0))
+        y = jax.nn.relu(_batch_norm(p["norm1"], _conv(x, p["conv1"], stride, 1)))
+        y = _batch_norm(p["norm2"], _conv(y, p["conv2"], 1, 1))
+        x = jax.nn.relu(y + shortcut)
+    return _linear(params["head"], jnp.mean(x, (1, 2)))
+
+
+def _init_convnext(
+    rng: np.random.Generator, widths: Sequence[int], depths: Sequence[int]
+) -> Params:
+    def block(width: int) -> Params:
+        return {
+            "depthwise": _filter(rng, 7, 7, 1, width),
+            "bias": np.zeros(width, np.float32),
+            "norm": _affine(width),
+            "expand": _dense(rng, width, 4 * width),
+            "project": _dense(rng, 4 * width, width),
+            "layer_scale": np.ones(width, np.float32),
+        }
+
+    stages, channels, patch = [], 3, 4
+    for width, depth in zip(widths, depths, strict=True):
+        stages.append(
+            {
+                # The stem normalizes its output, a later stage its input.
+                "norm": _affine(width if channels == 3 else channels),
+                "patches": _filter(rng, patch, patch, channels, width),
+                "bias": np.zeros(width, np.float32),
+                "blocks": [block(width) for _ in range(depth)],
+            }
+        )
+        channels, patch = width, 2
+    return {"stages": stages, "norm": _affine(channels), "head": _dense(rng, channels, CLASSES)}
+
+
+def _convnext(params: Params, x: jax.Array) -> jax.Array:
+    for index, stage in enumerate(params["stages"]):
+        if index > 0:
+            x = _layer_norm(stage["norm"], x)
+        x = _conv(x, stage["patches"], stage["patches"].shape[0], 0) + stage["bias"]
+        if index == 0:
+            x = _layer_norm(stage["norm"], x)
+        for p in stage["blocks"]:
+            y = _conv(x, p["depthwise"], 1, 3, groups=x.shape[-1]) + p["bias"]
+            y = _linear(p["expand"], _layer_norm(p["norm"], y))
+            y = _linear(p["project"], jax.nn.gelu(y, approximate=False))
+            x = x + p["layer_scale"] * y
+    return _linear(params["head"], _layer_norm(params["norm"], jnp.mean(x, (1, 2))))
+
+
+NETS = {
+    "resnet18": Net("ResNet-18", (64, 128, 256, 512), (2, 2, 2, 2), _init_resnet, _resnet),
+    "convnext": Net("ConvNeXt-Atto", (40, 80, 160, 320), (2, 2, 6, 2), _init_convnext, _convnext),
+}

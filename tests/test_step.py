@@ -1,0 +1,98 @@
+"""`python -m jax_convgrad step` on nets of a few channels, and the nets themselves."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from oracles import TARGET
+
+from jax_convgrad import __main__, installed, integration
+from jax_convgrad.tools import models, training
+
+# Convolutions in the forward pass; all but the first have an input gradient.
+CONVOLUTIONS = {"resnet18": 6, "convnext": 4}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Both nets with two stages of one narrow block."""
+    nets = {
+        name: dataclasses.replace(net, widths=(8, 16), depths=(1, 1))
+        for name, net in models.NETS.items()
+    }
+    monkeypatch.setattr(models, "NETS", nets)
+    return nets
+
+
+def run(*arguments):
+    options = ("--batch", "2", "--image", "32", "--seconds", "0.01")
+    return __main__.main(["step", *options, *arguments])
+
+
+@pytest.mark.native
+def test_step_prints_and_writes_both_nets(tiny, tmp_path, capsys):
+    path = tmp_path / "step.json"
+    assert run("--json", str(path)) == 0
+    report = json.loads(path.read_text())
+    assert report["complete"]
+    assert [net["net"] for net in report["nets"]] == list(models.NETS)
+    out = capsys.readouterr().out
+    for net in report["nets"]:
+        assert net["failures"] == []
+        assert net["convolutions"] == CONVOLUTIONS[net["net"]]
+        assert net["native"] == net["input_gradients"] == net["convolutions"] - 1
+        assert sum(net["kernels"].values()) == sum(row["count"] for row in net["layers"])
+        assert max(net["loss_error"], net["gradient_error"]) <= net["bound"] < 1e-3
+        assert all(row["errors"]["ours"] <= row["bound"] for row in net["layers"])
+        us = {name: time["median"] for name, time in net["times_us"].items()}
+        assert set(us) == {"lax", "ours", "forward", "dx_lax", "dx_ours"}
+        assert min(us.values()) > 0
+        assert net["dx_of_step"] == us["dx_lax"] / us["lax"]
+        assert net["backward_us"] == us["lax"] - us["forward"]
+        if net["ceiling"] is not None:  # else dX alone took longer than the step
+            without_dx = us["lax"] - us["dx_lax"]
+            assert net["ceiling"] == pytest.approx(us["lax"] / without_dx)
+            assert net["expected"] == pytest.approx(us["lax"] / (without_dx + us["dx_ours"]))
+        assert f"{net['title']}, " in out
+        assert f"| {net['title']} | {net['native']} of {net['input_gradients']} |" in out
+
+
+def test_step_can_take_one_net_and_draw_it(tiny, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "step.png"
+    assert run("--net", "convnext", "--png", str(path)) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert "ResNet" not in capsys.readouterr().out
+
+
+def test_a_wrong_input_gradient_fails_the_step(tiny, monkeypatch, capsys):
+    right = integration._input_grad
+    monkeypatch.setattr(integration, "_input_grad", lambda *a, **k: 1.01 * right(*a, **k))
+    assert run("--net", "resnet18") == 1
+    out = capsys.readouterr().out
+    assert "FAILED gradients: of params" in out
+    assert "| ResNet-18 |" not in out
+
+
+@pytest.mark.native
+def test_the_step_under_install_holds_the_kernel_for_every_layer(tiny):
+    net = tiny["resnet18"]
+    params = net.params(0)
+    images, labels = np.zeros((2, 32, 32, 3), np.float32), np.zeros(2, np.int32)
+    counts = []
+    for active in (False, True):
+        with installed(active):
+            step = jax.jit(training.training_step(net))
+            counts.append(step.lower(params, params, images, labels).as_text().count(TARGET))
+    assert counts == [0, CONVOLUTIONS["resnet18"] - 1]
+
+
+def test_the_nets_have_the_published_sizes():
+    sizes = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(net.params(0)))
+        for name, net in models.NETS.items()
+    }
+    assert sizes["resnet18"] == 11_689_512
+    assert sizes["convnext"] == pytest.approx(3.70e6, rel=2e-3)
