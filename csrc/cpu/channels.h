@@ -95,6 +95,7 @@ struct ChannelsRow {
   int64_t out;                // size of dY along the row
   int64_t p_per_h, p_per_r;   // of the phase
   int64_t dy_step, tap_step;  // elements between positions of dY, taps of the filter
+  int64_t tile_step;          // p_per_h*dy_step: between what neighbours read
   int64_t out_channels;
   T* dx;  // phase position 0 of channel 0
   int64_t dx_step;
@@ -112,11 +113,11 @@ struct ChannelsRow {
 
 alignas(64) constexpr unsigned char kZeroLanes[64] = {};
 
-// Keeps the compiler from seeing where a pointer came from. It would turn a pointer that
-// takes a step after each use into as many hoisted products as there are uses.
-template <typename P>
-CONVGRAD_INLINE void Opaque(P*& pointer) {
-  asm("" : "+r"(pointer));
+// Keeps the compiler from seeing where a pointer, or an integer, came from. It would turn
+// one that takes a step after each use into as many hoisted products as there are uses.
+template <typename V>
+CONVGRAD_INLINE void Opaque(V& value) {
+  asm("" : "+r"(value));
 }
 
 // One tap for all positions of a tile: position j reads at q + j*p_per_h, which x points
@@ -125,7 +126,7 @@ template <typename T, int N, int kWidth, bool kShared, bool kBorder>
 CONVGRAD_INLINE void AddTap(const T* x, int64_t q, const Acc<T>* filter,
                             const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
   using V = Vec<Acc<T>, N>;
-  const int64_t step = c.p_per_h * c.dy_step;
+  const int64_t step = c.tile_step;
   const T* zeros = reinterpret_cast<const T*>(kZeroLanes);
   for (int64_t k = 0; k < (kShared ? c.out_channels : 1); ++k) {
     const V w = Load<N>(filter + k * N);
@@ -137,6 +138,7 @@ CONVGRAD_INLINE void AddTap(const T* x, int64_t q, const Acc<T>* filter,
       if constexpr (kBorder) {
         if (static_cast<uint64_t>(position) >= static_cast<uint64_t>(c.out)) from = zeros;
         position += c.p_per_h;
+        Opaque(position);
       }
       V value = Load<N>(from);
       if constexpr (kShared) value = Permute<Acc<T>, N>(value, c.perm[k]);
@@ -161,7 +163,7 @@ __attribute__((noinline)) void ChannelsTile(const ChannelsRow<T, N>& c, int64_t 
     CONVGRAD_UNROLL
     for (int j = 0; j < kWidth; ++j) {
       __builtin_prefetch(next, 0);
-      next += c.p_per_h * c.dy_step;
+      next += c.tile_step;
       Opaque(next);
     }
   }
@@ -383,6 +385,7 @@ void ChannelsTask(const void* state, int64_t index) {
       const Phase& f = a.phase[2][x];
       c.p_per_h = f.p_per_h;
       c.p_per_r = f.p_per_r;
+      c.tile_step = f.p_per_h * c.dy_step;
       c.tap_step = f.r_step * tap_size;
       c.dx = dx + f.h0 * p.dx.axis[2];
       c.dx_step = f.h_step * p.dx.axis[2];
