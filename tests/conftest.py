@@ -54,7 +54,7 @@ def pytest_configure(config):
 
 
 # Run only by -m with their name.
-LONG = ("slow", "sanitizer", "mutation", "static")
+LONG = ("slow", "sanitizer", "cross", "mutation", "static")
 
 
 def pytest_collection_modifyitems(config, items):

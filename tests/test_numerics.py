@@ -1,10 +1,5 @@
 """Every CPU kernel, by name, against float64 and against the definition."""
 
-import hashlib
-import itertools
-import os
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -149,87 +144,6 @@ def test_empty_operands_through_the_public_function(batch, channels, spatial):
             dy, w, g.lhs_shape, **g.conv_params(), implementation=implementation
         )
         np.testing.assert_array_equal(out, np.zeros(g.lhs_shape))
-
-
-BITWISE = ("dense_3x3_wide", "dense_s2_nchw", "depthwise_7x7", "grouped", "dense_3d")
-
-
-def all_bits():
-    """Digests of every kernel's result on a few geometries, of data that a seed fixes."""
-    digests = []
-    for name, dtype in itertools.product(BITWISE, ("float32", "bfloat16")):
-        dy, w = oracles.operands(np.random.default_rng(0), NAMED[name], dtype)
-        results = oracles.call_kernels(dy, w, NAMED[name])
-        digests += [hashlib.sha256(out.tobytes()).hexdigest() for out in results.values()]
-    return digests
-
-
-@pytest.mark.native
-def test_the_same_bits_every_run():
-    assert all_bits() == all_bits()
-
-
-@pytest.mark.native
-@pytest.mark.skipif(
-    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="needs two processors"
-)
-def test_the_same_bits_for_every_thread_count(run_python):
-    # XLA sizes its pool by the processors that the process may use.
-    code = (
-        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-        "import test_numerics; print(*test_numerics.all_bits())"
-    )
-    assert run_python("-c", code).stdout.split() == all_bits()
-
-
-SWEPT = (
-    "dense_3x3",
-    "dense_s2_nchw",
-    "stem_7x7_s2",
-    "gray_5x5",
-    "odd_channels",
-    "odd_depthwise",
-    "depthwise_3x3_nchw",
-    "depthwise_multiplier",
-    "depthwise_1d",
-    "grouped_s2",
-    "all_dilated",
-    "batch_groups",
-    "odd_layouts_3d",
-)
-
-
-def sweep():
-    """Some geometries of each class on this process's instruction set; prints its name."""
-    used = set()
-    for count, name in enumerate(SWEPT):
-        for dtype in ("float32", "bfloat16"):
-            used.update(check_kernels(np.random.default_rng([SEED, count]), NAMED[name], dtype))
-    assert used == set(KERNELS), used
-    for dtype in ("float64", "float16"):
-        check_kernels(np.random.default_rng(SEED), NAMED["odd_layouts"], dtype)
-    print(native.cpu.isa())
-
-
-def supported(isa):
-    needed = {"portable": set(), "avx2": {"avx2", "fma", "f16c"}}
-    needed["avx512"] = needed["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
-    try:
-        with open("/proc/cpuinfo") as f:
-            flags = next((line.split() for line in f if line.startswith("flags")), [])
-    except OSError:
-        flags = []
-    return needed[isa] <= set(flags)
-
-
-@pytest.mark.native
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(run_python, isa):
-    if not supported(isa):
-        pytest.skip(f"this processor has no {isa}")
-    code = "import test_numerics; test_numerics.sweep()"
-    code = "import jax; jax.config.update('jax_enable_x64', True)\n" + code
-    assert run_python("-c", code, JAX_CONVGRAD_CPU_ISA=isa).stdout.split() == [isa]
 
 
 @pytest.mark.native

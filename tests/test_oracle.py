@@ -83,6 +83,7 @@ def test_input_grad_is_the_literal_sum(small, rng, x64):
     expected = oracles.literal_input_grad(dy, w, small)
     assert_equal_sums(lax_maps.input_grad(dy, w, small), expected)
     assert_equal_sums(oracles.lax_input_grad(dy, w, small), expected)
+    assert_equal_sums(oracles.sliced_input_grad(dy, w, small), expected)
 
 
 @pytest.mark.parametrize("implementation", [None, "xla"])

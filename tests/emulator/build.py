@@ -96,10 +96,12 @@ def _cached(name: str, key: bytes, command: list[str], cwd: pathlib.Path) -> pat
     return path
 
 
-def _object(source: pathlib.Path, flags: tuple[str, ...], root: pathlib.Path) -> pathlib.Path:
+def _object(
+    source: pathlib.Path, flags: tuple[str, ...], root: pathlib.Path, cxx: str | None = None
+) -> pathlib.Path:
     # Relative paths, from the root: those in diagnostics are then the same for any copy.
     language = ("-x", "c++", str(source))
-    command = [str(compiler()), *_COMMON, *flags, f"-I{EMULATOR}", "-Icsrc"]
+    command = [cxx or str(compiler()), *_COMMON, *flags, f"-I{EMULATOR}", "-Icsrc"]
     preprocessed = _run([*command, "-E", *language], root)
     return _cached(source.stem + ".o", preprocessed, [*command, "-c", *language], root)
 
@@ -116,6 +118,32 @@ def _link(
 ) -> pathlib.Path:
     command = [str(compiler()), *map(str, objects), *flags, "-pthread"]
     return _cached(name, b"", command, root)
+
+
+def program_of(
+    name: str,
+    parts: list[tuple[pathlib.Path, tuple[str, ...], pathlib.Path]],
+    flags: tuple[str, ...],
+    cxx: str | None = None,
+) -> pathlib.Path:
+    """Compiles and links a program whose sources have flags of their own.
+
+    Args:
+        name: of the program.
+        parts: source, more flags for it, and the root it is in, as `program`'s.
+        flags: for all.
+        cxx: another compiler than $CXX.
+
+    Returns:
+        The executable's path.
+
+    Raises:
+        BuildError: something does not compile.
+    """
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = pool.map(lambda part: _object(part[0], (*flags, *part[1]), part[2], cxx), parts)
+        command = [cxx or str(compiler()), *map(str, objects), *flags, "-pthread"]
+    return _cached(name, b"", command, ROOT)
 
 
 def kernel_sources(root: pathlib.Path = ROOT) -> list[pathlib.Path]:

@@ -2,32 +2,23 @@
 // the emulator, or on a GPU if nvcc compiles this. Runs every kernel that takes a problem
 // on buffers of exact size, and compares with the literal sum in double.
 //
-//   core FILE [REPEATS]    one problem a line, as cases.py writes them
+//   core FILE [REPEATS]    one problem a line, see problem_lines.h
 //
 // Exit status 1 on a failure. With REPEATS each kernel runs as often again on each of two
 // streams at once, and has to give the same bits.
 //
-// A line is: name dtype kernel special tolerance allow_tf32, then as lists with their
-// length in front lhs_shape rhs_shape out_shape window_strides padding lhs_dilation
-// rhs_dilation lhs_spec rhs_spec out_spec lhs_layout rhs_layout out_layout, then
-// feature_group_count batch_group_count tile_m tile_n apart. The kernel "*" is all of
-// them.
-// With special = 1 the operands hold NaNs and infinities, and each output must be finite,
-// NaN or infinite as the literal sum is. A tile that is not zero replaces the plan's,
-// whose sum is then not split. If `apart` is not zero the images of dX and dY start that
-// many elements apart, which takes the emulator, and the batch as the first dimension.
+// A line's tile that is not zero replaces the plan's, whose sum is then not split. If
+// `apart` is not zero the images of dX and dY start that many elements apart, which takes
+// the emulator, and the batch as the first dimension.
 
-#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iostream>
-#include <limits>
-#include <memory>
+#include <new>
 #include <random>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -36,6 +27,7 @@
 #include "device_memory.h"
 #include "kernel.h"
 #include "problem.h"
+#include "problem_lines.h"
 
 #ifndef __CUDACC__
 #include <sys/mman.h>
@@ -43,89 +35,6 @@
 
 namespace convgrad {
 namespace {
-
-struct Line {
-  std::string name, dtype, kernel;
-  bool special, allow_tf32;
-  double tolerance;
-  Ints lhs_shape, rhs_shape, out_shape;
-  Attributes attributes;
-  int64_t tile_m, tile_n, apart;
-};
-
-Ints ReadInts(std::istream& from) {
-  size_t count = 0;
-  from >> count;
-  Ints values(count);
-  for (int64_t& value : values) from >> value;
-  return values;
-}
-
-bool ReadLine(const std::string& text, Line* line) {
-  std::istringstream from(text);
-  from >> line->name >> line->dtype >> line->kernel >> line->special >> line->tolerance >>
-      line->allow_tf32;
-  line->lhs_shape = ReadInts(from);
-  line->rhs_shape = ReadInts(from);
-  line->out_shape = ReadInts(from);
-  Attributes& a = line->attributes;
-  for (Ints* ints :
-       {&a.window_strides, &a.padding, &a.lhs_dilation, &a.rhs_dilation, &a.lhs_spec,
-        &a.rhs_spec, &a.out_spec, &a.lhs_layout, &a.rhs_layout, &a.out_layout}) {
-    *ints = ReadInts(from);
-  }
-  from >> a.feature_group_count >> a.batch_group_count >> line->tile_m >> line->tile_n >>
-      line->apart;
-  return static_cast<bool>(from);
-}
-
-// An array in a problem's dtype, on memory of exactly its size.
-class Array {
- public:
-  Array(DType dtype, const Ints& shape) : dtype_(dtype) {
-    for (int64_t size : shape) count_ *= size;
-    bytes_ = static_cast<size_t>(count_ * SizeInBytes(dtype));
-    void* memory = nullptr;
-    constexpr size_t kAlignment = 64;  // XLA's
-    if (posix_memalign(&memory, kAlignment, bytes_) != 0) throw std::bad_alloc();
-    memory_.reset(memory);
-    std::memset(memory, cuda_emulator::PoisonByte(), bytes_);
-  }
-
-  int64_t count() const { return count_; }
-  size_t bytes() const { return bytes_; }
-  void* data() const { return memory_.get(); }
-
-  double Get(int64_t i) const {
-    switch (dtype_) {
-      case DType::kF64: return static_cast<double*>(data())[i];
-      case DType::kF32: return static_cast<float*>(data())[i];
-      case DType::kBF16: return __bfloat162float(static_cast<__nv_bfloat16*>(data())[i]);
-      case DType::kF16: return __half2float(static_cast<__half*>(data())[i]);
-    }
-    return 0;
-  }
-  void Set(int64_t i, double value) {
-    const float narrow = static_cast<float>(value);
-    switch (dtype_) {
-      case DType::kF64: static_cast<double*>(data())[i] = value; break;
-      case DType::kF32: static_cast<float*>(data())[i] = narrow; break;
-      case DType::kBF16:
-        static_cast<__nv_bfloat16*>(data())[i] = __float2bfloat16(narrow);
-        break;
-      case DType::kF16: static_cast<__half*>(data())[i] = __float2half(narrow); break;
-    }
-  }
-
- private:
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  DType dtype_;
-  int64_t count_ = 1;
-  size_t bytes_ = 0;
-  std::unique_ptr<void, Free> memory_;
-};
 
 // An array's images far apart, in memory that exists only where it is touched.
 class FarImages {
@@ -178,94 +87,6 @@ const char* LaunchFar(const Problem& problem, const Plan& plan, const Array& dy,
                                        to.get(), workspace.data());
   to.Fetch();
   return error;
-}
-
-void Fill(Array* array, bool special, std::mt19937* random) {
-  std::normal_distribution<double> normal;
-  for (int64_t i = 0; i < array->count(); ++i) array->Set(i, normal(*random));
-  if (!special || array->count() == 0) return;
-  constexpr double kInfinity = std::numeric_limits<double>::infinity();
-  for (double value : {std::nan(""), kInfinity, -kInfinity}) {
-    array->Set(static_cast<int64_t>((*random)() % static_cast<uint64_t>(array->count())),
-               value);
-  }
-}
-
-// The definition in kernel.h, word for word: calls visit(dX's offset, sum).
-template <typename Visit>
-void LiteralSum(const Problem& p, const Array& dy, const Array& w, Visit visit) {
-  // The position of dY that tap r of axis a brings to h, or -1.
-  const auto reads = [&p](int a, int64_t h, int64_t r) -> int64_t {
-    const Axis& axis = p.axis[a];
-    const int64_t at = h * axis.lhs_dilation + axis.pad_lo - r * axis.rhs_dilation;
-    if (at < 0 || at % axis.stride != 0 || at / axis.stride >= axis.out) return -1;
-    return at / axis.stride;
-  };
-  int64_t h[kAxes], r[kAxes];
-  const auto sum_at = [&](int64_t n, int64_t g, int64_t c) {
-    double sum = 0;
-    for (r[0] = 0; r[0] < p.axis[0].win; ++r[0]) {
-      for (r[1] = 0; r[1] < p.axis[1].win; ++r[1]) {
-        for (r[2] = 0; r[2] < p.axis[2].win; ++r[2]) {
-          int64_t from_dy = n * p.dy.batch + g * p.dy.group;
-          int64_t from_w = g * p.w.group + c * p.w.in_channel;
-          bool inside = true;
-          for (int a = 0; a < kAxes; ++a) {
-            const int64_t position = reads(a, h[a], r[a]);
-            inside = inside && position >= 0;
-            from_dy += position * p.dy.axis[a];
-            from_w += r[a] * p.w.axis[a];
-          }
-          if (!inside) continue;
-          for (int64_t k = 0; k < p.out_channels; ++k) {
-            sum +=
-                dy.Get(from_dy + k * p.dy.channel) * w.Get(from_w + k * p.w.out_channel);
-          }
-        }
-      }
-    }
-    return sum;
-  };
-  for (int64_t n = 0; n < p.batch; ++n) {
-    for (int64_t g = 0; g < p.groups; ++g) {
-      for (int64_t c = 0; c < p.in_channels; ++c) {
-        for (h[0] = 0; h[0] < p.axis[0].in; ++h[0]) {
-          for (h[1] = 0; h[1] < p.axis[1].in; ++h[1]) {
-            for (h[2] = 0; h[2] < p.axis[2].in; ++h[2]) {
-              int64_t to = n * p.dx.batch + g * p.dx.group + c * p.dx.channel;
-              for (int a = 0; a < kAxes; ++a) to += h[a] * p.dx.axis[a];
-              visit(to, sum_at(n, g, c));
-            }
-          }
-        }
-      }
-    }
-  }
-}
-
-// The normwise error; infinite if some output is finite, NaN or infinite where it should
-// not be.
-double Error(const Array& out, const std::vector<double>& expected) {
-  double difference = 0, scale = 0;
-  for (int64_t i = 0; i < out.count(); ++i) {
-    const double is = out.Get(i), should = expected[static_cast<size_t>(i)];
-    if (std::isfinite(should)) {
-      difference += (is - should) * (is - should);
-      scale += should * should;
-    } else if (std::isnan(should) ? !std::isnan(is) : is != should) {
-      return std::numeric_limits<double>::infinity();
-    }
-  }
-  if (difference == 0) return 0;
-  const double error = std::sqrt(difference / scale);
-  return std::isnan(error) ? std::numeric_limits<double>::infinity() : error;
-}
-
-DType DTypeByName(const std::string& name) {
-  return name == "float64"    ? DType::kF64
-         : name == "float32"  ? DType::kF32
-         : name == "bfloat16" ? DType::kBF16
-                              : DType::kF16;
 }
 
 // Two streams, in the emulator no streams.
@@ -354,10 +175,7 @@ int RunLine(const Line& line, int repeats) {
     Array dx(problem.dtype, line.lhs_shape);
     if (dx.count() == 0) continue;
     if (expected.empty()) {
-      expected.resize(static_cast<size_t>(dx.count()));
-      LiteralSum(problem, dy, w, [&expected](int64_t to, double sum) {
-        expected[static_cast<size_t>(to)] = sum;
-      });
+      expected = LiteralSum(problem, dy.Values(), w.Values(), dx.count());
     }
     const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8});
     DeviceMemory dx_there(dx.data(), dx.bytes());
@@ -383,6 +201,7 @@ int RunLine(const Line& line, int repeats) {
 }
 
 int Main(const char* path, int repeats) {
+  Array::poison = cuda_emulator::PoisonByte();
   std::ifstream file(path);
   int failures = 0, lines = 0;
   for (std::string text; std::getline(file, text); ++lines) {

@@ -1,0 +1,189 @@
+// The CPU kernels without Python or JAX: for sanitizers, which would have to watch those
+// too, and for other processors under an emulator. Runs every kernel that takes a problem
+// on buffers of exactly their size and on threads of its own, and compares with the
+// literal sum in double.
+//
+//   cpu_driver FILE THREADS[,THREADS...] [FAULT]    one problem a line, see
+//   problem_lines.h
+//
+// Prints the instruction set, then a line for each kernel. The first number of threads is
+// compared with the literal sum, the others must give its bits. Exit status 1 on a
+// failure. A FAULT is there to be caught by a sanitizer:
+//
+//   short_dy short_w short_dx short_workspace    the buffer lacks 64 bytes, the longest
+//                                                vector, at its end
+//   twice    every task runs on two threads at once
+//   early    a stage starts while the first task of the one before it still runs
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <functional>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernel.h"
+#include "problem.h"
+#include "problem_lines.h"
+
+namespace convgrad {
+namespace {
+
+constexpr int64_t kVector = 64;
+
+using Task = std::function<void(int64_t)>;
+
+// Tasks on threads by turns, not by whoever is first: neighbours are then always on two
+// threads, with nothing to order them but the start and the end of a stage. That is what
+// lets a race be found however the threads are scheduled.
+class Stages {
+ public:
+  Stages(int threads, std::string fault, int64_t stages_in_all)
+      : threads_(threads), fault_(std::move(fault)), in_all_(stages_in_all) {}
+
+  void Run(int64_t count, const Task& task) {
+    std::vector<std::thread> running;
+    ++stages_;
+    if (held_) {
+      running.emplace_back([held = std::move(held_)] { held(0); });
+      held_ = nullptr;
+    }
+    int64_t first = 0;
+    if (fault_ == "early" && stages_ < in_all_ && count > 0) {
+      held_ = task;  // what it refers to lives as long as all stages
+      first = 1;
+    }
+    const bool twice = fault_ == "twice";
+    // The second time backwards, so that results cannot depend on the order.
+    const bool backwards = threads_ > 2;
+    for (int t = 0; t < threads_; ++t) {
+      running.emplace_back([this, t, first, count, twice, backwards, &task] {
+        const int64_t step = twice ? 1 : threads_;
+        for (int64_t i = first + (twice ? 0 : t); i < count; i += step) {
+          task(backwards ? count - 1 - (i - first) : i);
+        }
+      });
+    }
+    for (std::thread& thread : running) thread.join();
+  }
+
+  int64_t stages() const { return stages_; }
+
+ private:
+  int threads_;
+  std::string fault_;
+  int64_t in_all_, stages_ = 0;
+  Task held_;
+};
+
+// Every value of 16 bits survives a round trip.
+bool NarrowFormatsHold() {
+  for (const NarrowFormat& type : {kBF16Format, kF16Format}) {
+    for (int bits = 0; bits < 1 << 16; ++bits) {
+      const double value = type.Decode(static_cast<uint16_t>(bits));
+      if (!std::isnan(value) && type.Encode(value) != bits) return false;
+    }
+  }
+  return kBF16Format.Encode(1.0 / 3) == 0x3eab && kF16Format.Encode(1.0 / 3) == 0x3555 &&
+         kF16Format.Encode(65520) == 0x7c00 && kF16Format.Encode(0x1p-25) == 0 &&
+         kF16Format.Encode(0x1.8p-24) == 2;
+}
+
+int64_t Lacks(const std::string& fault, const char* buffer) {
+  return fault == std::string("short_") + buffer ? kVector : 0;
+}
+
+// Runs one line's kernels and prints a line for each. Returns the number of failures.
+int RunLine(const Line& line, const std::vector<int>& threads, const std::string& fault) {
+  Problem problem{};
+  if (const std::string error = MakeProblem(line.lhs_shape, line.rhs_shape,
+                                            line.out_shape, line.attributes, &problem);
+      !error.empty()) {
+    std::printf("FAIL %s %s: %s\n", line.name.c_str(), line.dtype.c_str(), error.c_str());
+    return 1;
+  }
+  problem.dtype = DTypeByName(line.dtype);
+  std::mt19937 random(static_cast<unsigned>(std::hash<std::string>{}(line.name)));
+  Array dy(problem.dtype, line.out_shape, Lacks(fault, "dy"));
+  Array w(problem.dtype, line.rhs_shape, Lacks(fault, "w"));
+  Fill(&dy, line.special, &random);
+  Fill(&w, line.special, &random);
+  std::vector<double> expected;
+
+  int failures = 0;
+  for (const char* const* kernel = CpuKernelNames(); *kernel != nullptr; ++kernel) {
+    Plan plan{};
+    if ((line.kernel != "*" && line.kernel != *kernel) ||
+        !PlanCpu(problem, *kernel, &plan)) {
+      continue;
+    }
+    const Array first(problem.dtype, line.lhs_shape, Lacks(fault, "dx"));
+    if (first.count() == 0) continue;
+    if (expected.empty() && fault.empty()) {
+      expected = LiteralSum(problem, dy.Values(), w.Values(), first.count());
+    }
+    bool same = true;
+    int64_t stages = 0;
+    for (size_t i = 0; i < threads.size(); ++i) {
+      const Array again(problem.dtype, line.lhs_shape, Lacks(fault, "dx"));
+      const Array& dx = i == 0 ? first : again;
+      const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8},
+                            Lacks(fault, "workspace"));
+      Stages run(threads[i], i == 0 ? "" : fault, stages);
+      RunCpu(problem, plan, dy.data(), w.data(), dx.data(), workspace.data(),
+             [&run](int64_t count, const Task& task) { run.Run(count, task); });
+      stages = run.stages();
+      same = same && std::memcmp(dx.data(), first.data(), first.bytes()) == 0;
+    }
+    const double off = fault.empty() ? Error(first, expected) : 0;
+    const bool passed = off <= line.tolerance && same;
+    std::printf("%s %s %s %s error %.2e of %.2e %s\n", passed ? "pass" : "FAIL",
+                line.name.c_str(), line.dtype.c_str(), *kernel, off, line.tolerance,
+                same ? "" : "other bits with other threads");
+    failures += passed ? 0 : 1;
+  }
+  return failures;
+}
+
+int Main(const char* path, const char* numbers, const std::string& fault) {
+  if (!NarrowFormatsHold()) {
+    std::fprintf(stderr, "conversions of 16-bit types are wrong\n");
+    return 2;
+  }
+  std::vector<int> threads;
+  std::istringstream from(numbers);
+  for (std::string number; std::getline(from, number, ',');) {
+    threads.push_back(std::max(1, std::atoi(number.c_str())));
+  }
+  // By lines, in step with a sanitizer's report.
+  std::setvbuf(stdout, nullptr, _IOLBF, 1 << 12);
+  std::printf("instruction set %s\n", CpuIsa());
+  std::ifstream file(path);
+  int failures = 0, lines = 0;
+  for (std::string text; std::getline(file, text); ++lines) {
+    Line line;
+    if (!ReadLine(text, &line)) {
+      std::fprintf(stderr, "malformed line: %s\n", text.c_str());
+      return 2;
+    }
+    failures += RunLine(line, threads, fault);
+  }
+  std::printf("%d problems, %d failures\n", lines, failures);
+  return lines == 0 || threads.empty() ? 2 : failures > 0;
+}
+
+}  // namespace
+}  // namespace convgrad
+
+int main(int argc, char** argv) {
+  if (argc != 3 && argc != 4) {
+    std::fprintf(stderr, "usage: cpu_driver FILE THREADS[,THREADS...] [FAULT]\n");
+    return 2;
+  }
+  return convgrad::Main(argv[1], argv[2], argc == 4 ? argv[3] : "");
+}

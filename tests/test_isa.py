@@ -1,0 +1,169 @@
+"""The CPU module whatever runs it: every instruction set, any number of threads; its size."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import cpu_programs
+import numpy as np
+import oracles
+import pytest
+from conftest import SEED
+
+from jax_convgrad import native
+from jax_convgrad.tools.geometries import (
+    named_cases,
+    normwise_error,
+    random_cases,
+    reduction_taps,
+    tolerance,
+)
+
+RANDOM_COUNT = 200
+# At least one of each class, so that each kernel takes some whatever is drawn.
+ALWAYS = (
+    "dense_3x3", "dense_s2_nchw", "stem_7x7_s2", "gray_5x5", "odd_channels", "odd_depthwise",
+    "depthwise_3x3_nchw", "depthwise_multiplier", "depthwise_1d", "grouped_s2", "all_dilated",
+    "batch_groups", "odd_layouts_3d", "no_images", "no_output_channels", "window_beyond_input",
+)  # fmt: skip
+PER_PROGRAM = 100
+
+
+def in_programs(problems):
+    """Yields (problem, {kernel: dX}); problems share compiled programs, which saves a minute."""
+    for first in range(0, len(problems), PER_PROGRAM):
+        some = problems[first : first + PER_PROGRAM]
+        yield from zip(some, oracles.call_kernels_of_many(some), strict=True)
+
+
+def sweep():
+    """Compares with float64 on this process's instruction set; prints what it did as JSON."""
+    cases = [case for case in named_cases() if case.name in ALWAYS]
+    cases += random_cases(RANDOM_COUNT, SEED)
+    problems = [
+        (*oracles.operands(np.random.default_rng([SEED, index]), case.geometry, dtype),
+         case.geometry)
+        for index, case in enumerate(cases)
+        for dtype in oracles.DTYPES
+    ]  # fmt: skip
+    used, failures = {}, []
+    for (dy, w, g), results in in_programs(problems):
+        dtype = dy.dtype.name
+        reference = oracles.sliced_input_grad(dy, w, g)
+        bound = tolerance(dtype, reduction_taps(g))
+        for name, out in results.items():
+            assert out.dtype == dy.dtype
+            used.setdefault(dtype, set()).add(name)
+            if not (error := normwise_error(out, reference)) <= bound:
+                failures.append(f"{name} {dtype}: {error:.3e} above {bound:.3e} for {g}")
+    print(json.dumps({
+        "isa": native.cpu.isa(),
+        "used": {dtype: sorted(names) for dtype, names in used.items()},
+        "geometries": len(cases),
+        "failures": failures,
+    }))  # fmt: skip
+
+
+X64 = "import jax; jax.config.update('jax_enable_x64', True)\n"
+
+
+def skip_without(isa):
+    if (reason := cpu_programs.lacking(isa)) is not None:
+        pytest.skip(reason)
+
+
+def report(run_python, code, **environment):
+    return json.loads(run_python("-c", X64 + code, **environment).stdout)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("isa", cpu_programs.flags_by_set())
+def test_random_geometries_against_float64(run_python, isa):
+    skip_without(isa)
+    found = report(run_python, "import test_isa; test_isa.sweep()", JAX_CONVGRAD_CPU_ISA=isa)
+    assert not found["failures"], "\n".join(found["failures"][:20])
+    assert found["isa"] == isa
+    assert found["geometries"] == RANDOM_COUNT + len(ALWAYS)
+    # Every kernel in every dtype, as far as it takes any.
+    assert set(found["used"]) == set(oracles.DTYPES)
+    assert set().union(*found["used"].values()) == set(native.cpu.kernel_names())
+    assert set(found["used"]["float32"]) == set(native.cpu.kernel_names())
+
+
+def threads_of_pool():
+    """How many threads XLA has for kernels, by the name it gives them; 0 if unknown."""
+    names = []
+    for path in pathlib.Path("/proc/self/task").glob("*/comm"):
+        names.append(path.read_text().strip())
+    return names.count("tf_XLAEigen")
+
+
+def all_bits():
+    """Prints digests of every kernel's result on all named geometries, of fixed data."""
+    problems = [
+        (*oracles.operands(np.random.default_rng(index), case.geometry, dtype), case.geometry)
+        for index, case in enumerate(named_cases())
+        for dtype in ("float32", "bfloat16")
+    ]
+    digests = [
+        {name: hashlib.sha256(out.tobytes()).hexdigest()[:16] for name, out in results.items()}
+        for _, results in in_programs(problems)
+    ]
+    print(json.dumps({"threads": threads_of_pool(), "digests": digests}))
+
+
+@pytest.mark.native
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_the_same_bits_for_every_thread_count(run_python):
+    """XLA's own pool with 1, 2 and 4 threads, whatever number of processors there is."""
+    found = {
+        # The variable's old name is for the oldest JAX.
+        threads: report(
+            run_python, "import test_isa; test_isa.all_bits()",
+            PJRT_NPROC=str(threads), NPROC=str(threads),
+        )
+        for threads in (1, 2, 4)
+    }  # fmt: skip
+    assert {threads: each["threads"] for threads, each in found.items()} == {1: 1, 2: 2, 4: 4}
+    names = [case.name for case in named_cases() for _ in range(2)]
+    for threads in (2, 4):
+        differing = {
+            name
+            for name, one, many in zip(
+                names, found[1]["digests"], found[threads]["digests"], strict=True
+            )
+            if one != many
+        }
+        assert not differing
+    assert sum(map(len, found[1]["digests"])) > 2 * len(names)
+
+
+@pytest.mark.native
+def test_the_same_bits_every_run(rng):
+    wanted = ("dense_3x3_wide", "dense_s2_nchw", "depthwise_7x7", "grouped", "dense_3d")
+    geometries = [case.geometry for case in named_cases() if case.name in wanted]
+    problems = [
+        (*oracles.operands(rng, g, dtype), g)
+        for g in geometries
+        for dtype in ("float32", "bfloat16")
+    ]
+    first, second = (oracles.call_kernels_of_many(problems) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        for name in one:
+            assert one[name].tobytes() == other[name].tobytes(), name
+
+
+MOST_BYTES = 3_000_000
+
+
+@pytest.mark.native
+def test_module_is_small(tmp_path):
+    path = pathlib.Path(native.cpu.__file__)
+    assert path.stat().st_size < MOST_BYTES
+    if (strip := shutil.which("strip")) is not None:
+        stripped = tmp_path / path.name
+        subprocess.run([strip, "-o", stripped, path], check=True)
+        assert stripped.stat().st_size < MOST_BYTES
