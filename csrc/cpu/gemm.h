@@ -35,38 +35,39 @@ namespace {
 struct GemmState {
   CpuArgs args;
   const void* dy;           // packed or in place
-  ActivationStrides dy_at;  // of that
+  ActivationStrides dy_at;  // of that, in operands
   int64_t panels, task_panels, panel_groups;
   int64_t task_rows, row_groups, phases;
   int64_t task_groups, group_parts;  // of gemm_groups.h
-  bool pack_dy;
+  bool pack_dy, rows_first;
 };
 
 // Walks the blocks of B. Whole taps while they fit, else equal parts of one tap.
-template <typename A, int kVecs>
+template <typename O, int kVecs>
 inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const* phase,
-                    const A* dy, const A* panel, bool exact, A* tile) {
+                    const O* dy, const O* panel, bool exact, Sum<O>* tile) {
   const Problem& p = s.args.problem;
-  constexpr int64_t kWidth = kVecs * kLanes<A>;
-  constexpr int64_t kBlockRows = kBlockBytes / (kWidth * static_cast<int>(sizeof(A)));
-  const int64_t k_parts = CeilDiv(p.out_channels, kBlockRows);
-  const int64_t k_step = CeilDiv(p.out_channels, k_parts);
+  constexpr int64_t kWidth = kVecs * kLanes<O>;
+  constexpr int64_t kBlockRows = BlockRows<O>(kVecs);
+  const int64_t depth = Depth<O>(p);
+  const int64_t k_parts = CeilDiv(depth, kBlockRows);
+  const int64_t k_step = CeilDiv(CeilDiv(depth, k_parts), kDepthStep) * kDepthStep;
   int64_t taps_in_block = kBlockRows / k_step;
   if (taps_in_block > kBlockTaps) taps_in_block = kBlockTaps;
 
-  const A* zeros = static_cast<const A*>(s.args.zeros);
+  const O* zeros = static_cast<const O*>(s.args.zeros);
   bool fresh = true;
-  for (int64_t k0 = 0; k0 < p.out_channels; k0 += k_step) {
+  for (int64_t k0 = 0; k0 < depth; k0 += k_step) {
     GemmBlock block;
     block.taps = 0;
     block.k0 = k0;
-    block.k_count = p.out_channels - k0 < k_step ? p.out_channels - k0 : k_step;
+    block.k_count = depth - k0 < k_step ? depth - k0 : k_step;
     for (int64_t t0 = 0; t0 < phase[0]->r_count; ++t0) {
       for (int64_t t1 = 0; t1 < phase[1]->r_count; ++t1) {
         for (int64_t t2 = 0; t2 < phase[2]->r_count; ++t2) {
-          AppendTap(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
+          AppendTap<O>(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
           if (block.taps == taps_in_block) {
-            AddBlock<A, kVecs>(rows, block, dy, zeros, panel, exact, fresh, tile);
+            AddBlock<O, kVecs>(rows, block, dy, zeros, panel, exact, fresh, tile);
             fresh = false;
             block.taps = 0;
           }
@@ -74,11 +75,11 @@ inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
       }
     }
     if (block.taps > 0) {
-      AddBlock<A, kVecs>(rows, block, dy, zeros, panel, exact, fresh, tile);
+      AddBlock<O, kVecs>(rows, block, dy, zeros, panel, exact, fresh, tile);
       fresh = false;
     }
   }
-  if (fresh) __builtin_memset(tile, 0, sizeof(A) * rows.count * kWidth);  // no taps
+  if (fresh) __builtin_memset(tile, 0, sizeof(O) * rows.count * kWidth);  // no taps
 }
 
 CONVGRAD_INLINE bool PanelIsTainted(const CpuArgs& a, int64_t group, int64_t panels,
@@ -108,7 +109,7 @@ inline bool RowsOfTask(const GemmState& s, int64_t phase_index, int64_t row_grou
 
 template <typename T>
 void GemmTask(const void* state, int64_t index) {
-  using A = Acc<T>;
+  using O = Operand<T>;
   const GemmState& s = *static_cast<const GemmState*>(state);
   const CpuArgs& a = s.args;
   const Problem& p = a.problem;
@@ -116,32 +117,37 @@ void GemmTask(const void* state, int64_t index) {
   // Phases are innermost: tasks that write the same cache lines run close in time.
   const int64_t phase_index = index % s.phases;
   index /= s.phases;
-  const int64_t panel_group = index % s.panel_groups;
-  index /= s.panel_groups;
-  const int64_t row_group = index % s.row_groups;
-  const int64_t group = index / s.row_groups;
+  const int64_t inner = s.rows_first ? s.row_groups : s.panel_groups;
+  const int64_t first = index % inner;
+  index /= inner;
+  const int64_t outer = s.rows_first ? s.panel_groups : s.row_groups;
+  const int64_t second = index % outer;
+  const int64_t group = index / outer;
+  const int64_t panel_group = s.rows_first ? second : first;
+  const int64_t row_group = s.rows_first ? first : second;
 
   const Phase* phase[kAxes];
   GemmRows rows;
   if (!RowsOfTask(s, phase_index, row_group, phase, &rows)) return;
-  const A* dy = static_cast<const A*>(s.dy) + group * s.dy_at.group;
+  const O* dy = static_cast<const O*>(s.dy) + group * s.dy_at.group;
 
-  alignas(64) A tile[kMaxTaskRows * kPanelColumns<A>];
+  [[maybe_unused]] const TileScope tiles;
+  alignas(64) Sum<O> tile[kMaxTaskRows * kPanelColumns<O>];
   const int64_t end = (panel_group + 1) * s.task_panels;
   for (int64_t i = panel_group * s.task_panels; i < end && i < s.panels; ++i) {
-    const Panel panel = PanelAt<A>(p, i);
-    const A* filter = PackedPanel<A>(a, group, panel);
+    const Panel panel = PanelAt<O>(p, i);
+    const O* filter = PackedPanel<O>(a, group, panel);
     const bool exact = PanelIsTainted(a, group, s.panels, i);
-    const int64_t width = panel.vectors * kLanes<A>;
+    const int64_t width = panel.vectors * kLanes<O>;
     switch (panel.vectors) {
-      case 1: AddTaps<A, 1>(s, rows, phase, dy, filter, exact, tile); break;
-      case 2: AddTaps<A, 2>(s, rows, phase, dy, filter, exact, tile); break;
+      case 1: AddTaps<O, 1>(s, rows, phase, dy, filter, exact, tile); break;
+      case 2: AddTaps<O, 2>(s, rows, phase, dy, filter, exact, tile); break;
       default:
-        if constexpr (kPanelVectors<A> == 4) {
+        if constexpr (kPanelVectors<O> == 4) {
           if (panel.vectors == 3) {
-            AddTaps<A, 3>(s, rows, phase, dy, filter, exact, tile);
+            AddTaps<O, 3>(s, rows, phase, dy, filter, exact, tile);
           } else {
-            AddTaps<A, 4>(s, rows, phase, dy, filter, exact, tile);
+            AddTaps<O, 4>(s, rows, phase, dy, filter, exact, tile);
           }
         }
     }
@@ -156,13 +162,13 @@ void GemmTask(const void* state, int64_t index) {
 // finds them once and uses them for many groups, whose channels lie side by side in dY.
 constexpr int kMaxNarrowVectors = 2;
 
-template <typename A>
+template <typename O>
 inline bool GroupsAreNarrow(const GemmState& s) {
   const CpuArgs& a = s.args;
   const Problem& p = a.problem;
-  const Panel panel = PanelAt<A>(p, 0);
+  const Panel panel = PanelAt<O>(p, 0);
   if (p.groups == 1 || panel.columns < p.in_channels) return false;
-  if (panel.vectors > kMaxNarrowVectors || s.dy_at.group != p.out_channels) return false;
+  if (panel.vectors > kMaxNarrowVectors || s.dy_at.group != Depth<O>(p)) return false;
   int64_t taps = 1;
   for (int x = 0; x < kAxes; ++x) {
     int64_t most = 0;
@@ -171,15 +177,14 @@ inline bool GroupsAreNarrow(const GemmState& s) {
     }
     taps *= most;
   }
-  const int64_t row_bytes = panel.vectors * kVectorBytes;
-  return taps <= kBlockTaps && taps * p.out_channels * row_bytes <= kBlockBytes;
+  return taps <= kBlockTaps && taps * PackedDepth<O>(p) <= BlockRows<O>(panel.vectors);
 }
 
 template <typename T, int kVecs>
 void NarrowGroupsTask(const void* state, int64_t index) {
-  using A = Acc<T>;
+  using O = Operand<T>;
   constexpr int kRows = RowsFor(kVecs);
-  constexpr int64_t kWidth = kVecs * kLanes<A>;
+  constexpr int64_t kWidth = kVecs * kLanes<O>;
   const GemmState& s = *static_cast<const GemmState*>(state);
   const CpuArgs& a = s.args;
   const Problem& p = a.problem;
@@ -193,29 +198,30 @@ void NarrowGroupsTask(const void* state, int64_t index) {
   GemmBlock block;
   block.taps = 0;
   block.k0 = 0;
-  block.k_count = p.out_channels;
+  block.k_count = Depth<O>(p);
   for (int64_t t0 = 0; t0 < phase[0]->r_count; ++t0) {
     for (int64_t t1 = 0; t1 < phase[1]->r_count; ++t1) {
       for (int64_t t2 = 0; t2 < phase[2]->r_count; ++t2) {
-        AppendTap(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
+        AppendTap<O>(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
       }
     }
   }
-  const A* zeros = static_cast<const A*>(a.zeros);
-  TapRows<A, kRows> found[kMaxTaskRows / kRows];
+  const O* zeros = static_cast<const O*>(a.zeros);
+  TapRows<O, kRows> found[kMaxTaskRows / kRows];
   for (int64_t m = 0; m < rows.count; m += kRows) {
-    FindTapRows(rows, block, m, static_cast<const A*>(s.dy), zeros, &found[m / kRows]);
+    FindTapRows(rows, block, m, static_cast<const O*>(s.dy), zeros, &found[m / kRows]);
   }
 
-  alignas(64) A tile[kMaxTaskRows * kWidth];
-  const Panel panel = PanelAt<A>(p, 0);
+  [[maybe_unused]] const TileScope tiles;
+  alignas(64) Sum<O> tile[kMaxTaskRows * kWidth];
+  const Panel panel = PanelAt<O>(p, 0);
   const int64_t end = (group_part + 1) * s.task_groups;
   for (int64_t g = group_part * s.task_groups; g < end && g < p.groups; ++g) {
     T* const dx = static_cast<T*>(a.dx) + g * p.dx.group;
-    const A* filter = PackedPanel<A>(a, g, panel);
+    const O* filter = PackedPanel<O>(a, g, panel);
     const bool exact = PanelIsTainted(a, g, 1, 0);
     for (int64_t m = 0; m < rows.count; m += kRows) {
-      AddTapRows<A, kVecs>(found[m / kRows], g * p.out_channels, block, filter, zeros,
+      AddTapRows<O, kVecs>(found[m / kRows], g * s.dy_at.group, block, filter, zeros,
                            exact, true, tile + m * kWidth);
     }
     StoreTile<T>(rows, tile, kWidth, panel.columns, a.column_dx, dx);
@@ -230,7 +236,8 @@ void GemmPackTask(const void* state, int64_t index) {
   const GemmState& s = *static_cast<const GemmState*>(state);
   const Problem& p = s.args.problem;
   if (index == 0) {
-    __builtin_memset(s.args.zeros, 0, sizeof(Acc<T>) * p.out_channels * p.groups);
+    using O = Operand<T>;
+    __builtin_memset(s.args.zeros, 0, sizeof(O) * Depth<O>(p) * p.groups);
     return;
   }
   index -= 1;
@@ -243,7 +250,7 @@ void GemmPackTask(const void* state, int64_t index) {
 // what it sets up, enough of them for tens of threads. A block of B is reused over the
 // rows of a task but never over its panels, so panels are split first; groups last,
 // because neighbouring ones share cache lines of dX, or pages.
-template <typename A>
+template <typename O>
 inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   constexpr int64_t kEnoughTasks = 96;
   constexpr double kLeastWork = 1e6;  // multiply-adds
@@ -255,7 +262,7 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
                       p.groups * p.out_channels * p.in_channels * Taps(p);
 
   s->phases = a.phase_count[0] * a.phase_count[1] * a.phase_count[2];
-  s->panels = CeilDiv(p.in_channels, kPanelColumns<A>);
+  s->panels = CeilDiv(p.in_channels, kPanelColumns<O>);
   s->task_panels = s->panels;
   s->task_groups = narrow ? p.groups : 1;
   s->task_rows = kMaxTaskRows;
@@ -279,15 +286,19 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
 
 template <typename T>
 void PrepareGemm(const CpuArgs& a, CpuJob* job) {
-  using A = Acc<T>;
+  using O = Operand<T>;
   const Problem& p = a.problem;
   GemmState s{};
   s.args = a;
-  s.pack_dy = a.packed_dy != nullptr;
+  s.pack_dy = !ReadsDyInPlace<T>(a);
   s.dy = s.pack_dy ? a.packed_dy : a.dy;
-  s.dy_at = s.pack_dy ? PackedDyStrides(p) : p.dy;
-  const bool narrow = GroupsAreNarrow<A>(s);
-  ChooseTasks<A>(p, narrow, &s);
+  s.dy_at = DyOperandStrides<T>(a);
+  const bool narrow = GroupsAreNarrow<O>(s);
+  ChooseTasks<O>(p, narrow, &s);
+  // Which of dY and the filter stays in a cache while the other one is read again.
+  const double dy_size = 1.0 * p.batch * p.axis[0].out * p.axis[1].out * p.axis[2].out;
+  const double w_size = 1.0 * Taps(p) * p.in_channels;
+  s.rows_first = (s.row_groups - 1) * w_size > (s.panel_groups - 1) * dy_size;
   SetState(job, s);
   const int64_t pack_tasks =
       1 + p.groups * s.panels * FilterChunks(p) + (s.pack_dy ? PackDyTasks(p) : 0);
@@ -295,7 +306,7 @@ void PrepareGemm(const CpuArgs& a, CpuJob* job) {
   job->stage[0] = {pack_tasks, GemmPackTask<T>};
   job->stage[1] = {s.phases * s.group_parts * s.row_groups * s.panel_groups,
                    !narrow                         ? GemmTask<T>
-                   : PanelAt<A>(p, 0).vectors == 1 ? NarrowGroupsTask<T, 1>
+                   : PanelAt<O>(p, 0).vectors == 1 ? NarrowGroupsTask<T, 1>
                                                    : NarrowGroupsTask<T, 2>};
 }
 
