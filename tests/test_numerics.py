@@ -213,6 +213,8 @@ def sweep():
 def supported(isa):
     needed = {"portable": set(), "avx2": {"avx2", "fma", "f16c"}}
     needed["avx512"] = needed["avx2"] | {"avx512f", "avx512bw", "avx512vl", "avx512dq"}
+    needed["avx512_bf16"] = needed["avx512"] | {"avx512_bf16"}
+    needed["amx"] = needed["avx512_bf16"] | {"amx_tile", "amx_bf16"}
     try:
         with open("/proc/cpuinfo") as f:
             flags = next((line.split() for line in f if line.startswith("flags")), [])
@@ -222,7 +224,7 @@ def supported(isa):
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def test_every_instruction_set(run_python, isa):
     if not supported(isa):
         pytest.skip(f"this processor has no {isa}")
