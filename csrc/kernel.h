@@ -89,7 +89,7 @@ const char* const* CpuKernelNames();  // null-terminated
 void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void* w,
             void* dx, void* workspace, int64_t threads, const ParallelFor& parallel_for);
 
-// "avx512", "avx2" or "portable": what RunCpu uses on this machine.
+// "amx", "avx512_bf16", "avx512", "avx2" or "portable": what RunCpu uses on this machine.
 const char* CpuIsa();
 
 }  // namespace convgrad

@@ -13,6 +13,15 @@
 #include <cstring>
 #include <vector>
 
+#if defined(CONVGRAD_AMX)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/job.h"
 #include "kernel.h"
 #include "phase.h"
@@ -30,15 +39,56 @@ extern const CpuKernels kKernels;
 namespace portable {
 extern const CpuKernels kKernels;
 }
+// Those that the build has; of kernels_bf16.cc.
+#if defined(CONVGRAD_AVX512_BF16)
+namespace avx512_bf16 {
+void GemmBf16(const CpuArgs& args, CpuJob* job);
+}
+#endif
+#if defined(CONVGRAD_AMX)
+namespace amx {
+void GemmBf16(const CpuArgs& args, CpuJob* job);
+}
+#endif
 
 namespace {
 
 // ---- instruction sets -------------------------------------------------------------
 
+using PrepareJob = void (*)(const CpuArgs& args, CpuJob* job);
+
 struct Isa {
   const char* name;
   const CpuKernels* kernels;
+  PrepareJob gemm_bf16 = nullptr;        // in place of kernels->gemm, if it has one,
+  PrepareJob gemm_bf16_tiles = nullptr;  // and if there are channels to fill its tiles
 };
+
+#if defined(CONVGRAD_EMULATE_AMX)
+// For tests, which ask for no other kernel than that one.
+Isa ChooseIsa() { return {"amx", &portable::kKernels, nullptr, amx::GemmBf16}; }
+#else
+#if defined(CONVGRAD_AMX)
+// AMX needs the processor, the system's support, and leave for this process to use it:
+// Linux grants the 8 KiB of state only to those who ask. There is no taking it back.
+bool MayUseAmx() {
+#if defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // of leaf 7's edx
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kBf16) == 0) {
+    return false;
+  }
+  unsigned states, high;
+  __asm__("xgetbv" : "=a"(states), "=d"(high) : "c"(0));
+  constexpr unsigned kTileStates = 3u << 17;
+  if ((states & kTileStates) != kTileStates) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa ChooseIsa() {
   const char* wish = std::getenv("JAX_CONVGRAD_CPU_ISA");
@@ -54,16 +104,40 @@ Isa ChooseIsa() {
                           __builtin_cpu_supports("avx512vl") &&
                           __builtin_cpu_supports("avx512dq");
   const Isa avx2 = {"avx2", &avx2::kKernels}, avx512 = {"avx512", &avx512::kKernels};
+  Isa best = has_avx512 ? avx512 : has_avx2 ? avx2 : portable;
+#if defined(CONVGRAD_AVX512_BF16)
+  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) {
+    const Isa avx512_bf16 = {"avx512_bf16", &avx512::kKernels, avx512_bf16::GemmBf16};
+    best = avx512_bf16;
+#if defined(CONVGRAD_AMX)
+    if (allowed("amx") && MayUseAmx()) {
+      return {"amx", &avx512::kKernels, avx512_bf16::GemmBf16, amx::GemmBf16};
+    }
+#endif
+    if (allowed("avx512_bf16")) return avx512_bf16;
+  }
+#endif
   if (has_avx512 && allowed("avx512")) return avx512;
   if (has_avx2 && allowed("avx2")) return avx2;
   if (wish != nullptr && allowed("portable")) return portable;
-  // A wish that cannot be granted is ignored.
-  if (has_avx512) return avx512;
-  if (has_avx2) return avx2;
+  return best;  // a wish that cannot be granted is ignored
 #else
   (void)allowed;
-#endif
   return portable;
+#endif
+}
+#endif  // CONVGRAD_EMULATE_AMX
+
+// With fewer out channels than that most of a tile is idle, and vectors are as fast.
+constexpr int64_t kLeastTileChannels = kTileChannels / 2;
+
+PrepareJob GemmOf(const Isa& isa, const Problem& p) {
+  if (p.dtype == DType::kBF16) {
+    const bool fills = p.out_channels >= kLeastTileChannels || isa.gemm_bf16 == nullptr;
+    if (isa.gemm_bf16_tiles != nullptr && fills) return isa.gemm_bf16_tiles;
+    if (isa.gemm_bf16 != nullptr) return isa.gemm_bf16;
+  }
+  return isa.kernels->gemm;
 }
 
 const Isa& ChosenIsa() {
@@ -243,7 +317,10 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
   const int64_t filter = p.out_channels * Taps(p) * acc;  // of one input channel
   if (kernel == Kernel::kGemm) {
     const int64_t columns = CeilDiv(p.in_channels, kMaxLanes) * kMaxLanes;
-    out.filter = take(p.groups * columns * filter);
+    const int64_t tiles =  // bfloat16 in whole tiles
+        CeilDiv(p.out_channels, kTileChannels) * kTileChannels * Taps(p) * 2;
+    out.filter = take(p.groups * columns *
+                      (p.dtype == DType::kBF16 ? std::max(filter, tiles) : filter));
     out.taint = take(p.groups * CeilDiv(p.in_channels, kMinPanelColumns) *
                      CeilDiv(p.out_channels, kFilterPackChannels));
     out.zeros = take(p.groups * p.out_channels * acc);
@@ -274,6 +351,24 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
   return out;
 }
 
+// XLA allocates a large workspace anew at every call: in pages of 4 KiB, finding and
+// clearing them takes as long as packing into them.
+void AskForLargePages(unsigned char* base, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kLargePage = 2 << 20;
+  const uintptr_t first =
+      (reinterpret_cast<uintptr_t>(base) + kLargePage - 1) / kLargePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(base) + bytes) / kLargePage;
+  if (end < first + 4) return;
+  // A hint: nothing depends on whether it is taken.
+  madvise(reinterpret_cast<void*>(first * kLargePage), (end - first) * kLargePage,
+          MADV_HUGEPAGE);
+#else
+  (void)base;
+  (void)bytes;
+#endif
+}
+
 }  // namespace
 
 // ---- entry points -----------------------------------------------------------------
@@ -302,6 +397,7 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   args.problem = kernel == Kernel::kGemm ? Folded(problem) : problem;
   const Workspace at = LayOut(args.problem, kernel);
   unsigned char* base = static_cast<unsigned char*>(workspace);
+  AskForLargePages(base, at.bytes);
   args.dy = dy;
   args.w = w;
   args.dx = dx;
@@ -330,11 +426,12 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   }
   if (kernel == Kernel::kPlanes) args.plane_tile = ChoosePlaneTile(problem);
 
-  const CpuKernels& kernels = *ChosenIsa().kernels;
+  const Isa& isa = ChosenIsa();
+  const CpuKernels& kernels = *isa.kernels;
   CpuJob job;
   switch (kernel) {
     case Kernel::kDirect: kernels.direct(args, &job); break;
-    case Kernel::kGemm: kernels.gemm(args, &job); break;
+    case Kernel::kGemm: GemmOf(isa, args.problem)(args, &job); break;
     case Kernel::kChannels: kernels.channels(args, &job); break;
     case Kernel::kPlanes: kernels.planes(args, &job); break;
   }

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import compat, dispatch, roofline
+from . import compat, dispatch, native, roofline
 from .conv import check_dtypes
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, shape_of
@@ -58,6 +58,13 @@ class Explanation:
         return 0 if self.plan is None else self.plan.workspace_bytes
 
     @property
+    def instruction_set(self) -> str | None:
+        """Name of the set that the CPU module uses in this process; None if it does not run."""
+        if self.plan is None or self.platform != "cpu" or native.cpu is None:
+            return None
+        return native.cpu.isa()
+
+    @property
     def waves(self) -> float | None:
         """The grid's blocks over those that the reference GPU holds at once."""
         if self.plan is None or self.reference is None:
@@ -89,6 +96,8 @@ class Explanation:
 
     def __str__(self) -> str:
         name = self.implementation if self.kernel is None else f"native, kernel {self.kernel}"
+        if self.instruction_set is not None:
+            name += f", {self.instruction_set} instructions"
         lines = [
             f"input gradient of {self.geometry} in {self.dtype} on {self.platform}",
             f"  runs as   {name}: {self.reason}",

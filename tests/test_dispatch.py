@@ -180,6 +180,8 @@ def test_explanation_agrees_with_the_program():
     explanation = jax_convgrad.explain(x, w, (2, 2), "SAME", implementation="native")
     assert explanation.kernel == oracles.plan(G, "bfloat16")[0]
     assert explanation.workspace_bytes == oracles.plan(G, "bfloat16")[1]
+    assert explanation.instruction_set == native.cpu.isa()
+    assert f"{native.cpu.isa()} instructions" in str(explanation)
     wide = jax_convgrad.explain(x, w, (2, 2), "SAME", preferred_element_type="float32")
     assert wide.dtype == "float32"
 
@@ -293,7 +295,7 @@ def test_module_of_another_release_is_refused():
 def test_module_says_what_it_is():
     assert native.cpu.version == jax_convgrad.__version__
     assert native.cpu.ffi_api_version <= native.runtime_ffi_version()
-    assert native.cpu.isa() in ("avx512", "avx2", "portable")
+    assert native.cpu.isa() in ("amx", "avx512_bf16", "avx512", "avx2", "portable")
     assert list(native.cpu.targets()) == [native.TARGET]
 
 

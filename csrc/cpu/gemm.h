@@ -36,76 +36,79 @@ namespace {
 struct GemmState {
   CpuArgs args;
   const void* dy;           // packed or in place
-  ActivationStrides dy_at;  // of that
+  ActivationStrides dy_at;  // of that, in operands
   int64_t panels, task_panels, panel_groups;
   int64_t task_rows, row_groups, phases;
   int64_t task_groups, group_parts;  // of narrow groups
-  bool pack_dy;
+  bool pack_dy, rows_first;
   bool small_blocks;  // that would fit the stack
   bool local_filter;  // and are packed there, each by the task that multiplies it
 };
 
 // A panel of the filter: packed, or to be packed block by block into `local`.
-template <typename A>
+template <typename O>
 struct GemmFilter {
-  const A* packed;
+  const O* packed;
   bool exact;  // it holds an Inf or a NaN
 
-  A* local;
-  const A* w;  // the group's filter
+  O* local;
+  const O* w;  // the group's filter
   const int64_t* column_w;
   Panel panel;
 };
 
 // Packs a block into filter.local; returns whether it holds an Inf or a NaN.
-template <typename A>
-__attribute__((noinline)) bool PackBlock(const Problem& p, const GemmFilter<A>& filter,
-                                         GemmBlock* block) {
+template <typename O>
+CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<O>& filter,
+                                 GemmBlock* block) {
   const bool contiguous = ColumnsAreContiguous(filter.panel, filter.column_w);
-  const int64_t size = block->k_count * filter.panel.vectors * kLanes<A>;
-  A taint = 0;
+  const int64_t size = block->k_count * filter.panel.vectors * kLanes<O>;
+  Sum<O> taint = 0;
   for (int t = 0; t < block->taps; ++t) {
     block->filter[t] = t * size;
-    taint +=
-        PackTap<A>(p, filter.w + block->w[t], filter.column_w, contiguous, filter.panel,
-                   block->k0, block->k0 + block->k_count, filter.local + t * size);
+    const O* tap = filter.w + block->w[t] + block->k0 * p.w.out_channel;
+    taint += PackTap<O>(p, tap, filter.column_w, contiguous, filter.panel, 0,
+                        block->k_count, filter.local + t * size);
   }
   return IsTainted(taint);
 }
 
 // Walks the blocks of B. Whole taps while they fit, else equal parts of one tap.
-template <typename A, int kVecs>
+template <typename O, int kVecs>
 inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const* phase,
-                    const A* dy, const GemmFilter<A>& filter, const GemmSums<A>& sums) {
+                    const O* dy, const GemmFilter<O>& filter,
+                    const GemmSums<Sum<O>>& sums) {
   const Problem& p = s.args.problem;
-  constexpr int64_t kWidth = kVecs * kLanes<A>;
-  const int64_t block_rows = (s.small_blocks ? kTileBytes : kBlockBytes) /
-                             (kWidth * static_cast<int>(sizeof(A)));
-  const int64_t k_parts = CeilDiv(p.out_channels, block_rows);
-  const int64_t k_step = CeilDiv(p.out_channels, k_parts);
+  constexpr int64_t kWidth = kVecs * kLanes<O>;
+  const int64_t block_rows = BlockRows(kVecs, s.small_blocks ? kTileBytes : kBlockBytes);
+  const int64_t depth = Depth<O>(p);
+  const int64_t k_parts = CeilDiv(depth, block_rows);
+  const int64_t k_step = CeilDiv(CeilDiv(depth, k_parts), kDepthStep) * kDepthStep;
   int64_t taps_in_block = block_rows / k_step;
   if (taps_in_block > kBlockTaps) taps_in_block = kBlockTaps;
 
-  const A* zeros = static_cast<const A*>(s.args.zeros);
+  const O* zeros = static_cast<const O*>(s.args.zeros);
   bool fresh = true;
   GemmBlock block;
   const auto add = [&] {
-    const bool exact =
-        filter.local == nullptr ? filter.exact : PackBlock<A>(p, filter, &block);
-    AddBlock<A, kVecs>(rows, block, dy, zeros,
+    bool exact = filter.exact;
+    if constexpr (kPerOperand<O> == 1) {
+      if (filter.local != nullptr) exact = PackBlock<O>(p, filter, &block);
+    }
+    AddBlock<O, kVecs>(rows, block, dy, zeros,
                        filter.local == nullptr ? filter.packed : filter.local, exact,
                        fresh, sums);
     fresh = false;
     block.taps = 0;
   };
-  for (int64_t k0 = 0; k0 < p.out_channels; k0 += k_step) {
+  for (int64_t k0 = 0; k0 < depth; k0 += k_step) {
     block.taps = 0;
     block.k0 = k0;
-    block.k_count = p.out_channels - k0 < k_step ? p.out_channels - k0 : k_step;
+    block.k_count = depth - k0 < k_step ? depth - k0 : k_step;
     for (int64_t t0 = 0; t0 < phase[0]->r_count; ++t0) {
       for (int64_t t1 = 0; t1 < phase[1]->r_count; ++t1) {
         for (int64_t t2 = 0; t2 < phase[2]->r_count; ++t2) {
-          AppendTap(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
+          AppendTap<O>(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
           if (block.taps == taps_in_block) add();
         }
       }
@@ -113,7 +116,7 @@ inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
     if (block.taps > 0) add();
   }
   for (int64_t m = 0; fresh && m < rows.count; ++m) {  // no taps
-    A* row = sums.to + (sums.step != 0 ? m * sums.step : rows.dx[m]);
+    Sum<O>* row = sums.to + (sums.step != 0 ? m * sums.step : rows.dx[m]);
     for (int64_t c = 0; c < kWidth; ++c) row[c] = 0;
   }
 }
@@ -145,7 +148,7 @@ inline bool RowsOfTask(const GemmState& s, int64_t phase_index, int64_t row_grou
 
 template <typename T>
 void GemmTask(const void* state, int64_t index) {
-  using A = Acc<T>;
+  using O = Operand<T>;
   const GemmState& s = *static_cast<const GemmState*>(state);
   const CpuArgs& a = s.args;
   const Problem& p = a.problem;
@@ -153,22 +156,27 @@ void GemmTask(const void* state, int64_t index) {
   // Phases are innermost: tasks that write the same cache lines run close in time.
   const int64_t phase_index = index % s.phases;
   index /= s.phases;
-  const int64_t panel_group = index % s.panel_groups;
-  index /= s.panel_groups;
-  const int64_t row_group = index % s.row_groups;
-  const int64_t group = index / s.row_groups;
+  const int64_t inner = s.rows_first ? s.row_groups : s.panel_groups;
+  const int64_t first = index % inner;
+  index /= inner;
+  const int64_t outer = s.rows_first ? s.panel_groups : s.row_groups;
+  const int64_t second = index % outer;
+  const int64_t group = index / outer;
+  const int64_t panel_group = s.rows_first ? second : first;
+  const int64_t row_group = s.rows_first ? first : second;
 
   const Phase* phase[kAxes];
   GemmRows rows;
   if (!RowsOfTask(s, phase_index, row_group, phase, &rows)) return;
-  const A* dy = static_cast<const A*>(s.dy) + group * s.dy_at.group;
+  const O* dy = static_cast<const O*>(s.dy) + group * s.dy_at.group;
 
-  alignas(64) A tile[kTileBytes / sizeof(A)];
+  [[maybe_unused]] const TileScope tiles;
+  alignas(64) Sum<O> tile[kTileBytes / sizeof(O)];
   const int64_t end = (panel_group + 1) * s.task_panels;
   for (int64_t i = panel_group * s.task_panels; i < end && i < s.panels; ++i) {
-    const Panel panel = PanelAt<A>(p, i);
-    GemmFilter<A> filter{};
-    filter.packed = PackedPanel<A>(a, group, panel);
+    const Panel panel = PanelAt<O>(p, i);
+    GemmFilter<O> filter{};
+    filter.packed = PackedPanel<O>(a, group, panel);
     if (!s.local_filter) filter.exact = PanelIsTainted(a, group, s.panels, i);
     if constexpr (kIsAcc<T>) {
       if (s.local_filter) {
@@ -178,23 +186,23 @@ void GemmTask(const void* state, int64_t index) {
         filter.panel = panel;
       }
     }
-    const int64_t width = panel.vectors * kLanes<A>;
+    const int64_t width = panel.vectors * kLanes<O>;
     T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
     const int64_t* column_dx = a.column_dx + panel.first;
     const bool direct = AreSumsOfDx<T>(panel, column_dx);
-    GemmSums<A> sums = {tile, width};
+    GemmSums<Sum<O>> sums = {tile, width};
     if constexpr (kIsAcc<T>) {
       if (direct) sums = {dx + column_dx[0], 0};
     }
     switch (panel.vectors) {
-      case 1: AddTaps<A, 1>(s, rows, phase, dy, filter, sums); break;
-      case 2: AddTaps<A, 2>(s, rows, phase, dy, filter, sums); break;
+      case 1: AddTaps<O, 1>(s, rows, phase, dy, filter, sums); break;
+      case 2: AddTaps<O, 2>(s, rows, phase, dy, filter, sums); break;
       default:
-        if constexpr (kPanelVectors<A> == 4) {
+        if constexpr (kPanelVectors<O> == 4) {
           if (panel.vectors == 3) {
-            AddTaps<A, 3>(s, rows, phase, dy, filter, sums);
+            AddTaps<O, 3>(s, rows, phase, dy, filter, sums);
           } else {
-            AddTaps<A, 4>(s, rows, phase, dy, filter, sums);
+            AddTaps<O, 4>(s, rows, phase, dy, filter, sums);
           }
         }
     }
@@ -210,13 +218,13 @@ void GemmTask(const void* state, int64_t index) {
 constexpr int kMaxNarrowVectors = 2;
 constexpr int64_t kNarrowBytes = 32 * 1024;  // of a group's filter
 
-template <typename A>
+template <typename O>
 inline bool GroupsAreNarrow(const GemmState& s) {
   const CpuArgs& a = s.args;
   const Problem& p = a.problem;
-  const Panel panel = PanelAt<A>(p, 0);
+  const Panel panel = PanelAt<O>(p, 0);
   if (p.groups == 1 || panel.columns < p.in_channels) return false;
-  if (panel.vectors > kMaxNarrowVectors || s.dy_at.group != p.out_channels) return false;
+  if (panel.vectors > kMaxNarrowVectors || s.dy_at.group != Depth<O>(p)) return false;
   int64_t taps = 1;
   for (int x = 0; x < kAxes; ++x) {
     int64_t most = 0;
@@ -225,15 +233,15 @@ inline bool GroupsAreNarrow(const GemmState& s) {
     }
     taps *= most;
   }
-  const int64_t row_bytes = panel.vectors * kVectorBytes;
-  return taps <= kBlockTaps && taps * p.out_channels * row_bytes <= kNarrowBytes;
+  return taps <= kBlockTaps &&
+         taps * PackedDepth<O>(p) <= BlockRows(panel.vectors, kNarrowBytes);
 }
 
 template <typename T, int kVecs>
 void NarrowGroupsTask(const void* state, int64_t index) {
-  using A = Acc<T>;
+  using O = Operand<T>;
   constexpr int kRows = RowsFor(kVecs);
-  constexpr int64_t kWidth = kVecs * kLanes<A>;
+  constexpr int64_t kWidth = kVecs * kLanes<O>;
   const GemmState& s = *static_cast<const GemmState*>(state);
   const CpuArgs& a = s.args;
   const Problem& p = a.problem;
@@ -247,34 +255,35 @@ void NarrowGroupsTask(const void* state, int64_t index) {
   GemmBlock block;
   block.taps = 0;
   block.k0 = 0;
-  block.k_count = p.out_channels;
+  block.k_count = Depth<O>(p);
   for (int64_t t0 = 0; t0 < phase[0]->r_count; ++t0) {
     for (int64_t t1 = 0; t1 < phase[1]->r_count; ++t1) {
       for (int64_t t2 = 0; t2 < phase[2]->r_count; ++t2) {
-        AppendTap(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
+        AppendTap<O>(s.dy_at, p, phase, {t0, t1, t2}, kWidth, &block);
       }
     }
   }
-  const A* zeros = static_cast<const A*>(a.zeros);
-  TapRows<A, kRows> found[kMaxTileRows / kRows];
+  const O* zeros = static_cast<const O*>(a.zeros);
+  TapRows<O, kRows> found[kMaxTileRows / kRows];
   for (int64_t m = 0; m < rows.count; m += kRows) {
-    FindTapRows(rows, block, m, static_cast<const A*>(s.dy), zeros, &found[m / kRows]);
+    FindTapRows(rows, block, m, static_cast<const O*>(s.dy), zeros, &found[m / kRows]);
   }
 
-  alignas(64) A tile[kMaxTileRows * kWidth];
-  const Panel panel = PanelAt<A>(p, 0);
+  [[maybe_unused]] const TileScope tiles;
+  alignas(64) Sum<O> tile[kMaxTileRows * kWidth];
+  const Panel panel = PanelAt<O>(p, 0);
   const bool direct = AreSumsOfDx<T>(panel, a.column_dx);
   const int64_t end = (group_part + 1) * s.task_groups;
   for (int64_t g = group_part * s.task_groups; g < end && g < p.groups; ++g) {
     T* const dx = static_cast<T*>(a.dx) + g * p.dx.group;
-    GemmSums<A> sums = {tile, kWidth};
+    GemmSums<Sum<O>> sums = {tile, kWidth};
     if constexpr (kIsAcc<T>) {
       if (direct) sums = {dx, 0};
     }
-    const A* filter = PackedPanel<A>(a, g, panel);
+    const O* filter = PackedPanel<O>(a, g, panel);
     const bool exact = PanelIsTainted(a, g, 1, 0);
     for (int64_t m = 0; m < rows.count; m += kRows) {
-      AddTapRows<A, kVecs>(found[m / kRows], g * p.out_channels, block, filter, zeros,
+      AddTapRows<O, kVecs>(found[m / kRows], g * s.dy_at.group, block, filter, zeros,
                            exact, true, rows, m, sums);
     }
     if (!direct) StoreTile<T>(rows, tile, kWidth, panel.columns, a.column_dx, dx);
@@ -294,7 +303,8 @@ void GemmPackTask(const void* state, int64_t index) {
   const GemmState& s = *static_cast<const GemmState*>(state);
   const Problem& p = s.args.problem;
   if (index == 0) {
-    __builtin_memset(s.args.zeros, 0, sizeof(Acc<T>) * p.out_channels * p.groups);
+    using O = Operand<T>;
+    __builtin_memset(s.args.zeros, 0, sizeof(O) * Depth<O>(p) * p.groups);
     return;
   }
   index -= 1;
@@ -327,7 +337,7 @@ inline bool CanPackLocally(const CpuArgs& a) {
 // are as small whether or not there are, so that the bits are the same.
 template <typename T>
 inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
-  using A = Acc<T>;
+  using O = Operand<T>;
   constexpr int64_t kEnoughTasks = 96;
   constexpr double kLeastWork = 1e6;  // multiply-adds
   constexpr int64_t kLeastRows = kMaxTileRows / 4;
@@ -338,7 +348,7 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
                       p.groups * p.out_channels * p.in_channels * Taps(p);
 
   s->phases = a.phase_count[0] * a.phase_count[1] * a.phase_count[2];
-  s->panels = CeilDiv(p.in_channels, kPanelColumns<A>);
+  s->panels = CeilDiv(p.in_channels, kPanelColumns<O>);
   s->task_panels = s->panels;
   s->task_groups = narrow ? p.groups : 1;
   s->task_rows = kMaxTileRows;
@@ -372,22 +382,26 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
 
 template <typename T>
 void PrepareGemm(const CpuArgs& a, CpuJob* job) {
-  using A = Acc<T>;
+  using O = Operand<T>;
   const Problem& p = a.problem;
   GemmState s{};
   s.args = a;
-  s.pack_dy = a.packed_dy != nullptr;
+  s.pack_dy = !ReadsDyInPlace<T>(a);
   s.dy = s.pack_dy ? a.packed_dy : a.dy;
-  s.dy_at = s.pack_dy ? PackedDyStrides(p) : p.dy;
-  const bool narrow = GroupsAreNarrow<A>(s);
+  s.dy_at = DyOperandStrides<T>(a);
+  const bool narrow = GroupsAreNarrow<O>(s);
   ChooseTasks<T>(p, narrow, &s);
+  // Which of dY and the filter stays in a cache while the other one is read again.
+  const double dy_size = 1.0 * p.batch * p.axis[0].out * p.axis[1].out * p.axis[2].out;
+  const double w_size = 1.0 * Taps(p) * p.in_channels;
+  s.rows_first = (s.row_groups - 1) * w_size > (s.panel_groups - 1) * dy_size;
   SetState(job, s);
   const int64_t pack_tasks = 1 + FilterPackTasks(s) + (s.pack_dy ? PackDyTasks(p) : 0);
   job->stages = 2;
   job->stage[0] = {pack_tasks, GemmPackTask<T>};
   job->stage[1] = {s.phases * s.group_parts * s.row_groups * s.panel_groups,
                    !narrow                         ? GemmTask<T>
-                   : PanelAt<A>(p, 0).vectors == 1 ? NarrowGroupsTask<T, 1>
+                   : PanelAt<O>(p, 0).vectors == 1 ? NarrowGroupsTask<T, 1>
                                                    : NarrowGroupsTask<T, 2>};
 }
 

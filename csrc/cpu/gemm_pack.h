@@ -1,14 +1,15 @@
-// Packing for the gemm kernel, both operands into the accumulation type.
+// Packing for the gemm kernel, both tensors into operands (gemm_bf16.h): k counts these.
 //
 // Filter: [group][panel of columns][tap][k][column], where a column is an input
 // channel and a panel has up to kPanelColumns of them; the last one is padded with
-// zeros to whole vectors. Every tap of the window has its place, whichever phase it
-// belongs to, so one packed filter serves all phases.
+// zeros to whole vectors, and k to whole tiles if there are such. Every tap of the window
+// has its place, whichever phase it belongs to, so one packed filter serves all phases.
 //
 // dY: [n][p0][p1][p2][group][k], only if it cannot be read in place.
 
 #pragma once
 
+#include "gemm_bf16.h"
 #include "job.h"
 #include "vec.h"
 
@@ -18,10 +19,10 @@ namespace {
 
 // Register tiles, as rows x vectors of columns: accumulators, one row of B and a
 // broadcast have to fit the registers. Wide tiles read less of A, tall ones less of B.
-template <typename A>
+template <typename O>
 constexpr int kPanelVectors = kVectorBytes == 64 ? 4 : 2;
-template <typename A>
-constexpr int kPanelColumns = kPanelVectors<A> * kLanes<A>;
+template <typename O>
+constexpr int kPanelColumns = kPanelVectors<O> * kLanes<O>;
 static_assert(kPanelColumns<float> <= kMaxPanelColumns, "the workspace is too small");
 static_assert(kPanelColumns<double> >= kMinPanelColumns, "too few taint bytes");
 
@@ -31,13 +32,13 @@ struct Panel {
   int vectors;             // columns rounded up
 };
 
-template <typename A>
+template <typename O>
 CONVGRAD_INLINE Panel PanelAt(const Problem& p, int64_t index) {
   Panel out;
-  out.first = index * kPanelColumns<A>;
+  out.first = index * kPanelColumns<O>;
   out.columns = p.in_channels - out.first;
-  if (out.columns > kPanelColumns<A>) out.columns = kPanelColumns<A>;
-  out.vectors = static_cast<int>(CeilDiv(out.columns, kLanes<A>));
+  if (out.columns > kPanelColumns<O>) out.columns = kPanelColumns<O>;
+  out.vectors = static_cast<int>(CeilDiv(out.columns, kLanes<O>));
   return out;
 }
 
@@ -45,52 +46,67 @@ CONVGRAD_INLINE int64_t Taps(const Problem& p) {
   return p.axis[0].win * p.axis[1].win * p.axis[2].win;
 }
 
-// Elements of the packed filter of one group.
-template <typename A>
-CONVGRAD_INLINE int64_t PackedGroup(const Problem& p) {
-  return CeilDiv(p.in_channels, kLanes<A>) * kLanes<A> * p.out_channels * Taps(p);
+// Rows of one tap of the packed filter.
+template <typename O>
+CONVGRAD_INLINE int64_t PackedDepth(const Problem& p) {
+  return CeilDiv(Depth<O>(p), kDepthStep) * kDepthStep;
 }
 
-// The packed filter of (group, panel); tap r is r * out_channels * vectors*lanes on.
-template <typename A>
-CONVGRAD_INLINE A* PackedPanel(const CpuArgs& a, int64_t g, const Panel& panel) {
-  return static_cast<A*>(a.filter) + g * PackedGroup<A>(a.problem) +
-         panel.first * a.problem.out_channels * Taps(a.problem);
+// Operands in the packed filter of one group.
+template <typename O>
+CONVGRAD_INLINE int64_t PackedGroup(const Problem& p) {
+  return CeilDiv(p.in_channels, kLanes<O>) * kLanes<O> * PackedDepth<O>(p) * Taps(p);
+}
+
+// The packed filter of (group, panel); tap r is r * PackedDepth * vectors*lanes on.
+template <typename O>
+CONVGRAD_INLINE O* PackedPanel(const CpuArgs& a, int64_t g, const Panel& panel) {
+  return static_cast<O*>(a.filter) + g * PackedGroup<O>(a.problem) +
+         panel.first * PackedDepth<O>(a.problem) * Taps(a.problem);
 }
 
 CONVGRAD_INLINE int64_t FilterChunks(const Problem& p) {
   return CeilDiv(p.out_channels, kFilterPackChannels);
 }
 
-// Packs out channels [k0, k1) of one tap by transposing squares: for filters whose
-// out channels are contiguous (HWIO). Returns the sum of value * 0.
+// Packs operands [k0, k1) of one tap by transposing squares: for filters whose out
+// channels are contiguous (HWIO). Returns what NoteTaint made of them.
 template <typename T>
-inline Acc<T> PackTapTransposed(const T* w, const int64_t* column_w, const Panel& panel,
-                                int64_t k0, int64_t k1, Acc<T>* to) {
-  using A = Acc<T>;
-  constexpr int L = kLanes<A>;
-  using V = Vec<A, L>;
+inline Sum<Operand<T>> PackTapTransposed(const T* w, const int64_t* column_w,
+                                         const Problem& p, const Panel& panel, int64_t k0,
+                                         int64_t k1, Operand<T>* to) {
+  using O = Operand<T>;
+  constexpr int L = kLanes<O>;
+  using V = Vec<O, L>;
   const int64_t width = panel.vectors * L;
-  V taint{};
-  A rest = 0;
+  const int64_t whole = p.out_channels / kPerOperand<O>;
+  Vec<Sum<O>, L> taint{};
+  Sum<O> rest = 0;
   for (int v = 0; v < panel.vectors; ++v) {
     const int64_t c0 = v * L;
     const int live = panel.columns - c0 < L ? static_cast<int>(panel.columns - c0) : L;
     int64_t k = k0;
-    for (; k + L <= k1; k += L) {
+    for (; k + L <= k1 && k + L <= whole; k += L) {
       V rows[L];
       for (int i = 0; i < L; ++i) {
         rows[i] = V{};
-        if (i < live) rows[i] = Load<L>(w + column_w[c0 + i] + k);
+        // Too many streams for the processor to see: the next columns of this k.
+        if (c0 + L + i < panel.columns) {
+          __builtin_prefetch(w + column_w[c0 + L + i] + k * kPerOperand<O>);
+        }
+        if (i < live) {
+          rows[i] = LoadAlong<O, L>(w + column_w[c0 + i] + k * kPerOperand<O>);
+        }
       }
-      for (int i = 0; i < L; ++i) taint += rows[i] * 0;
-      Transpose<A, L>(rows);
+      for (int i = 0; i < L; ++i) NoteTaint<L, O>(&taint, rows[i]);
+      Transpose<O, L>(rows);
       for (int i = 0; i < L; ++i) Store<L>(to + (k + i) * width + c0, rows[i]);
     }
     for (; k < k1; ++k) {
       for (int i = 0; i < L; ++i) {
-        const A value = i < live ? LoadOne(w + column_w[c0 + i] + k) : 0;
-        rest += value * 0;
+        const T* from = w + (i < live ? column_w[c0 + i] : 0) + k * kPerOperand<O>;
+        const O value = i < live ? LoadOperand<O>(from, 1, k >= whole) : 0;
+        NoteTaint<O>(&rest, value);
         to[k * width + c0 + i] = value;
       }
     }
@@ -102,25 +118,28 @@ inline Acc<T> PackTapTransposed(const T* w, const int64_t* column_w, const Panel
 // The same by copying rows: for filters whose columns are contiguous, such as that of a
 // transposed convolution in HWIO. `w` is at the panel's first column.
 template <typename T>
-inline Acc<T> PackTapCopied(const T* w, int64_t out_channel_step, const Panel& panel,
-                            int64_t k0, int64_t k1, Acc<T>* to) {
-  using A = Acc<T>;
-  constexpr int L = kLanes<A>;
+inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& panel,
+                                     int64_t k0, int64_t k1, Operand<T>* to) {
+  using O = Operand<T>;
+  constexpr int L = kLanes<O>;
   const int64_t width = panel.vectors * L;
-  Vec<A, L> taint{};
-  A rest = 0;
+  const int64_t whole = p.out_channels / kPerOperand<O>;
+  const int64_t k_step = p.w.out_channel;
+  Vec<Sum<O>, L> taint{};
+  Sum<O> rest = 0;
   for (int64_t k = k0; k < k1; ++k) {
-    const T* from = w + k * out_channel_step;
-    A* row = to + k * width;
+    const T* from = w + k * kPerOperand<O> * k_step;
+    O* row = to + k * width;
     int64_t c = 0;
     for (; c + L <= panel.columns; c += L) {
-      const Vec<A, L> values = Load<L>(from + c);
-      taint += values * 0;
+      const Vec<O, L> values = LoadAcross<O, L>(from + c, k_step, k >= whole);
+      NoteTaint<L, O>(&taint, values);
       Store<L>(row + c, values);
     }
     for (; c < width; ++c) {
-      const A value = c < panel.columns ? LoadOne(from + c) : 0;
-      rest += value * 0;
+      const O value =
+          c < panel.columns ? LoadOperand<O>(from + c, k_step, k >= whole) : 0;
+      NoteTaint<O>(&rest, value);
       row[c] = value;
     }
   }
@@ -131,23 +150,27 @@ inline Acc<T> PackTapCopied(const T* w, int64_t out_channel_step, const Panel& p
 // The same for all taps at once and any strides; reads taps innermost, which is how
 // OIHW has them.
 template <typename T>
-inline Acc<T> PackTapsStrided(const T* w, const int64_t* column_w, const Problem& p,
-                              const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to) {
-  using A = Acc<T>;
-  const int64_t width = panel.vectors * kLanes<A>;
-  const int64_t tap_size = p.out_channels * width;
-  A taint = 0;
+inline Sum<Operand<T>> PackTapsStrided(const T* w, const int64_t* column_w,
+                                       const Problem& p, const Panel& panel, int64_t k0,
+                                       int64_t k1, Operand<T>* to) {
+  using O = Operand<T>;
+  const int64_t width = panel.vectors * kLanes<O>;
+  const int64_t tap_size = PackedDepth<O>(p) * width;
+  const int64_t whole = p.out_channels / kPerOperand<O>;
+  Sum<O> taint = 0;
   for (int64_t k = k0; k < k1; ++k) {
     for (int64_t c = 0; c < width; ++c) {
       const bool live = c < panel.columns;
-      const T* from = w + k * p.w.out_channel + (live ? column_w[c] : 0);
-      A* out = to + k * width + c;
+      const T* from = w + k * kPerOperand<O> * p.w.out_channel + (live ? column_w[c] : 0);
+      O* out = to + k * width + c;
       for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
         for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
           const T* row = from + r0 * p.w.axis[0] + r1 * p.w.axis[1];
           for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
-            const A value = live ? LoadOne(row + r2 * p.w.axis[2]) : 0;
-            taint += value * 0;
+            const O value =
+                live ? LoadOperand<O>(row + r2 * p.w.axis[2], p.w.out_channel, k >= whole)
+                     : 0;
+            NoteTaint<O>(&taint, value);
             *out = value;
             out += tap_size;
           }
@@ -167,43 +190,49 @@ CONVGRAD_INLINE bool ColumnsAreContiguous(const Panel& panel, const int64_t* col
   return contiguous;
 }
 
-// Out channels [k0, k1) of one tap of a panel, if its columns are contiguous or
-// out_channel == 1; the first goes `to`. Returns whether they hold an Inf or a NaN.
+// Operands [k0, k1) of one tap of a panel, if its columns are contiguous or its out
+// channels are; operand 0 would go `to`.
 template <typename T>
-inline Acc<T> PackTap(const Problem& p, const T* tap, const int64_t* column_w,
-                      bool contiguous, const Panel& panel, int64_t k0, int64_t k1,
-                      Acc<T>* to) {
-  tap += k0 * p.w.out_channel;
-  return contiguous
-             ? PackTapCopied<T>(tap + column_w[0], p.w.out_channel, panel, 0, k1 - k0, to)
-             : PackTapTransposed<T>(tap, column_w, panel, 0, k1 - k0, to);
+inline Sum<Operand<T>> PackTap(const Problem& p, const T* tap, const int64_t* column_w,
+                               bool contiguous, const Panel& panel, int64_t k0,
+                               int64_t k1, Operand<T>* to) {
+  return contiguous ? PackTapCopied<T>(tap + column_w[0], p, panel, k0, k1, to)
+                    : PackTapTransposed<T>(tap, column_w, p, panel, k0, k1, to);
 }
 
 // A task packs (group, panel, kFilterPackChannels out channels), all taps.
 template <typename T>
 void PackFilterTask(const CpuArgs& a, int64_t index) {
-  using A = Acc<T>;
+  using O = Operand<T>;
   const Problem& p = a.problem;
-  const int64_t panels = CeilDiv(p.in_channels, kPanelColumns<A>);
+  constexpr int64_t kChunk = kFilterPackChannels / kPerOperand<O>;
+  const int64_t panels = CeilDiv(p.in_channels, kPanelColumns<O>);
   const int64_t chunk = index % FilterChunks(p);
   const int64_t group = index / FilterChunks(p) / panels;
-  const Panel panel = PanelAt<A>(p, index / FilterChunks(p) % panels);
-  const int64_t k0 = chunk * kFilterPackChannels;
-  const int64_t k1 = k0 + kFilterPackChannels < p.out_channels ? k0 + kFilterPackChannels
-                                                               : p.out_channels;
+  const Panel panel = PanelAt<O>(p, index / FilterChunks(p) % panels);
+  const int64_t width = panel.vectors * kLanes<O>;
+  const int64_t depth = Depth<O>(p);
+  const int64_t k0 = chunk * kChunk;
+  const int64_t k1 = k0 + kChunk < depth ? k0 + kChunk : depth;
   const T* w = static_cast<const T*>(a.w) + group * p.w.group;
   const int64_t* column_w = a.column_w + panel.first;
-  A* to = PackedPanel<A>(a, group, panel);
-  A taint = 0;
+  O* to = PackedPanel<O>(a, group, panel);
+  Sum<O> taint = 0;
   const bool contiguous = ColumnsAreContiguous(panel, column_w);
+  if (k1 == depth) {
+    const int64_t padding = (PackedDepth<O>(p) - depth) * width;
+    for (int64_t r = 0; padding > 0 && r < Taps(p); ++r) {
+      __builtin_memset(to + (r * PackedDepth<O>(p) + depth) * width, 0,
+                       padding * sizeof(O));
+    }
+  }
   if (contiguous || p.w.out_channel == 1) {
     for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
       for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
         for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
           const T* tap = w + r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[2];
-          taint += PackTap<T>(p, tap, column_w, contiguous, panel, k0, k1,
-                              to + k0 * panel.vectors * kLanes<A>);
-          to += p.out_channels * panel.vectors * kLanes<A>;
+          taint += PackTap<T>(p, tap, column_w, contiguous, panel, k0, k1, to);
+          to += PackedDepth<O>(p) * width;
         }
       }
     }
@@ -213,12 +242,35 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
   a.taint[index] = IsTainted(taint);
 }
 
-// Where dY is read from by the gemm kernel, in the accumulation type.
-CONVGRAD_INLINE ActivationStrides PackedDyStrides(const Problem& p) {
+// Whether dY is an array of operands as it stands, with the out channels innermost.
+template <typename T>
+CONVGRAD_INLINE bool ReadsDyInPlace(const CpuArgs& a) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    return a.packed_dy == nullptr;
+  } else {
+    const Problem& p = a.problem;
+    int64_t odd = p.out_channels | p.dy.batch | p.dy.group;
+    for (int x = 0; x < kAxes; ++x) odd |= p.dy.axis[x];
+    return kPerOperand<Operand<T>> == 2 && p.dy.channel == 1 && odd % 2 == 0;
+  }
+}
+
+// Where the gemm kernel reads dY, in operands.
+template <typename T>
+CONVGRAD_INLINE ActivationStrides DyOperandStrides(const CpuArgs& a) {
+  using O = Operand<T>;
+  const Problem& p = a.problem;
   ActivationStrides s;
+  if (ReadsDyInPlace<T>(a)) {
+    s = p.dy;
+    s.group /= kPerOperand<O>;
+    s.batch /= kPerOperand<O>;
+    for (int x = 0; x < kAxes; ++x) s.axis[x] /= kPerOperand<O>;
+    return s;
+  }
   s.channel = 1;
-  s.group = p.out_channels;
-  s.axis[2] = p.groups * p.out_channels;
+  s.group = Depth<O>(p);
+  s.axis[2] = p.groups * s.group;
   s.axis[1] = s.axis[2] * p.axis[2].out;
   s.axis[0] = s.axis[1] * p.axis[1].out;
   s.batch = s.axis[0] * p.axis[0].out;
@@ -251,8 +303,9 @@ CONVGRAD_INLINE int64_t PackDyTasks(const Problem& p) {
 // A task packs kDyPackPositions positions of a run, all out channels of one group.
 template <typename T>
 void PackDyTask(const CpuArgs& a, int64_t index) {
-  using A = Acc<T>;
-  constexpr int L = kLanes<A>;
+  using O = Operand<T>;
+  constexpr int L = kLanes<O>;
+  constexpr int kPer = kPerOperand<O>;
   const Problem& p = a.problem;
   const DyRuns runs = RunsOfDy(p);
   const int64_t chunks = CeilDiv(runs.inner, kDyPackPositions);
@@ -264,23 +317,24 @@ void PackDyTask(const CpuArgs& a, int64_t index) {
   index /= runs.outer;
   const int64_t g = index % p.groups;
   const int64_t n = index / p.groups;
-  const ActivationStrides to_strides = PackedDyStrides(p);
+  const ActivationStrides to_strides = DyOperandStrides<T>(a);
   const int64_t step = p.dy.axis[2];
   const int64_t to_step = to_strides.axis[2];
   const int64_t k_step = p.dy.channel;
-  const int64_t k_count = p.out_channels;
+  const int64_t depth = Depth<O>(p);
+  const int64_t whole = p.out_channels / kPer;  // operands that are not half empty
   const T* from = static_cast<const T*>(a.dy) + n * p.dy.batch + g * p.dy.group +
                   row / p.axis[1].out * p.dy.axis[0] +
                   row % p.axis[1].out * p.dy.axis[1] + i0 * step;
-  A* to = static_cast<A*>(a.packed_dy) + n * to_strides.batch + g * to_strides.group +
+  O* to = static_cast<O*>(a.packed_dy) + n * to_strides.batch + g * to_strides.group +
           row * to_strides.axis[1] + i0 * to_step;
   if (k_step == 1) {
     for (int64_t i = 0; i < count; ++i) {
       const T* src = from + i * step;
-      A* dst = to + i * to_step;
+      O* dst = to + i * to_step;
       int64_t k = 0;
-      for (; k + L <= k_count; k += L) Store<L>(dst + k, Load<L>(src + k));
-      for (; k < k_count; ++k) dst[k] = LoadOne(src + k);
+      for (; k + L <= whole; k += L) Store<L>(dst + k, LoadAlong<O, L>(src + k * kPer));
+      for (; k < depth; ++k) dst[k] = LoadOperand<O>(src + k * kPer, 1, k >= whole);
     }
     return;
   }
@@ -288,21 +342,25 @@ void PackDyTask(const CpuArgs& a, int64_t index) {
   if (step == 1) {
     for (; i + L <= count; i += L) {
       int64_t k = 0;
-      for (; k + L <= k_count; k += L) {
-        Vec<A, L> rows[L];
-        for (int j = 0; j < L; ++j) rows[j] = Load<L>(from + (k + j) * k_step + i);
-        Transpose<A, L>(rows);
+      for (; k + L <= whole; k += L) {
+        Vec<O, L> rows[L];
+        for (int j = 0; j < L; ++j) {
+          rows[j] = LoadAcross<O, L>(from + (k + j) * kPer * k_step + i, k_step, false);
+        }
+        Transpose<O, L>(rows);
         for (int j = 0; j < L; ++j) Store<L>(to + (i + j) * to_step + k, rows[j]);
       }
-      for (; k < k_count; ++k) {
-        const Vec<A, L> v = Load<L>(from + k * k_step + i);
+      for (; k < depth; ++k) {
+        const Vec<O, L> v =
+            LoadAcross<O, L>(from + k * kPer * k_step + i, k_step, k >= whole);
         for (int j = 0; j < L; ++j) to[(i + j) * to_step + k] = v[j];
       }
     }
   }
   for (; i < count; ++i) {
-    for (int64_t k = 0; k < k_count; ++k) {
-      to[i * to_step + k] = LoadOne(from + k * k_step + i * step);
+    for (int64_t k = 0; k < depth; ++k) {
+      to[i * to_step + k] =
+          LoadOperand<O>(from + k * kPer * k_step + i * step, k_step, k >= whole);
     }
   }
 }

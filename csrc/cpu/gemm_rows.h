@@ -11,7 +11,8 @@ namespace {
 
 // Rows of the register tile for a panel of so many vectors.
 CONVGRAD_INLINE constexpr int RowsFor(int vectors) {
-  return kVectorRegisters == 32
+  return kHasTiles ? 32
+         : kVectorRegisters == 32
              ? (vectors == 4   ? 6
                 : vectors == 3 ? 8
                 : vectors == 2 ? 12
@@ -19,20 +20,22 @@ CONVGRAD_INLINE constexpr int RowsFor(int vectors) {
              : (kVectorBytes == 32 ? (vectors == 2 ? 6 : 12) : (vectors == 2 ? 4 : 8));
 }
 
+constexpr int64_t kMaxRegisterRows = kHasTiles ? 32 : 14;
 // Rows of a task: at most so many if it keeps their sums in a tile, and if it does not.
-constexpr int64_t kMaxTileRows = 168;  // a multiple of every RowsFor
+constexpr int64_t kMaxTileRows = kHasTiles ? 128 : 168;  // a multiple of every RowsFor
 constexpr int64_t kMaxTaskRows = 2 * kMaxTileRows;
-static_assert(kMaxTileRows % RowsFor(1) == 0 && kMaxTileRows % RowsFor(2) == 0,
-              "a full task should have no partial register tile");
+static_assert(kMaxTileRows % RowsFor(1) == 0 && kMaxTileRows % RowsFor(2) == 0 &&
+                  kMaxTileRows % RowsFor(3) == 0 && kMaxTileRows % RowsFor(4) == 0,
+              "a task's tile has to have room for whole register tiles");
 
-// The rows of a task: where each reads and writes, and which taps it has.
+// The rows of a task: where each reads and writes, and which taps it has. Up to a
+// multiple of the register tile's rows, the last one is repeated.
 struct GemmRows {
   int64_t count;
   int64_t dy[kMaxTaskRows];  // of tap 0, in elements; may lie outside
   int64_t dx[kMaxTaskRows];
   int32_t lo[kAxes][kMaxTaskRows], hi[kAxes][kMaxTaskRows];
-  bool inside[kMaxTaskRows];  // no tap of the phase misses dY
-  bool first_time;            // that the task reads dY
+  bool first_time;  // that the task reads dY
 };
 
 template <typename T>
@@ -50,8 +53,8 @@ constexpr int64_t kShortRun = 4;  // neighbouring columns that are not worth a v
 // Rounds the tile [rows][width] and stores `columns` of it: row m, column c goes to
 // dx + rows.dx[m] + column_dx[c], the latter increasing.
 template <typename T>
-inline void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64_t width,
-                      int64_t columns, const int64_t* column_dx, T* dx) {
+CONVGRAD_NOINLINE void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64_t width,
+                                 int64_t columns, const int64_t* column_dx, T* dx) {
   constexpr int L = kLanes<Acc<T>>;
   // Columns [run[i], run[i + 1]) are neighbours in memory.
   int64_t run[kMaxPanelColumns + 1];
@@ -107,9 +110,11 @@ inline void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64_t width,
 }
 
 // Fills in rows [first, first + count) of the phase, m = ((n*c0 + i0)*c1 + i1)*c2 + i2.
-inline void LayOutRows(const Problem& p, const ActivationStrides& dy_at,
-                       const Phase* const* phase, int64_t first, int64_t count,
-                       GemmRows* rows) {
+[[maybe_unused]] CONVGRAD_NOINLINE void LayOutRows(const Problem& p,
+                                                   const ActivationStrides& dy_at,
+                                                   const Phase* const* phase,
+                                                   int64_t first, int64_t count,
+                                                   GemmRows* rows) {
   int64_t i[kAxes];
   int64_t n = first;
   for (int x = kAxes - 1; x >= 0; --x) {
@@ -135,11 +140,9 @@ inline void LayOutRows(const Problem& p, const ActivationStrides& dy_at,
     taps[2] = ValidTaps(*phase[2], p.axis[2].out, i[2]);
     rows->dy[m] = dy_base + (phase[2]->p0 + i[2] * phase[2]->p_per_h) * dy_at.axis[2];
     rows->dx[m] = dx_base + (phase[2]->h0 + i[2] * phase[2]->h_step) * p.dx.axis[2];
-    rows->inside[m] = true;
     for (int x = 0; x < kAxes; ++x) {
       rows->lo[x][m] = static_cast<int32_t>(taps[x].lo);
       rows->hi[x][m] = static_cast<int32_t>(taps[x].hi);
-      rows->inside[m] &= taps[x].lo == 0 && taps[x].hi == phase[x]->r_count;
     }
     if (++i[2] == phase[2]->h_count) {
       moved = true;
@@ -151,6 +154,13 @@ inline void LayOutRows(const Problem& p, const ActivationStrides& dy_at,
           ++n;
         }
       }
+    }
+  }
+  for (int64_t m = count; m < count + kMaxRegisterRows && m < kMaxTaskRows; ++m) {
+    rows->dy[m] = rows->dy[count - 1];
+    for (int x = 0; x < kAxes; ++x) {
+      rows->lo[x][m] = rows->lo[x][count - 1];
+      rows->hi[x][m] = rows->hi[x][count - 1];
     }
   }
 }

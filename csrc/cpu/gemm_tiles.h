@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "gemm_amx.h"
 #include "gemm_pack.h"
 #include "gemm_rows.h"
 
@@ -18,6 +19,15 @@ constexpr int kBlockTaps = 16;  // pointer tables are on the stack
 constexpr int64_t kTileBytes = kMaxTileRows * kVectorBytes * kPanelVectors<float>;
 static_assert(kTileBytes <= 44 * 1024, "a task's tile has to leave room on its stack");
 
+// Rows of a block of B of so many bytes, for a panel of so many vectors.
+CONVGRAD_INLINE constexpr int64_t BlockRows(int vectors, int64_t bytes) {
+  const int64_t rows = bytes / (vectors * kVectorBytes);
+#if defined(CONVGRAD_TILES)
+  if (rows > kMaxTileDepth) return kMaxTileDepth;
+#endif
+  return rows;
+}
+
 // A block of B: some taps of the phase, channels [k0, k0 + k_count) of each.
 struct GemmBlock {
   int taps;
@@ -32,14 +42,13 @@ struct GemmBlock {
 // where fresh rows count as zeros whatever they hold. So many streams at once are more
 // than hardware foresees: asks for what the first tap reads `ahead` elements further on,
 // unless that is 0, and for fresh rows long before they are stored.
-template <typename A, int kRows, int kVecs>
-__attribute__((noinline)) void Multiply(int taps, int64_t k_count,
-                                        const A* const (*rows)[kRows], int64_t at,
-                                        int64_t ahead, const A* const* b, bool fresh,
-                                        A* const* out) {
-  constexpr int L = kLanes<A>;
-  constexpr int64_t kLine = 64 / static_cast<int>(sizeof(A));
-  using V = Vec<A, L>;
+template <typename O, int kRows, int kVecs>
+CONVGRAD_NOINLINE void Multiply(int taps, int64_t k_count, const O* const (*rows)[kRows],
+                                int64_t at, int64_t ahead, const O* const* b, bool fresh,
+                                Sum<O>* const* out) {
+  constexpr int L = kLanes<O>;
+  constexpr int64_t kLine = 64 / static_cast<int>(sizeof(O));
+  using V = Vec<Sum<O>, L>;
   V sum[kRows][kVecs];
   CONVGRAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -50,23 +59,25 @@ __attribute__((noinline)) void Multiply(int taps, int64_t k_count,
     }
   }
   for (int t = 0; t < taps; ++t) {
-    const A* row[kRows];
+    const O* row[kRows];
     CONVGRAD_UNROLL
     for (int i = 0; i < kRows; ++i) row[i] = rows[t][i] + at;
-    const A* bk = b[t];
+    const O* bk = b[t];
     for (int64_t k0 = 0; k0 < k_count; k0 += kLine) {
       const int64_t k1 = k_count - k0 < kLine ? k_count : k0 + kLine;
       if (t == 0 && ahead != 0) {
         for (int i = 0; i < kRows; ++i) __builtin_prefetch(row[i] + ahead + k0);
       }
       for (int64_t k = k0; k < k1; ++k) {
-        V column[kVecs];
+        Vec<O, L> column[kVecs];
         CONVGRAD_UNROLL
         for (int v = 0; v < kVecs; ++v) column[v] = Load<L>(bk + v * L);
         CONVGRAD_UNROLL
         for (int i = 0; i < kRows; ++i) {
           CONVGRAD_UNROLL
-          for (int v = 0; v < kVecs; ++v) sum[i][v] += column[v] * row[i][k];
+          for (int v = 0; v < kVecs; ++v) {
+            AddProducts<L, O>(&sum[i][v], column[v], row[i][k]);
+          }
         }
         bk += kVecs * L;
       }
@@ -81,47 +92,50 @@ __attribute__((noinline)) void Multiply(int taps, int64_t k_count,
 
 // What a register tile reads of dY for a block of B: a pointer for each row and tap, to
 // zeros where the tap misses dY. Taps that miss it for every row are left out.
-template <typename A, int kRows>
+template <typename O, int kRows>
 struct TapRows {
-  const A* row[kBlockTaps][kRows];
+  const O* row[kBlockTaps][kRows];
   int tap[kBlockTaps];  // in the block
   int taps;
-  int live;    // rows that exist
+  int live;    // rows that exist; the others read what the last of them does
   bool mixed;  // some tap misses for some row
 };
 
-template <typename A, int kRows>
+template <typename O, int kRows>
 CONVGRAD_INLINE void FindTapRows(const GemmRows& rows, const GemmBlock& block, int64_t m,
-                                 const A* dy, const A* zeros, TapRows<A, kRows>* found) {
+                                 const O* dy, const O* zeros, TapRows<O, kRows>* found) {
   found->taps = 0;
   found->mixed = false;
   found->live = rows.count - m < kRows ? static_cast<int>(rows.count - m) : kRows;
-  bool inside = found->live == kRows;
-  for (int i = 0; i < kRows; ++i) inside &= rows.inside[m + i];
-  if (inside) {
-    const A* base[kRows];
-    for (int i = 0; i < kRows; ++i) base[i] = dy + (rows.dy[m + i] + block.k0);
-    for (int t = 0; t < block.taps; ++t) {
-      for (int i = 0; i < kRows; ++i) found->row[t][i] = base[i] - block.dy_back[t];
-      found->tap[t] = t;
+  int32_t lo[kAxes], hi[kAxes];  // of the taps that every row has
+  for (int x = 0; x < kAxes; ++x) {
+    lo[x] = 0;
+    hi[x] = rows.hi[x][m];
+    for (int i = 0; i < kRows; ++i) {
+      lo[x] = rows.lo[x][m + i] > lo[x] ? rows.lo[x][m + i] : lo[x];
+      hi[x] = rows.hi[x][m + i] < hi[x] ? rows.hi[x][m + i] : hi[x];
     }
-    found->taps = block.taps;
-    return;
   }
   for (int t = 0; t < block.taps; ++t) {
     const int32_t t0 = block.tap[t][0], t1 = block.tap[t][1], t2 = block.tap[t][2];
-    int hits = 0;
-    for (int i = 0; i < kRows; ++i) {
-      const int64_t r = m + (i < found->live ? i : 0);
-      const bool hit = (t0 >= rows.lo[0][r]) & (t0 < rows.hi[0][r]) &
-                       (t1 >= rows.lo[1][r]) & (t1 < rows.hi[1][r]) &
-                       (t2 >= rows.lo[2][r]) & (t2 < rows.hi[2][r]);
-      found->row[found->taps][i] =
-          hit ? dy + (rows.dy[r] - block.dy_back[t] + block.k0) : zeros;
-      hits += hit;
+    const int64_t at = block.k0 - block.dy_back[t];
+    const O** row = found->row[found->taps];
+    if ((t0 >= lo[0]) & (t0 < hi[0]) & (t1 >= lo[1]) & (t1 < hi[1]) & (t2 >= lo[2]) &
+        (t2 < hi[2])) {
+      for (int i = 0; i < kRows; ++i) row[i] = dy + (rows.dy[m + i] + at);
+    } else {
+      int hits = 0;
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t r = m + i;
+        const bool hit = (t0 >= rows.lo[0][r]) & (t0 < rows.hi[0][r]) &
+                         (t1 >= rows.lo[1][r]) & (t1 < rows.hi[1][r]) &
+                         (t2 >= rows.lo[2][r]) & (t2 < rows.hi[2][r]);
+        row[i] = hit ? dy + (rows.dy[r] + at) : zeros;
+        hits += hit;
+      }
+      if (hits == 0) continue;
+      found->mixed = true;
     }
-    if (hits == 0) continue;
-    found->mixed |= hits != kRows;
     found->tap[found->taps++] = t;
   }
 }
@@ -130,67 +144,73 @@ constexpr int kFewRows = 2;  // that cost less one by one than a register tile d
 
 // Where the sums of a task are kept: its tile, or dX itself. Rows are `step` apart, or,
 // if that is 0, where GemmRows has them.
-template <typename A>
+template <typename S>
 struct GemmSums {
-  A* to;
+  S* to;
   int64_t step;
 };
 
 // Adds one block of B to rows [m, m + kRows), which read dY `at` elements further on than
 // they were found: so do the zeros.
-template <typename A, int kVecs>
-inline void AddTapRows(const TapRows<A, RowsFor(kVecs)>& found, int64_t at,
-                       const GemmBlock& block, const A* panel, const A* zeros, bool exact,
+template <typename O, int kVecs>
+inline void AddTapRows(const TapRows<O, RowsFor(kVecs)>& found, int64_t at,
+                       const GemmBlock& block, const O* panel, const O* zeros, bool exact,
                        bool fresh, const GemmRows& rows, int64_t m,
-                       const GemmSums<A>& sums) {
+                       const GemmSums<Sum<O>>& sums) {
   constexpr int kRows = RowsFor(kVecs);
-  constexpr int64_t kWidth = kVecs * kLanes<A>;
-  A spare[kWidth];  // of rows that do not exist
-  A* out[kRows];
+  constexpr int64_t kWidth = kVecs * kLanes<O>;
+  Sum<O> spare[kWidth];  // of rows that do not exist
+  Sum<O>* out[kRows];
   for (int i = 0; i < kRows; ++i) {
     out[i] = i >= found.live  ? spare
              : sums.step != 0 ? sums.to + (m + i) * sums.step
                               : sums.to + rows.dx[m + i];
   }
-  const A* filter[kBlockTaps];
-  if ((exact && found.mixed) || found.live <= kFewRows) {  // row by row
+  const O* filter[kBlockTaps];
+  if ((exact && found.mixed) || (found.live <= kFewRows && !kHasTiles)) {  // row by row
     for (int i = 0; i < found.live; ++i) {
-      const A* row[kBlockTaps][1];
+      const O* row[kBlockTaps][1];
       int taps = 0;
       for (int t = 0; t < found.taps; ++t) {
         if (found.row[t][i] == zeros) continue;
         row[taps][0] = found.row[t][i];
         filter[taps++] = panel + block.filter[found.tap[t]];
       }
-      Multiply<A, 1, kVecs>(taps, block.k_count, row, at, 0, filter, fresh, out + i);
+      Multiply<O, 1, kVecs>(taps, block.k_count, row, at, 0, filter, fresh, out + i);
     }
     return;
   }
+  for (int t = 0; t < found.taps; ++t) filter[t] = panel + block.filter[found.tap[t]];
+#if defined(CONVGRAD_TILES)
+  // Pairs are never summed in dX: the sums are in a tile with room for whole AMX tiles.
+  MultiplyInTiles<kVecs, kBlockTaps>(found.taps, found.live, block.k_count, found.row, at,
+                                     filter, fresh, out[0]);
+#else
   if (found.live < kRows) {
     for (int64_t c = 0; c < kWidth; ++c) spare[c] = 0;
   }
-  for (int t = 0; t < found.taps; ++t) filter[t] = panel + block.filter[found.tap[t]];
-  const int64_t last = rows.count - 1;
-  const int64_t next = m + kRows < last ? m + kRows : last;
-  const int64_t ahead = rows.first_time ? rows.dy[next] - rows.dy[m] : 0;
-  Multiply<A, kRows, kVecs>(found.taps, block.k_count, found.row, at, ahead, filter,
+  const int64_t ahead =
+      rows.first_time && m + kRows < rows.count ? rows.dy[m + kRows] - rows.dy[m] : 0;
+  Multiply<O, kRows, kVecs>(found.taps, block.k_count, found.row, at, ahead, filter,
                             fresh, out);
+#endif
 }
 
 // Adds one block of B to all rows of the task, whose sums are fresh at the first one.
-template <typename A, int kVecs>
-inline void AddBlock(const GemmRows& rows, const GemmBlock& block, const A* dy,
-                     const A* zeros, const A* panel, bool exact, bool fresh,
-                     const GemmSums<A>& sums) {
+template <typename O, int kVecs>
+CONVGRAD_NOINLINE void AddBlock(const GemmRows& rows, const GemmBlock& block, const O* dy,
+                                const O* zeros, const O* panel, bool exact, bool fresh,
+                                const GemmSums<Sum<O>>& sums) {
   constexpr int kRows = RowsFor(kVecs);
   for (int64_t m = 0; m < rows.count; m += kRows) {
-    TapRows<A, kRows> found;
+    TapRows<O, kRows> found;
     FindTapRows(rows, block, m, dy, zeros, &found);
-    AddTapRows<A, kVecs>(found, 0, block, panel, zeros, exact, fresh, rows, m, sums);
+    AddTapRows<O, kVecs>(found, 0, block, panel, zeros, exact, fresh, rows, m, sums);
   }
 }
 
 // Adds tap t of the phase to a block whose panels are `width` columns wide.
+template <typename O>
 inline void AppendTap(const ActivationStrides& dy_at, const Problem& p,
                       const Phase* const* phase, const int64_t (&t)[kAxes], int64_t width,
                       GemmBlock* block) {
@@ -204,7 +224,7 @@ inline void AppendTap(const ActivationStrides& dy_at, const Problem& p,
   }
   block->dy_back[block->taps] = back;
   block->w[block->taps] = w;
-  block->filter[block->taps] = (r * p.out_channels + block->k0) * width;
+  block->filter[block->taps] = (r * PackedDepth<O>(p) + block->k0) * width;
   ++block->taps;
 }
 

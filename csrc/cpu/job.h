@@ -84,6 +84,7 @@ struct CpuKernels {
 constexpr int64_t kMaxPanelColumns = 64;
 constexpr int64_t kMinPanelColumns = 4;
 constexpr int64_t kFilterPackChannels = 64;  // out channels that one packing task takes
+constexpr int64_t kTileChannels = 32;        // out channels that an AMX tile holds
 
 // channels: the largest group (in or out channels) that a vector is shared by, and
 // the most filter rows (taps of the two leading axes) that one output row sees.

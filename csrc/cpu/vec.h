@@ -11,10 +11,21 @@
 
 #include "../kernel.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 // Vectors wider than the machine's are passed in memory; nothing here is an interface.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #define CONVGRAD_INLINE inline __attribute__((always_inline))
+
+// For what is large and called once for many products: one copy serves all callers.
+#if defined(__clang__)
+#define CONVGRAD_NOINLINE __attribute__((noinline))
+#else
+#define CONVGRAD_NOINLINE __attribute__((noinline, noclone))
+#endif
 
 // Before a loop over registers; its trip count is a constant of at most 16.
 #if defined(__clang__)
@@ -27,7 +38,7 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(CONVGRAD_EMULATE_AMX)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX2__)
 constexpr int kVectorBytes = 32;
@@ -136,6 +147,13 @@ CONVGRAD_INLINE void Store(double* p, const Vec<double, N>& v) {
 
 template <int N>
 CONVGRAD_INLINE void Store(BF16* p, const Vec<float, N>& v) {
+#if defined(__AVX512BF16__)
+  if constexpr (N == 16) {  // the same, but subnormals are flushed
+    const auto half = _mm512_cvtneps_pbh((__m512)v);
+    __builtin_memcpy(p, &half, sizeof(half));
+    return;
+  }
+#endif
   using I = Vec<int32_t, N>;
   const I bits = (I)v;
   const I rounded = bits + 0x7fff + ((bits >> 16) & 1);

@@ -216,37 +216,70 @@ def core(
     return program(core_sources(root), variant, root, flags)
 
 
+def _handlers(
+    name: str,
+    sources: list[pathlib.Path],
+    definitions: tuple[str, ...],
+    libraries: tuple[pathlib.Path, ...] = (),
+) -> types.ModuleType:
+    """The module of csrc/ffi.cc and other sources."""
+    import jax
+    import pybind11
+
+    from jax_convgrad import native
+
+    includes = (sysconfig.get_paths()["include"], pybind11.get_include(), jax.ffi.include_dir())
+    flags = (
+        "-O1",
+        f"-DCONVGRAD_MODULE={name}",
+        f'-DCONVGRAD_VERSION="{native.__version__}"',
+        "-fvisibility=hidden",
+        *definitions,
+        *(f"-isystem{path}" for path in includes),
+    )
+    sources = [pathlib.Path("csrc/ffi.cc"), pathlib.Path("csrc/problem.cc"), *sources]
+    objects = _objects(sources, flags, ROOT)
+    file_name = name + sysconfig.get_config_var("EXT_SUFFIX")
+    path = _link(file_name, [*objects, *libraries], ("-shared",), ROOT)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
 def module() -> types.ModuleType:
     """The Python module with the FFI handlers, as `_cuda` is but for the CPU.
 
     Raises:
         BuildError: something does not compile.
     """
-    import jax
-    import pybind11
-
-    from jax_convgrad import native
-
-    flags = VARIANTS["plain"]
     # In a library of its own, whose only thread-local data are the kernels' static shared
     # memory: the emulator fills them all with NaNs.
-    kernels = _link("kernels.so", _objects(kernel_sources(), flags, ROOT), ("-shared",), ROOT)
-    includes = (sysconfig.get_paths()["include"], pybind11.get_include(), jax.ffi.include_dir())
-    definitions = (
-        "-DCONVGRAD_CUDA",
-        "-DCONVGRAD_EMULATED",
-        f"-DCONVGRAD_MODULE={MODULE}",
-        f'-DCONVGRAD_VERSION="{native.__version__}"',
-        "-fvisibility=hidden",
-    )
-    system = tuple(f"-isystem{path}" for path in includes)
-    sources = [pathlib.Path("csrc/ffi.cc"), pathlib.Path("csrc/problem.cc")]
-    objects = _objects(sources, ("-O1", *definitions, *system), ROOT)
-    name = MODULE + sysconfig.get_config_var("EXT_SUFFIX")
-    path = _link(name, [*objects, kernels], ("-shared",), ROOT)
-    spec = importlib.util.spec_from_file_location(MODULE, path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    objects = _objects(kernel_sources(), VARIANTS["plain"], ROOT)
+    kernels = _link("kernels.so", objects, ("-shared",), ROOT)
+    return _handlers(MODULE, [], ("-DCONVGRAD_CUDA", "-DCONVGRAD_EMULATED"), (kernels,))
+
+
+def amx_module() -> types.ModuleType:
+    """The CPU module with one kernel, gemm in bfloat16 on AMX, whose instructions are emulated.
+
+    Raises:
+        BuildError: something does not compile.
+    """
+    sources = ["csrc/kernel_cpu.cc", "csrc/cpu/kernels_bf16.cc", EMULATOR / "no_kernels.cc"]
+    definitions = ("-DCONVGRAD_EMULATE_AMX", "-DCONVGRAD_AMX", "-DCONVGRAD_ISA=amx")
+    return _handlers("_emulated_amx", [pathlib.Path(source) for source in sources], definitions)
+
+
+def amx_object() -> pathlib.Path:
+    """The object of the gemm kernel for AMX as CMakeLists.txt builds it, not emulated.
+
+    Raises:
+        BuildError: something does not compile, or the compiler knows no AMX.
+    """
+    vectors = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
+    flags = (*vectors, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+    definitions = ("-DCONVGRAD_ISA=amx", "-DNDEBUG", "-fvisibility=hidden")
+    return _object(pathlib.Path("csrc/cpu/kernels_bf16.cc"), ("-O3", *flags, *definitions), ROOT)
