@@ -94,6 +94,8 @@ def test_public_function_on_each_platform(device, rng, x64, dtype):
 NONFINITE = {
     "dense": make_geometry((5, 4), (3, 3), (3, 4), padding=1),
     "strided": make_geometry((7, 6), (3, 2), (2, 5), stride=(2, 3), padding=2),
+    "few channels": make_geometry((19,), (3,), (3, 17), padding=1),
+    "few channels, strided": make_geometry((3, 18), (2, 4), (1, 19), batch=1, stride=2, padding=2),
     "pointwise": make_geometry((3, 4), (1, 1), (5, 6)),
     "depthwise": make_geometry((6, 5), (3, 3), (4, 4), padding=2, feature_groups=4),
     "depthwise, multiplier": make_geometry((9,), (3,), (3, 6), padding=1, feature_groups=3),
@@ -150,7 +152,14 @@ def test_empty_operands_through_the_public_function(batch, channels, spatial):
         np.testing.assert_array_equal(out, np.zeros(g.lhs_shape))
 
 
-BITWISE = ("dense_3x3_wide", "dense_s2_nchw", "depthwise_7x7", "grouped", "dense_3d")
+BITWISE = (
+    "dense_3x3_wide",
+    "dense_s2_nchw",
+    "stem_7x7_s2",
+    "depthwise_7x7",
+    "grouped",
+    "dense_3d",
+)
 
 
 def all_bits():
@@ -186,6 +195,7 @@ SWEPT = (
     "dense_s2_nchw",
     "stem_7x7_s2",
     "gray_5x5",
+    "stem_odd_outputs",
     "odd_channels",
     "odd_depthwise",
     "depthwise_3x3_nchw",
