@@ -7,6 +7,7 @@
 //   depthwise     few channels a group: channels-last with channels    cpu/channels.h
 //                 in lanes, channels-first with pixels in lanes        cpu/planes.h
 //   few_channels  few input channels, any layout: pixels in lanes      cpu/planes.h
+//   few_channels_dot  few input channels, many out channels, in lanes  cpu/dots.h
 
 #include <algorithm>
 #include <cstdlib>
@@ -147,9 +148,10 @@ const Isa& ChosenIsa() {
 
 // ---- planning ---------------------------------------------------------------------
 
-enum class Kernel { kDirect, kGemm, kChannels, kPlanes };
+enum class Kernel { kDirect, kGemm, kChannels, kPlanes, kDots };
 
-constexpr const char* kNames[] = {"direct", "gemm", "depthwise", "few_channels", nullptr};
+constexpr const char* kNames[] = {"direct",           "gemm", "depthwise", "few_channels",
+                                  "few_channels_dot", nullptr};
 
 int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
 
@@ -207,7 +209,13 @@ PlaneTile ChoosePlaneTile(const Problem& p) {
   return none;
 }
 
+constexpr int64_t kMaxFewChannels = 16;
+
 bool PlanesTakes(const Problem& p) { return ChoosePlaneTile(p).rows > 0; }
+
+bool DotsTakes(const Problem& p) {
+  return !IsEmpty(p) && p.in_channels <= kMaxFewChannels && p.out_channels >= kMaxLanes;
+}
 
 // A patch embedding, where every input sees exactly one tap, is a matrix product whose
 // columns are the pairs (tap, input channel):
@@ -263,7 +271,20 @@ std::vector<Column> Columns(const Problem& p) {
 }
 
 constexpr int64_t kFewChannels = 4;  // fewer than that waste a gemm's lanes
-constexpr int64_t kMaxFewChannels = 16;
+
+// Whether few_channels_dot beats gemm, whose vectors hold `columns` of dX. Counted in
+// vectors for each position of dX, folded or not: multiply-adds, and for each sum of the
+// former four more to add it up across lanes and store it, while the latter's loads,
+// one for each multiply-add, cost it a quarter more.
+bool DotsAreFaster(const Problem& p, int64_t columns) {
+  if (columns <= kFewChannels) return true;
+  double products = 1.0 * p.out_channels * Taps(p);
+  for (const Axis& x : p.axis) products /= static_cast<double>(PhaseCount(x));
+  const int64_t lanes = 64 / AccBytes(p);
+  return columns <= kMaxFewChannels &&
+         static_cast<double>(columns) * (products / lanes + 4) <=
+             1.25 * products * CeilDiv(columns, lanes);
+}
 
 bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* kernel) {
   const auto pick = [&](int index, Kernel k) {
@@ -281,6 +302,9 @@ bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* ker
     if (small && (planes || asked(2)) && PlanesTakes(p)) return pick(2, Kernel::kPlanes);
   }
   const int64_t columns = Folded(p).in_channels;
+  if (asked(4) || (any && p.groups == 1 && DotsAreFaster(p, columns))) {
+    if (DotsTakes(p)) return pick(4, Kernel::kDots);
+  }
   if (asked(3) || (any && columns <= kFewChannels)) {
     if (p.in_channels <= kMaxFewChannels && PlanesTakes(p)) {
       return pick(3, Kernel::kPlanes);
@@ -311,6 +335,13 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
     out.bytes += CeilDiv(bytes, 64) * 64;
     return at;
   };
+  const auto take_packed_dy = [&] {
+    out.pack_dy = p.dtype == DType::kBF16 || p.dtype == DType::kF16 ||
+                  (p.dy.channel != 1 && p.out_channels != 1);
+    if (!out.pack_dy) return;
+    out.packed_dy = take(p.batch * p.groups * p.axis[0].out * p.axis[1].out *
+                         p.axis[2].out * p.out_channels * acc);
+  };
   for (int x = 0; x < kAxes; ++x) {
     out.phases[x] = take(StoredPhases(p.axis[x]) * sizeof(Phase));
   }
@@ -324,14 +355,9 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
     out.taint = take(p.groups * CeilDiv(p.in_channels, kMinPanelColumns) *
                      CeilDiv(p.out_channels, kFilterPackChannels));
     out.zeros = take(p.groups * p.out_channels * acc);
-    out.pack_dy = p.dtype == DType::kBF16 || p.dtype == DType::kF16 ||
-                  (p.dy.channel != 1 && p.out_channels != 1);
     out.column_w = take(p.in_channels * sizeof(int64_t));
     out.column_dx = take(p.in_channels * sizeof(int64_t));
-    if (out.pack_dy) {
-      out.packed_dy = take(p.batch * p.groups * p.axis[0].out * p.axis[1].out *
-                           p.axis[2].out * p.out_channels * acc);
-    }
+    take_packed_dy();
   } else if (kernel == Kernel::kChannels) {
     const int64_t largest = std::max(p.in_channels, p.out_channels);
     int64_t lanes = 0, blocks = 0;
@@ -347,6 +373,12 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
     const int64_t channels = CeilDiv(p.in_channels, kPlaneChannels) * kPlaneChannels;
     out.filter = take(p.groups * channels * filter);
     out.taint = take(p.groups);
+  } else if (kernel == Kernel::kDots) {
+    const int64_t k = CeilDiv(p.out_channels, kMaxLanes) * kMaxLanes;
+    out.filter = take(p.groups * p.in_channels * Taps(p) * k * acc);
+    out.taint = take(p.groups);
+    out.zeros = take(p.out_channels * acc);
+    take_packed_dy();
   }
   return out;
 }
@@ -434,6 +466,7 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
     case Kernel::kGemm: GemmOf(isa, args.problem)(args, &job); break;
     case Kernel::kChannels: kernels.channels(args, &job); break;
     case Kernel::kPlanes: kernels.planes(args, &job); break;
+    case Kernel::kDots: kernels.dots(args, &job); break;
   }
   for (int i = 0; i < job.stages; ++i) {
     const CpuStage& stage = job.stage[i];

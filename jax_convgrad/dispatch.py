@@ -305,12 +305,6 @@ def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: 
     in_channels = geometry.rhs_shape[rhs_spec[1]]
     unit_stride = math.prod(geometry.window_strides) == 1
     slower = "lax is faster on a CPU for "
-    if kernel == "few_channels" and unit_stride and out_channels >= 32:
-        return slower + "few input channels at stride 1"
-    # Products that use one element of dy, once it has been transposed.
-    uses = in_channels * math.prod(geometry.window_sizes) / math.prod(geometry.window_strides)
-    if kernel == "few_channels" and out_channels >= 64 and uses <= 8:
-        return slower + "few input channels under a small filter"
     if kernel != "gemm" or math.prod(geometry.lhs_dilation) > 1:
         return None
     if math.prod(geometry.window_sizes) > 1:

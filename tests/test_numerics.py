@@ -90,6 +90,8 @@ NONFINITE = {
     "dense": make_geometry((5, 4), (3, 3), (3, 4), padding=1),
     "wide filter": make_geometry((2, 2), (2, 2), (256, 32), batch=1, padding=1),
     "strided": make_geometry((7, 6), (3, 2), (2, 5), stride=(2, 3), padding=2),
+    "few channels": make_geometry((19,), (3,), (3, 17), padding=1),
+    "few channels, strided": make_geometry((3, 18), (2, 4), (1, 19), batch=1, stride=2, padding=2),
     "pointwise": make_geometry((3, 4), (1, 1), (5, 6)),
     "depthwise": make_geometry((6, 5), (3, 3), (4, 4), padding=2, feature_groups=4),
     "depthwise, multiplier": make_geometry((9,), (3,), (3, 6), padding=1, feature_groups=3),

@@ -76,6 +76,7 @@ struct CpuKernels {
   void (*gemm)(const CpuArgs& args, CpuJob* job);
   void (*channels)(const CpuArgs& args, CpuJob* job);  // lanes hold channels
   void (*planes)(const CpuArgs& args, CpuJob* job);    // lanes hold pixels
+  void (*dots)(const CpuArgs& args, CpuJob* job);      // lanes hold out channels
 };
 
 // Limits that the planner and the kernels share, whatever the instruction set.

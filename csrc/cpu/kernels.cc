@@ -9,6 +9,7 @@
 
 #include "channels.h"
 #include "direct.h"
+#include "dots.h"
 #include "gemm.h"
 #include "planes.h"
 #include "vec.h"
@@ -44,10 +45,14 @@ void Planes(const CpuArgs& args, CpuJob* job) {
   ByDType(args.problem.dtype, [&](auto t) { PreparePlanes<decltype(t)>(args, job); });
 }
 
+void Dots(const CpuArgs& args, CpuJob* job) {
+  ByDType(args.problem.dtype, [&](auto t) { PrepareDots<decltype(t)>(args, job); });
+}
+
 }  // namespace
 
 extern const CpuKernels kKernels;
-const CpuKernels kKernels = {Direct, Gemm, Channels, Planes};
+const CpuKernels kKernels = {Direct, Gemm, Channels, Planes, Dots};
 
 }  // namespace CONVGRAD_ISA
 }  // namespace convgrad

@@ -1,5 +1,5 @@
 // Pixels in lanes: depthwise and small groups channels-first, and few channels in any
-// layout.
+// layout where there are too few out channels for dots.h.
 //
 // A task makes a tile of dX, `rows` x `width` pixels of every channel of a group, from
 // a window of dY that it first copies to its stack: [p0][p1][k][column] in the
@@ -22,6 +22,7 @@
 
 #include "direct.h"
 #include "job.h"
+#include "reach.h"
 #include "vec.h"
 
 namespace convgrad {
@@ -63,28 +64,6 @@ void PlanesPackTask(const void* state, int64_t g) {
   s.args.taint[g] = IsTainted(taint);
 }
 
-CONVGRAD_INLINE int64_t FloorDiv(int64_t a, int64_t b) {
-  return a >= 0 ? a / b : -((-a + b - 1) / b);
-}
-
-// Positions [lo, hi) of dY that inputs [h_lo, h_hi) read along an axis, unclipped.
-struct Reach {
-  int64_t lo, hi;
-};
-
-CONVGRAD_INLINE Reach ReachOf(const Axis& x, int64_t h_lo, int64_t h_hi) {
-  const int64_t least = h_lo * x.lhs_dilation + x.pad_lo - (x.win - 1) * x.rhs_dilation;
-  const int64_t most = (h_hi - 1) * x.lhs_dilation + x.pad_lo;
-  return {-FloorDiv(-least, x.stride), FloorDiv(most, x.stride) + 1};
-}
-
-CONVGRAD_INLINE Reach Clip(Reach r, int64_t out) {
-  if (r.lo < 0) r.lo = 0;
-  if (r.hi > out) r.hi = out;
-  if (r.hi < r.lo) r.hi = r.lo;
-  return r;
-}
-
 // The window of dY on the stack.
 template <typename A>
 struct Window {
@@ -111,24 +90,7 @@ inline void FillWindow(const Problem& p, const T* dy, const Window<Acc<T>>& win)
   for (int64_t q0 = win.p0.lo; q0 < win.p0.hi; ++q0) {
     for (int64_t q1 = win.p1.lo; q1 < win.p1.hi; ++q1, to += win.row_step) {
       const T* row = dy + q0 * p.dy.axis[0] + q1 * p.dy.axis[1] + win.column * step;
-      int64_t k = 0;
-      if (step != 1 && p.dy.channel == 1) {
-        for (; k + L <= p.out_channels; k += L) {  // channels-last: transpose squares
-          A* out = to + k * win.cols;
-          int64_t i = lo;
-          for (; i + L <= hi; i += L) {
-            Vec<A, L> square[L];
-            for (int j = 0; j < L; ++j) square[j] = Load<L>(row + (i + j) * step + k);
-            Transpose<A, L>(square);
-            for (int j = 0; j < L; ++j) Store<L>(out + j * win.cols + i, square[j]);
-          }
-          for (; i < hi; ++i) {
-            const Vec<A, L> v = Load<L>(row + i * step + k);
-            for (int j = 0; j < L; ++j) out[j * win.cols + i] = v[j];
-          }
-        }
-      }
-      for (; k < p.out_channels; ++k) {
+      for (int64_t k = 0; k < p.out_channels; ++k) {
         const T* from = row + k * p.dy.channel;
         A* out = to + k * win.cols;
         int64_t i = lo;
@@ -137,7 +99,7 @@ inline void FillWindow(const Problem& p, const T* dy, const Window<Acc<T>>& win)
         }
         for (; i < hi; ++i) out[i] = LoadOne(from + i * step);
       }
-      for (k = 0; k < p.out_channels; ++k) {
+      for (int64_t k = 0; k < p.out_channels; ++k) {
         A* out = to + k * win.cols;
         for (int64_t i = 0; i < lo; ++i) out[i] = 0;
         for (int64_t i = hi; i < win.cols; ++i) out[i] = 0;

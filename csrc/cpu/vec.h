@@ -237,6 +237,19 @@ CONVGRAD_INLINE Vec<E, N> Interleave(const Vec<E, N>& a, const Vec<E, N>& b) {
 #endif
 }
 
+// Lane i is lane index[i] of the 2N lanes of a and b.
+template <typename E, int N>
+CONVGRAD_INLINE Vec<E, N> Pick(const Vec<E, N>& a, const Vec<E, N>& b,
+                               const Vec<typename IntOf<E>::type, N>& index) {
+#if defined(__clang__)
+  Vec<E, N> out;
+  for (int i = 0; i < N; ++i) out[i] = index[i] < N ? a[index[i]] : b[index[i] - N];
+  return out;
+#else
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+
 // v[index[i]] in lane i.
 template <typename E, int N>
 CONVGRAD_INLINE Vec<E, N> Permute(const Vec<E, N>& v,

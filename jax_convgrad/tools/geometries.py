@@ -207,6 +207,13 @@ def named_cases() -> list[Case]:
         "stem_7x7_s2": g((20, 20), (7, 7), (3, 32), stride=2, padding=3),
         "patch_4x4_s4": g((16, 16), (4, 4), (3, 48), stride=4),
         "gray_5x5": g((14, 14), (5, 5), (1, 8), padding=2),
+        # Few input channels and out channels that fill no vectors, rows that fill no tiles.
+        "stem_odd_outputs": g((7, 37), (3, 3), (3, 21), padding=1),
+        "gray_5x9_s2": g((9, 51), (5, 9), (1, 37), batch=1, stride=2, padding=((1, 2), (3, 0))),
+        "two_channels_dilated": g((5, 23), (2, 3), (2, 19), stride=(1, 2), lhs_dilation=(1, 3),
+                                  rhs_dilation=2, padding=2),
+        "seven_channels_3d": g((3, 4, 11), (2, 3, 3), (7, 33), batch=1, stride=(1, 2, 1),
+                               padding=1),
         "dilated_12": g((17, 17), (3, 3), (16, 16), rhs_dilation=12, padding=12),
         "dilated_causal_1d": g((40,), (2,), (12, 20), rhs_dilation=16, padding=((16, 0),)),
         "strided_dilated": g((17, 15), (3, 3), (16, 24), stride=2, rhs_dilation=2, padding=2),
