@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from typing import Any, Literal, TypeAlias
 
@@ -290,38 +289,11 @@ def choose(
 def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: str) -> str | None:
     """Why lax is preferred where the kernel could run, or None.
 
-    The CPU's rules are the rows that lost in benchmarks/results/cpu_f32_nhwc_native.json,
-    where the kernel ran everywhere, or in repeated runs on another processor, widened to
-    their neighbours. They hold for every
-    dtype and layout, measured or not: their cause is work for each output too small to
-    pay for packing.
+    On a CPU a rule belongs here for the rows, widened to their neighbours, that lose to lax
+    in benchmarks/results/. At present there is none.
     """
-    del dtype
+    del geometry, dtype, kernel
     if platform == "cuda":
         # Wrong in some cases, but a promise: never slower than lax without being asked.
         return f"no GPU measurements yet; {SWITCH}=on or implementation='native' run the kernel"
-    _, rhs_spec, _ = geometry.dimension_numbers
-    out_channels = geometry.rhs_shape[rhs_spec[0]] // geometry.groups
-    in_channels = geometry.rhs_shape[rhs_spec[1]]
-    unit_stride = math.prod(geometry.window_strides) == 1
-    slower = "lax is faster on a CPU for "
-    if kernel != "gemm" or math.prod(geometry.lhs_dilation) > 1:
-        return None
-    if math.prod(geometry.window_sizes) > 1:
-        if unit_stride and geometry.groups == 1 and in_channels <= 16:
-            return slower + "at most 16 input channels at stride 1"
-        if not unit_stride and 4 < in_channels <= 8:
-            return slower + "5 to 8 input channels"
-        activations = math.prod(geometry.lhs_shape) + math.prod(geometry.out_shape)
-        if not unit_stride and math.prod(geometry.rhs_shape) > 2 * activations:
-            return slower + "strided filters larger than twice dy and dX together"
-        return None
-    if unit_stride:
-        if in_channels <= 16:
-            return slower + "1x1 filters with at most 16 input channels"
-        small = out_channels <= 64 and out_channels <= in_channels
-        if small or (out_channels <= 256 and 2 * out_channels <= in_channels):
-            return slower + "1x1 filters that reduce over few channels"
-    elif out_channels <= 512 and not any(pad for pair in geometry.padding for pad in pair):
-        return slower + "strided 1x1 filters that reduce over at most 512 channels"
     return None

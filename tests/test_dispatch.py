@@ -212,25 +212,6 @@ def test_a_window_of_size_zero_gives_zeros(implementation):
     np.testing.assert_array_equal(dx, np.zeros(g.lhs_shape))
 
 
-LOST_IN_BENCHMARKS = [
-    # lhs, rhs (channels last), stride: rows that were slower than lax on some processor
-    ((2, 161, 700, 1), (5, 5, 1, 64), 2),
-    ((2, 112, 112, 16), (1, 1, 16, 96), 1),
-    ((1, 224, 224, 3), (3, 3, 3, 64), 1),
-]
-
-
-@pytest.mark.native
-@pytest.mark.parametrize(("lhs", "rhs", "stride"), LOST_IN_BENCHMARKS)
-def test_rows_that_lost_to_lax_go_to_lax(monkeypatch, lhs, rhs, stride):
-    monkeypatch.setattr(dispatch, "switch", lambda: None)
-    layouts = ("NHWC", "HWIO", "NHWC")
-    g = oracles.geometry(lhs, rhs, (stride, stride), "SAME", dimension_numbers=layouts)
-    choice = dispatch.choose(g, "float32", "cpu")
-    assert choice.implementation == "xla"
-    assert "lax is faster" in choice.reason
-
-
 def test_explanation_for_another_platform_has_no_roofline():
     explanation = jax_convgrad.explain(X, W, (2, 2), "SAME", platform="tpu")
     assert (explanation.implementation, explanation.roofline_us) == ("xla", None)
