@@ -275,9 +275,10 @@ constexpr int64_t kFewChannels = 4;  // fewer than that waste a gemm's lanes
 // Whether few_channels_dot beats gemm, whose vectors hold `columns` of dX. Counted in
 // vectors for each position of dX, folded or not: multiply-adds, and for each sum of the
 // former four more to add it up across lanes and store it, while the latter's loads,
-// one for each multiply-add, cost it a quarter more.
+// one for each multiply-add, cost it a quarter more. But gemm has bfloat16 arithmetic.
 bool DotsAreFaster(const Problem& p, int64_t columns) {
   if (columns <= kFewChannels) return true;
+  if (p.dtype == DType::kBF16) return false;
   double products = 1.0 * p.out_channels * Taps(p);
   for (const Axis& x : p.axis) products /= static_cast<double>(PhaseCount(x));
   const int64_t lanes = 64 / AccBytes(p);
@@ -383,9 +384,9 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
   return out;
 }
 
-// XLA allocates a large workspace anew at every call: in pages of 4 KiB, finding and
-// clearing them takes as long as packing into them.
-void AskForLargePages(unsigned char* base, int64_t bytes) {
+// XLA allocates large results and workspaces anew at every call: in pages of 4 KiB,
+// finding and clearing them takes as long as filling them.
+void AskForLargePages(void* base, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kLargePage = 2 << 20;
   const uintptr_t first =
@@ -430,6 +431,9 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   const Workspace at = LayOut(args.problem, kernel);
   unsigned char* base = static_cast<unsigned char*>(workspace);
   AskForLargePages(base, at.bytes);
+  AskForLargePages(dx, problem.batch * problem.groups * problem.in_channels *
+                           problem.axis[0].in * problem.axis[1].in * problem.axis[2].in *
+                           SizeInBytes(problem.dtype));
   args.dy = dy;
   args.w = w;
   args.dx = dx;

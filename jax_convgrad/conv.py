@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -210,6 +211,11 @@ def _explicit(aval: Any) -> Any:
     return aval.sharding if compat.has_explicit_sharding(aval) else None
 
 
+# How many times the activations' size a filter is that conv_transpose should not flip:
+# in benchmarks/results/cpu_f32_nhwc.json a flip is cheap at 5 times, and dear at 170.
+_LARGE_FILTER = 32
+
+
 def conv_transpose(
     lhs: jax.Array,
     rhs: jax.Array,
@@ -306,6 +312,10 @@ def conv_transpose(
         # The filter of the convolution that this is the gradient of.
         rhs_spec = geometry.dimension_numbers.rhs_spec
         rhs = lax.rev(rhs, rhs_spec[2:])
+        activations = lhs.size + math.prod(geometry.lhs_shape)
+        if implementation is None and dispatch.switch() != "on":
+            # lax needs no flipped filter, which then takes longer than the rest.
+            implementation = "xla" if rhs.size > _LARGE_FILTER * activations else None
     return bind_input_grad(
         lhs,
         rhs,

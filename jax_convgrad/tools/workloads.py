@@ -139,7 +139,7 @@ class Workload:
                     equation.params["geometry"],
                     self.dtype,
                     machine.lowering_platform(),
-                    implementation,
+                    equation.params["implementation"],
                     precision,
                 )
         return Choice("xla", "not a case for the primitive")
