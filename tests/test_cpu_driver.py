@@ -25,6 +25,9 @@ def larger_cases():
         "many_columns": g((5, 5), (1, 1), (197, 67)),
         "many_columns_first": g((5, 9), (1, 1), (150, 33), dimension_numbers="first"),
         "deep": g((4, 5), (3, 3), (21, 150), padding=1),
+        # Tasks pack their own blocks of the filter.
+        "local_filter": g((2, 3), (2, 2), (128, 64), batch=1, padding=1),
+        "local_filter_strided": g((5, 4), (3, 2), (64, 86), batch=1, stride=2, padding=1),
         "patches": g((12, 8), (4, 4), (5, 33), stride=4),
         "long_row": g((3, 300), (3, 3), (3, 9), batch=1, padding=1),
         "long_row_strided": g((5, 211), (3, 5), (2, 12), batch=1, stride=(2, 3), padding=2),

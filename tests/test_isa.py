@@ -15,6 +15,7 @@ from conftest import SEED
 
 from jax_convgrad import native
 from jax_convgrad.tools.geometries import (
+    make_geometry,
     named_cases,
     normwise_error,
     random_cases,
@@ -27,7 +28,8 @@ RANDOM_COUNT = 200
 ALWAYS = (
     "dense_3x3", "dense_s2_nchw", "stem_7x7_s2", "gray_5x5", "odd_channels", "odd_depthwise",
     "depthwise_3x3_nchw", "depthwise_multiplier", "depthwise_1d", "grouped_s2", "all_dilated",
-    "batch_groups", "odd_layouts_3d", "no_images", "no_output_channels", "window_beyond_input",
+    "batch_groups", "odd_layouts_3d", "dense_3x3_deep", "dense_deep_s2",
+    "no_images", "no_output_channels", "window_beyond_input",
 )  # fmt: skip
 PER_PROGRAM = 100
 
@@ -108,6 +110,15 @@ def all_bits():
         for index, case in enumerate(named_cases())
         for dtype in ("float32", "bfloat16")
     ]
+    # Sums that underflow to zeros of either sign, with and without an Inf in the filter, where
+    # tasks pack their own blocks of the filter if there are threads enough.
+    g = make_geometry((12, 8), (3, 3), (128, 256), batch=1, padding=1)
+    for special in (False, True):
+        dy, w = oracles.operands(np.random.default_rng(special), g, "float32")
+        dy, w = dy * np.float32(1e-24), w * np.float32(1e-24)
+        if special:
+            w[(1,) * 4] = np.inf
+        problems.append((dy, w, g))
     digests = [
         {name: hashlib.sha256(out.tobytes()).hexdigest()[:16] for name, out in results.items()}
         for _, results in in_programs(problems)
@@ -128,7 +139,7 @@ def test_the_same_bits_for_every_thread_count(run_python):
         for threads in (1, 2, 4)
     }  # fmt: skip
     assert {threads: each["threads"] for threads, each in found.items()} == {1: 1, 2: 2, 4: 4}
-    names = [case.name for case in named_cases() for _ in range(2)]
+    names = [case.name for case in named_cases() for _ in range(2)] + ["underflow", "infinite"]
     for threads in (2, 4):
         differing = {
             name

@@ -281,7 +281,7 @@ __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
         for (; any && v < f.vectors + (f.tail > 0); ++v) {
           const bool last = v == f.vectors;
           const int64_t k = v * L - (last ? L - f.tail : 0);
-          Mask mask;
+          Mask mask{};
           for (int l = 0; l < L; ++l) mask[l] = last && l < L - f.tail ? 0 : -1;
           V scale[kChannels];
           CONVGRAD_UNROLL

@@ -73,9 +73,11 @@ CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<O>& filter,
   return IsTainted(taint);
 }
 
-// Walks the blocks of B. Whole taps while they fit, else equal parts of one tap.
+// Walks the blocks of B. Whole taps while they fit, else equal parts of one tap. Returns
+// whether a block packed on the way turned out to hold an Inf or a NaN though `exact` was
+// false: the sums are to be made anew then.
 template <typename O, int kVecs>
-inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const* phase,
+inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const* phase,
                     const O* dy, const GemmFilter<O>& filter,
                     const GemmSums<Sum<O>>& sums) {
   const Problem& p = s.args.problem;
@@ -88,16 +90,15 @@ inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
   if (taps_in_block > kBlockTaps) taps_in_block = kBlockTaps;
 
   const O* zeros = static_cast<const O*>(s.args.zeros);
-  bool fresh = true;
+  bool fresh = true, tainted = false;
   GemmBlock block;
   const auto add = [&] {
-    bool exact = filter.exact;
     if constexpr (kPerOperand<O> == 1) {
-      if (filter.local != nullptr) exact = PackBlock<O>(p, filter, &block);
+      if (filter.local != nullptr) tainted |= PackBlock<O>(p, filter, &block);
     }
     AddBlock<O, kVecs>(rows, block, dy, zeros,
-                       filter.local == nullptr ? filter.packed : filter.local, exact,
-                       fresh, sums);
+                       filter.local == nullptr ? filter.packed : filter.local,
+                       filter.exact, fresh, sums);
     fresh = false;
     block.taps = 0;
   };
@@ -119,6 +120,20 @@ inline void AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
     Sum<O>* row = sums.to + (sums.step != 0 ? m * sums.step : rows.dx[m]);
     for (int64_t c = 0; c < kWidth; ++c) row[c] = 0;
   }
+  return tainted && !filter.exact;
+}
+
+template <typename O>
+CONVGRAD_INLINE bool AddTapsOf(int vectors, const GemmState& s, const GemmRows& rows,
+                               const Phase* const* phase, const O* dy,
+                               const GemmFilter<O>& filter,
+                               const GemmSums<Sum<O>>& sums) {
+  if (vectors == 1) return AddTaps<O, 1>(s, rows, phase, dy, filter, sums);
+  if constexpr (kPanelVectors<O> == 4) {
+    if (vectors == 3) return AddTaps<O, 3>(s, rows, phase, dy, filter, sums);
+    if (vectors == 4) return AddTaps<O, 4>(s, rows, phase, dy, filter, sums);
+  }
+  return AddTaps<O, 2>(s, rows, phase, dy, filter, sums);
 }
 
 CONVGRAD_INLINE bool PanelIsTainted(const CpuArgs& a, int64_t group, int64_t panels,
@@ -194,18 +209,8 @@ void GemmTask(const void* state, int64_t index) {
     if constexpr (kIsAcc<T>) {
       if (direct) sums = {dx + column_dx[0], 0};
     }
-    switch (panel.vectors) {
-      case 1: AddTaps<O, 1>(s, rows, phase, dy, filter, sums); break;
-      case 2: AddTaps<O, 2>(s, rows, phase, dy, filter, sums); break;
-      default:
-        if constexpr (kPanelVectors<O> == 4) {
-          if (panel.vectors == 3) {
-            AddTaps<O, 3>(s, rows, phase, dy, filter, sums);
-          } else {
-            AddTaps<O, 4>(s, rows, phase, dy, filter, sums);
-          }
-        }
-    }
+    while (AddTapsOf(panel.vectors, s, rows, phase, dy, filter, sums))
+      filter.exact = true;
     if (!direct) StoreTile<T>(rows, tile, width, panel.columns, column_dx, dx);
     rows.first_time = false;
   }
@@ -314,7 +319,8 @@ void GemmPackTask(const void* state, int64_t index) {
 }
 
 // Whether tasks can pack what they need of the filter, and whether it is large enough to
-// be worth it.
+// be worth it. Panels of one width, because a task's rows have to be whole register
+// tiles: else the tiles, and with them the signs of zero sums, would depend on the tasks.
 template <typename T>
 inline bool CanPackLocally(const CpuArgs& a) {
   constexpr int64_t kLeastBytes = 128 * 1024;
@@ -323,6 +329,7 @@ inline bool CanPackLocally(const CpuArgs& a) {
   const Panel all = {0, c, static_cast<int>(CeilDiv(c, kLanes<Acc<T>>))};
   const int64_t bytes = p.out_channels * c * Taps(p) * static_cast<int64_t>(sizeof(T));
   return AreSumsOfDx<T>(all, a.column_dx) && bytes >= kLeastBytes &&
+         c % kPanelColumns<Operand<T>> == 0 &&
          (p.w.out_channel == 1 || ColumnsAreContiguous(all, a.column_w));
 }
 
@@ -341,6 +348,7 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   constexpr int64_t kEnoughTasks = 96;
   constexpr double kLeastWork = 1e6;  // multiply-adds
   constexpr int64_t kLeastRows = kMaxTileRows / 4;
+  constexpr int64_t kTileRowsOfPanel = RowsFor(kPanelVectors<Operand<T>>);
   const CpuArgs& a = s->args;
   int64_t rows = p.batch;  // of the phase that has most
   for (int x = 0; x < kAxes; ++x) rows *= a.phase[x][0].h_count;
@@ -370,7 +378,8 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
     if (s->local_filter || tasks >= kEnoughTasks || work / tasks < 2 * kLeastWork) break;
     if (s->task_panels > 1) {
       s->task_panels = CeilDiv(s->task_panels, 2);
-    } else if (s->task_rows > kLeastRows && s->task_rows < 2 * rows) {
+    } else if (s->task_rows > kLeastRows && s->task_rows < 2 * rows &&
+               s->task_rows % (2 * kTileRowsOfPanel) == 0) {
       s->task_rows /= 2;
     } else if (s->task_groups > 1) {
       s->task_groups = CeilDiv(s->task_groups, 2);
