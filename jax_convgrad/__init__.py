@@ -12,6 +12,7 @@ __path__ = pkgutil.extend_path(__path__, __name__)
 
 from .conv import conv_general_dilated, conv_transpose
 from .explanation import Explanation, explain
+from .exporting import export_checks
 from .geometry import ConvGeometry
 from .input_grad import conv_input_grad
 from .integration import install, installed, uninstall
@@ -25,6 +26,7 @@ __all__ = [
     "conv_input_grad",
     "conv_transpose",
     "explain",
+    "export_checks",
     "install",
     "installed",
     "uninstall",
