@@ -13,6 +13,9 @@ from typing import Any
 import jax
 from jax import lax
 
+# The tables of lowering rules; jax.interpreters.mlir only adds to them.
+from jax._src.interpreters import mlir as private_mlir
+
 # Turns a PrecisionLike and the default_matmul_precision in force into what a
 # convolution's lowering takes; jax.lax has no public spelling of it.
 from jax._src.lax.lax import canonicalize_precision as canonicalize_precision
@@ -78,3 +81,25 @@ def lax_transpose_rules() -> tuple[Callable[..., Any], Callable[..., Any]]:
     registered: Any = ad.primitive_transposes[lax.conv_general_dilated_p]
     lhs_rule, rhs_rule = registered.args
     return lhs_rule, rhs_rule
+
+
+@functools.cache
+def lax_lowering(platform: str) -> Callable[..., Any]:
+    """The lowering rule of the convolution that lax registers for a platform.
+
+    `mlir.register_lowering` has no inverse: the tables are those it fills. Must be called
+    before anything is registered in their place.
+    """
+    primitive = lax.conv_general_dilated_p
+    entry = private_mlir._platform_specific_lowerings[platform].get(primitive)
+    return (entry or private_mlir._lowerings[primitive]).rule
+
+
+def with_lowering_cache_of_its_own(lowering_context: Any) -> Any:
+    """The context, whose equations share no lowered code with the rest of the module.
+
+    Within one module JAX lowers equal equations once, by a key that knows nothing of user
+    contexts (`ModuleContext.lowering_cache`).
+    """
+    module_context = lowering_context.module_context.replace(lowering_cache={})
+    return lowering_context.replace(module_context=module_context)

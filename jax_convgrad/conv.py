@@ -186,20 +186,22 @@ def _conv_bwd(
     if rhs is not None:
         d_lhs = bind_input_grad(
             dy,
-            rhs.astype(dy.dtype),
+            lax_maps.convert(rhs, dy.dtype),
             call.geometry,
             precision=call.precision,
             out_sharding=_explicit(call.lhs_type),
             implementation=call.implementation,
-        ).astype(call.lhs_type.dtype)
+        )
+        d_lhs = lax_maps.convert(d_lhs, call.lhs_type.dtype)
     if lhs is not None:
         d_rhs = lax_maps.filter_grad(
-            lhs.astype(dy.dtype),
+            lax_maps.convert(lhs, dy.dtype),
             dy,
             call.geometry,
             precision=call.precision,
             out_sharding=_explicit(call.rhs_type),
-        ).astype(call.rhs_type.dtype)
+        )
+        d_rhs = lax_maps.convert(d_rhs, call.rhs_type.dtype)
     return d_lhs, d_rhs
 
 
@@ -209,11 +211,6 @@ _conv.defvjp(_conv_fwd, _conv_bwd, symbolic_zeros=True)
 def _explicit(aval: Any) -> Any:
     """The sharding in a type, where the mesh has explicit axes."""
     return aval.sharding if compat.has_explicit_sharding(aval) else None
-
-
-# A filter so many times as large as the activations is not flipped by conv_transpose. With
-# 4x4 filters of stride 2 and 512 to 1024 channels, lax was faster at 5 to 170 times.
-_LARGE_FILTER = 4
 
 
 def conv_transpose(
@@ -313,9 +310,8 @@ def conv_transpose(
         rhs_spec = geometry.dimension_numbers.rhs_spec
         rhs = lax.rev(rhs, rhs_spec[2:])
         activations = lhs.size + math.prod(geometry.lhs_shape)
-        if implementation is None and dispatch.switch() != "on":
-            # lax needs no flipped filter, which then takes longer than the rest.
-            implementation = "xla" if rhs.size > _LARGE_FILTER * activations else None
+        if implementation is None and dispatch.flip_outweighs_rest(rhs.size, activations):
+            implementation = "xla"
     return bind_input_grad(
         lhs,
         rhs,

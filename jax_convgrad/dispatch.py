@@ -24,6 +24,14 @@ SWITCH = "JAX_CONVGRAD"
 NATIVE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 MAX_AXES = 3
 
+# Whether lax's own convolution takes the kernel: what `install` and `installed` set. A JAX
+# user context, so it is part of every jit cache key.
+installed = jax.make_user_context(default_value=False)
+
+# See `flip_outweighs_rest`. With 4x4 filters of stride 2 and 512 to 1024 channels, lax was
+# faster at 5 to 170 times.
+_LARGE_FILTER = 4
+
 
 @functools.cache
 def switch() -> Literal["on", "off"] | None:
@@ -284,6 +292,23 @@ def choose(
     if slower is not None:
         return Choice("xla", slower)
     return Choice("native", f"the {planned.kernel} kernel covers it", planned)
+
+
+def flip_outweighs_rest(filter_size: int, activations: int) -> bool:
+    """Whether a transposed convolution is lax's because its filter would have to be flipped.
+
+    The kernel computes input gradients, whose filter is that of the forward convolution;
+    lax takes either. Flipping a filter many times as large as the activations takes
+    longer than all the rest.
+
+    Args:
+        filter_size: elements of the filter.
+        activations: elements of input and result together.
+
+    Returns:
+        False where JAX_CONVGRAD=on asks for the kernel at any cost.
+    """
+    return switch() != "on" and filter_size > _LARGE_FILTER * activations
 
 
 def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: str) -> str | None:

@@ -368,6 +368,21 @@ class ConvGeometry:
             shape[dim] = size
         return tuple(shape)
 
+    @property
+    def transposed_padding(self) -> tuple[tuple[int, int], ...]:
+        """Padding of the convolution that maps out_sizes back to in_sizes.
+
+        Its stride and lhs_dilation are exchanged and its filter is flipped, so the low side
+        is what the filter lacks; the high side makes the sizes come out exactly.
+        """
+        pairs = []
+        for axis, (low, _) in enumerate(self.padding):
+            room = dilated_size(self.window_sizes[axis], self.rhs_dilation[axis]) - 1
+            padded = dilated_size(self.in_sizes[axis], self.lhs_dilation[axis]) + room
+            total = padded - dilated_size(self.out_sizes[axis], self.window_strides[axis])
+            pairs.append((room - low, total - (room - low)))
+        return tuple(pairs)
+
     @functools.cached_property
     def connections(self) -> int:
         """The number of pairs (output position, tap) that reach an input position.

@@ -172,7 +172,7 @@ def bind_input_grad(
     if preferred_element_type is not None:
         dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, function)
         if dispatch.unsupported_dtype(dtype) is None:
-            dy, rhs = dy.astype(dtype), rhs.astype(dtype)
+            dy, rhs = lax_maps.convert(dy, dtype), lax_maps.convert(rhs, dtype)
             preferred_element_type = None
     reason = dispatch.unsupported(geometry, dy.dtype)
     if reason is None and compat.has_explicit_sharding(jax.typeof(dy), jax.typeof(rhs)):
@@ -304,6 +304,25 @@ def _batch(
     return _unfold(_bind(dy, rhs, geometry=geometry, **params), size, dim, groups), 0
 
 
+def choice_in(
+    ctx: Any,
+    geometry: ConvGeometry,
+    dtype: Any,
+    platform: str,
+    implementation: Implementation,
+    precision: Any,
+) -> dispatch.Choice:
+    """What the primitive becomes in the program that a lowering context belongs to."""
+    return dispatch.choose(
+        geometry,
+        dtype,
+        platform,
+        implementation,
+        precision,
+        partitioned=compat.partitioned_automatically(ctx),
+    )
+
+
 def _lower(
     ctx: Any,
     dy: Any,
@@ -315,20 +334,15 @@ def _lower(
     implementation: Implementation,
 ) -> Any:
     (out,) = ctx.avals_out
-    choice = dispatch.choose(
-        geometry,
-        out.dtype,
-        platform,
-        implementation,
-        precision,
-        partitioned=compat.partitioned_automatically(ctx),
-    )
+    choice = choice_in(ctx, geometry, out.dtype, platform, implementation, precision)
     if choice.implementation == "xla" or 0 in geometry.lhs_shape:
         rule = mlir.lower_fun(
             functools.partial(lax_maps.input_grad, geometry=geometry, precision=precision),
             multiple_results=False,
         )
-        return rule(ctx, dy, rhs)
+        # Of the convolutions that `install` lowers to the kernel this must not be one.
+        with dispatch.installed(False):
+            return rule(compat.with_lowering_cache_of_its_own(ctx), dy, rhs)
     workspace = jax.core.ShapedArray((choice.workspace_bytes,), np.dtype(np.uint8))
     lhs, filter_, cotangent = (layout[::-1] for layout in custom_call.layouts(geometry, platform))
     call = jax.ffi.ffi_lowering(

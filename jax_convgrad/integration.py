@@ -1,9 +1,9 @@
 """install(): lax's own convolution, and every library built on it, takes the kernel.
 
-The convolution primitive of lax is registered once with transpose rules that ask a
-flag. The flag is a JAX user context, so it is part of every jit cache key: turning it
-on or off retraces functions that are already compiled, and `installed()` is scoped to
-one thread.
+The convolution primitive of lax is registered once with a transpose rule and with
+lowerings that ask a flag. The flag is a JAX user context, so it is part of every jit
+cache key: turning it on or off retraces functions that are already compiled, and
+`installed()` is scoped to one thread.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ import jax
 from jax import lax
 from jax.interpreters import ad
 
-from . import compat, dispatch
+from . import compat, dispatch, lax_lowering, lax_maps
 from .geometry import ConvGeometry, is_static
 from .input_grad import bind_input_grad
-
-_active = jax.make_user_context(default_value=False)
 
 
 def install() -> None:
     """Makes every `jax.lax` convolution in the process take this package's input gradient.
 
     Flax, Equinox, Haiku and Keras use lax's convolution, so their gradients run the
-    kernel with no code changed, forward mode included. Functions that are already
+    kernel with no code changed, forward mode included, and so does the forward pass of
+    their transposed convolutions. Functions that are already
     jitted pick the change up at their next call. Calling it again does nothing.
 
     Example:
@@ -37,12 +36,12 @@ def install() -> None:
         >>> jax_convgrad.uninstall()
     """
     _register()
-    _active.set_global(True)
+    dispatch.installed.set_global(True)
 
 
 def uninstall() -> None:
     """Undoes `install`: lax's convolution has its own input gradient again."""
-    _active.set_global(False)
+    dispatch.installed.set_global(False)
 
 
 @contextlib.contextmanager
@@ -60,7 +59,7 @@ def installed(active: bool = True) -> Iterator[None]:
         ...     gradient = jax.grad(loss)(x)
     """
     _register()
-    with _active(active):
+    with dispatch.installed(active):
         yield
 
 
@@ -69,11 +68,12 @@ def _register() -> None:
     lax_lhs_rule, lax_rhs_rule = compat.lax_transpose_rules()
 
     def lhs_rule(dy: jax.Array, lhs: Any, rhs: jax.Array, **params: Any) -> jax.Array:
-        if not _active.value or not _covered(lhs.aval, rhs, dy):
+        if not dispatch.installed.value or not _covered(lhs.aval, rhs, dy):
             return lax_lhs_rule(dy, lhs, rhs, **params)
         return _input_grad(dy, lhs.aval, rhs, **params)
 
     ad.defbilinear(lax.conv_general_dilated_p, lhs_rule, lax_rhs_rule)
+    lax_lowering.register()
 
 
 def _covered(lhs_type: Any, rhs: jax.Array, dy: jax.Array) -> bool:
@@ -97,9 +97,10 @@ def _input_grad(
 ) -> jax.Array:
     # As in lax, in the cotangent's dtype: that is preferred_element_type where given.
     del preferred_element_type, out_sharding
-    return bind_input_grad(
+    d_lhs = bind_input_grad(
         dy,
-        rhs.astype(dy.dtype),
+        lax_maps.convert(rhs, dy.dtype),
         ConvGeometry(lhs_shape=tuple(lhs_type.shape), rhs_shape=tuple(rhs.shape), **geometry),
         precision=precision,
-    ).astype(lhs_type.dtype)
+    )
+    return lax_maps.convert(d_lhs, lhs_type.dtype)

@@ -56,27 +56,11 @@ def input_grad(
     if 0 in g.window_sizes:  # which is no convolution to XLA
         dtype = dy.dtype if preferred_element_type is None else preferred_element_type
         return jnp.zeros_like(dy, dtype, shape=g.lhs_shape)
-    if g.groups > 1:
-        # The group axis moves from the filter's output to its input features, which
-        # are the output features of this convolution.
-        rhs = _split(rhs, rhs_spec[0], g.groups)
-        rhs = _merge(rhs, rhs_spec[0], rhs_spec[1])
-    padding = []
-    for axis in range(g.axes):
-        window = dilated_size(g.window_sizes[axis], g.rhs_dilation[axis])
-        low = window - 1 - g.padding[axis][0]
-        total = (
-            dilated_size(g.in_sizes[axis], g.lhs_dilation[axis])
-            + window
-            - 1
-            - dilated_size(g.out_sizes[axis], g.window_strides[axis])
-        )
-        padding.append((low, total - low))
     out = lax_conv_general_dilated(
         dy,
-        lax.rev(rhs, rhs_spec[2:]),
+        transposed_filter(rhs, g),
         window_strides=g.lhs_dilation,
-        padding=padding,
+        padding=g.transposed_padding,
         lhs_dilation=g.window_strides,
         rhs_dilation=g.rhs_dilation,
         dimension_numbers=lax.ConvDimensionNumbers(out_spec, _swap(rhs_spec), lhs_spec),
@@ -89,6 +73,24 @@ def input_grad(
         out = _split(out, lhs_spec[1], g.batch_group_count)
         out = _merge(out, lhs_spec[1], lhs_spec[0])
     return out
+
+
+def transposed_filter(rhs: jax.Array, geometry: ConvGeometry) -> jax.Array:
+    """The filter with which the transposed map is a convolution: flipped, groups moved.
+
+    The group axis moves from its output to its input features, which are the output
+    features of that convolution.
+    """
+    out_feature, in_feature, *spatial = geometry.dimension_numbers.rhs_spec
+    if geometry.groups > 1:
+        rhs = _split(rhs, out_feature, geometry.groups)
+        rhs = _merge(rhs, out_feature, in_feature)
+    return lax.rev(rhs, spatial)
+
+
+def convert(x: jax.Array, dtype: Any) -> jax.Array:
+    """Casts to a dtype; as in lax, an array that has it already keeps its weak type."""
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def filter_grad(

@@ -100,6 +100,40 @@ def transposed_geometry(
     )
 
 
+def forward_as_input_grad(conv: ConvGeometry) -> ConvGeometry:
+    """Returns the convolution whose input gradient is this convolution's forward map.
+
+    Output p meets input h and tap r where p*stride = h*lhs_dilation + low - r*rhs_dilation.
+    With the filter flipped, r' = R - 1 - r, that is an input gradient's index equation,
+    with stride and lhs_dilation exchanged and the low padding (R - 1)*rhs_dilation - low:
+    the inserted zeros of one are the stride of the other. The filter is to come from
+    `lax_maps.transposed_filter`.
+
+    Args:
+        conv: a convolution with batch_group_count 1 and no size that is zero.
+
+    Returns:
+        The geometry, conv's result in the place of x and its input in that of dy.
+    """
+    lhs_spec, rhs_spec, out_spec = conv.dimension_numbers
+    groups = conv.feature_group_count
+    rhs_shape = list(conv.rhs_shape)
+    rhs_shape[rhs_spec[0]] //= groups
+    rhs_shape[rhs_spec[1]] *= groups
+    return ConvGeometry(
+        lhs_shape=conv.out_shape,
+        rhs_shape=tuple(rhs_shape),
+        window_strides=conv.lhs_dilation,
+        padding=conv.transposed_padding,
+        lhs_dilation=conv.window_strides,
+        rhs_dilation=conv.rhs_dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(
+            out_spec, (rhs_spec[1], rhs_spec[0], *rhs_spec[2:]), lhs_spec
+        ),
+        feature_group_count=groups,
+    )
+
+
 def _input_pads(
     windows: list[int], strides: tuple[int, ...], padding: Any, use_consistent_padding: bool
 ) -> tuple[tuple[int, int], ...]:
