@@ -97,6 +97,7 @@ mapfile -t rungs < <(sed -n 's/^    {"\([a-z0-9_]*\)", Plan.*/\1/p' csrc/kernel.
 step info 20 "${cli[@]}" info
 step programs 100 "$python" tests/emulator/on_gpu.py "$programs"
 step primitives 10 "$programs/primitives"
+step hopper_primitives 10 "$programs/hopper_primitives"
 for rung in "${rungs[@]}"; do
   # Every dtype, and the same bits ten times on each of two streams.
   step "float64_$rung" 30 "$programs/core" "$programs/all.$rung" 10
@@ -106,7 +107,9 @@ step tests 170 env JAX_CONVGRAD_REQUIRE_CUDA=1 "$python" -m pytest -q -m cuda --
 sanitizer=compute-sanitizer
 command -v "$sanitizer" >/dev/null || sanitizer=${CUDA_HOME:-/usr/local/cuda}/bin/$sanitizer
 for tool in memcheck racecheck synccheck; do
-  step "${tool}_primitives" 15 "$sanitizer" --tool "$tool" --error-exitcode 9 "$programs/primitives"
+  for program in primitives hopper_primitives; do
+    step "${tool}_$program" 15 "$sanitizer" --tool "$tool" --error-exitcode 9 "$programs/$program"
+  done
   for rung in "${rungs[@]}"; do
     step "${tool}_$rung" 20 "$sanitizer" --tool "$tool" --error-exitcode 9 \
       "$programs/core" "$programs/few.$rung"

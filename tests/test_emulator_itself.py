@@ -32,6 +32,25 @@ PLANTED = {
     "TooMuchShared": ("plain", "0", "error: invalid argument"),
 }
 
+# kernel of planted_hopper_bugs.cu: (eager copies and products, order, what is reported)
+PLANTED_HOPPER = {
+    "TooFewBytes": ("0", "1", "a barrier that lacks -16384 bytes"),
+    "TooManyBytes": ("0", "0", "deadlock; from thread 0 on in MbarrierWait at"),
+    "WrongParity": ("1", "0", "deadlock; from thread 0 on in MbarrierWait at"),
+    "NoWaitForData": ("0", "0", "more arrivals than the 1 that the barrier counts"),
+    "NoWaitForSpace": ("0", "0", "more arrivals than the 1 that the barrier counts"),
+    "EarlyRelease": ("0", "1", "wrong: element 0 is"),
+    "NoWaitForSums": ("0", "0", "wrong: element 0 is 0"),
+    "NoProductFence": ("1", "0", "no WgmmaFence since the last group"),
+    "NoInitFence": ("0", "0", "the barrier's initialisation has not been fenced"),
+    "NoBarrierAfterInit": ("0", "1", "the barrier is not initialised"),
+    "MisalignedBox": ("0", "0", "the address is not aligned to 128 bytes"),
+    "TooSmallCount": ("1", "1", "deadlock; from thread 0 on in MbarrierWait at"),
+    "OtherRows": ("1", "0", "the warps' operands differ"),
+    "LeftCopy": ("0", "0", "the block ended with a barrier that lacks 8192 bytes"),
+    "NoProxyFence": ("1", "0", "wrong: element 0 is"),
+}
+
 
 def run(path, *arguments, eager="0", order="0"):
     """Runs a program of the emulator; its status and everything that it printed."""
@@ -80,10 +99,38 @@ def test_every_planted_bug_has_a_row():
     assert source.count("PAIR(") - 1 == len(PLANTED) - 3  # three are configurations
 
 
+@pytest.mark.parametrize("name", PLANTED_HOPPER)
+def test_planted_bug_of_sm_90a_is_reported(program, name):
+    eager, order, report = PLANTED_HOPPER[name]
+    path = program("planted_hopper_bugs.cu")
+    status, text = run(path, name, "planted", eager=eager, order=order)
+    assert status != 0
+    assert report in text, text
+
+
+@pytest.mark.parametrize("variant", build.VARIANTS)
+def test_correct_twin_for_sm_90a_is_silent(program, variant):
+    path = program("planted_hopper_bugs.cu", variant)
+    for name in ("TooFewBytes", "NoProxyFence"):  # there are two twins
+        for eager, order in (("0", "0"), ("1", "1"), ("0", "5"), ("1", "9")):
+            assert run(path, name, "correct", eager=eager, order=order) == (0, ""), name
+
+
+def test_every_planted_bug_of_sm_90a_has_a_row():
+    source = pathlib.Path(build.ROOT, build.EMULATOR, "planted_hopper_bugs.cu").read_text()
+    bugs = source.split("enum class Bug {")[1].split("}")[0].replace(",", " ").split()
+    assert sorted(bugs) == sorted(["kNone", *(f"k{name}" for name in PLANTED_HOPPER)])
+
+
+@pytest.mark.parametrize("source", ["primitives.cu", "hopper_primitives.cu"])
 @pytest.mark.parametrize("eager", ["0", "1"])
 @pytest.mark.parametrize("order", ["0", "1", "9"])
-def test_primitives(program, eager, order):
-    assert run(program("primitives.cu"), eager=eager, order=order) == (0, "0 failures\n")
+def test_primitives(program, source, eager, order):
+    assert run(program(source), eager=eager, order=order) == (0, "0 failures\n")
+
+
+def test_primitives_of_sm_90a_under_address_sanitizer(program):
+    assert run(program("hopper_primitives.cu", "address")) == (0, "0 failures\n")
 
 
 def test_primitives_where_fibres_are_ucontexts(program):

@@ -42,9 +42,10 @@ def gpu_program():
 
 
 @pytest.mark.cuda
-def test_primitives_are_what_the_emulator_takes_them_for(gpu_program):
-    """Both have to agree with the same models, see primitives.cu."""
-    program = gpu_program([build.EMULATOR / "primitives.cu"])
+@pytest.mark.parametrize("source", ["primitives.cu", "hopper_primitives.cu"])
+def test_primitives_are_what_the_emulator_takes_them_for(gpu_program, source):
+    """Both have to agree with the same models, which these sources hold."""
+    program = gpu_program([build.EMULATOR / source])
     done = subprocess.run([program], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "0 failures\n"), done.stderr
 

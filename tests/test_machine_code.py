@@ -137,9 +137,10 @@ def test_plans_agree_with_the_kernels(kernels, dtype, kernel_name):
     assert planned_for > 0 or (kernel_name.endswith("3xtf32") and dtype == "bfloat16")
 
 
-@pytest.mark.parametrize("program", ["primitives", "core"])
-def test_gpu_programs_compile(program):
+@pytest.mark.parametrize("program", ["primitives", "hopper_primitives", "core"])
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_gpu_programs_compile(program, architecture):
     """Those of test_gpu.py, which needs a GPU to run them."""
-    sources = build.core_sources()[:2] if program == "core" else [build.EMULATOR / "primitives.cu"]
-    for source in sources:
-        build.gpu_object(source, "80")
+    only = [build.EMULATOR / f"{program}.cu"]
+    for source in build.core_sources()[:2] if program == "core" else only:
+        build.gpu_object(source, architecture)

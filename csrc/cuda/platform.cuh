@@ -49,8 +49,12 @@ cudaError_t LaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block,
   ::convgrad::LaunchKernel((kernel), (grid), (block), (shared_bytes), (stream), \
                            __VA_ARGS__)
 
-// Declares `name`, the block's dynamic shared memory as bytes, aligned to 128.
-#define CU_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// Declares `name`, the block's dynamic shared memory as bytes, aligned to 128 or more.
+// The kernels of a source need another name for another alignment.
+#define CU_DYNAMIC_SHARED(name) CU_DYNAMIC_SHARED_ALIGNED(name, 128)
+#define CU_DYNAMIC_SHARED_ALIGNED(name, bytes) \
+  extern __shared__ __align__(bytes)           \
+  unsigned char name[]
 
 #else
 

@@ -23,7 +23,15 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 EMULATOR = pathlib.Path("tests/emulator")
 MODULE = "_emulated"
 
-_COMMON = ("-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+_COMMON = (
+    "-std=c++17",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-psabi",
+)
 # -O1 keeps a sanitizer's compile times down; its run time is in the checks.
 _SANITIZED = ("-O1", "-g", "-fno-working-directory", "-fno-omit-frame-pointer")
 VARIANTS = {

@@ -11,6 +11,11 @@
 //   - a barrier that part of a block reaches, lanes of a warp at different collectives,
 //     a deadlock, a shuffle from a lane that takes no part;
 //   - misaligned or oversized operands of ldmatrix and cp.async;
+//   - tensor maps that the driver would not encode; copies of the copy engine that nobody
+//     waited for, bytes that a barrier was told of and that never came; products of a
+//     warpgroup without their fence, or of operands that differ between its warps;
+//   - what threads store in shared memory reaches the copy engine and the tensor cores
+//     through a fence only: without one these read what was there before;
 //   - a read of shared memory that was never written gives NaN;
 //   - out-of-bounds accesses under AddressSanitizer (dynamic shared memory has its exact
 //     size), misaligned vectors under UndefinedBehaviorSanitizer, and missing barriers
@@ -21,7 +26,8 @@
 //
 // Environment, read at every launch:
 // - CUDA_EMULATOR_ORDER: 0 natural (the default), 1 reversed, n shuffled by seed n
-// - CUDA_EMULATOR_EAGER: 1 for cp.async that copies when issued, else when waited for
+// - CUDA_EMULATOR_EAGER: 1 for copies and products that happen when they are issued, else
+//   when they are waited for; those of the copy engine when nothing else can happen
 // - CUDA_EMULATOR_POISON: the byte that memory holds before it is written (255: NaNs)
 // - CUDA_EMULATOR_SHARED: the bytes of shared memory that a block may have
 // - CUDA_EMULATOR_THREADS: blocks in flight; always one under a sanitizer
@@ -33,6 +39,10 @@
 #include "cuda_emulator/language.h"
 #include "cuda_emulator/launch.h"
 #include "cuda_emulator/matrix.h"
+#include "cuda_emulator/mbarrier.h"
 #include "cuda_emulator/numbers.h"
 #include "cuda_emulator/runtime.h"
+#include "cuda_emulator/tensor_map.h"
+#include "cuda_emulator/tma.h"
 #include "cuda_emulator/warp.h"
+#include "cuda_emulator/wgmma.h"

@@ -2,9 +2,10 @@
 
     python tests/emulator/on_gpu.py FOLDER
 
-Builds FOLDER/core and FOLDER/primitives for the GPU that is here. For each kernel it
-writes FOLDER/all.KERNEL, small problems in every dtype, and FOLDER/few.KERNEL, some that
-the kernel takes, small enough for a sanitizer that follows every access.
+Builds FOLDER/core, FOLDER/primitives and FOLDER/hopper_primitives for the GPU that is here.
+For each kernel it writes FOLDER/all.KERNEL, small problems in every dtype, and
+FOLDER/few.KERNEL, some that the kernel takes, small enough for a sanitizer that follows every
+access.
 """
 
 import pathlib
@@ -68,6 +69,7 @@ def main(folder: pathlib.Path) -> None:
     for name, sources in (
         ("core", build.core_sources()),
         ("primitives", [build.EMULATOR / "primitives.cu"]),
+        ("hopper_primitives", [build.EMULATOR / "hopper_primitives.cu"]),
     ):
         shutil.copy(build.gpu_program(sources, architecture), folder / name)
     assert native.cuda is not None

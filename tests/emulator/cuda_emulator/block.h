@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "async.h"
 #include "fiber.h"
 #include "language.h"
 
@@ -121,6 +122,9 @@ class Block {
     shared = shared_;
     barrier = Barrier{};
     for (Warp& warp : warps_) warp = Warp{};
+    async = AsyncState{};
+    async.warps.resize(warps_.size());
+    async.warpgroups.resize((warps_.size() + 3) / 4);
     for (Thread& thread : threads_) {
       thread.state = Thread::kReady;
       thread.open_group.clear();
@@ -139,13 +143,13 @@ class Block {
         SwitchFiber(&scheduler_, &thread->fiber);
         if (!failure_.empty()) return false;
       }
-      if (!moved) {
+      if (!moved && !PerformOneCopy(order.front() != 0)) {
         failure_ = DescribeWaiting("deadlock");
         return false;
       }
     }
     Acquire(&end_token_);
-    return true;
+    return HasFinishedCopies();
   }
 
   const std::string& failure() const { return failure_; }
@@ -201,6 +205,13 @@ class Block {
     return barrier.result;
   }
 
+  // Whether so many bytes lie in dynamic shared memory.
+  bool IsShared(const void* at, size_t bytes) const {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(shared);
+    const uintptr_t from = reinterpret_cast<uintptr_t>(at);
+    return begin <= from && from + bytes <= begin + shared_bytes;
+  }
+
   Warp& warp() { return warps_[thread->number / kWarpSize]; }
   Thread& lane(unsigned i) {
     return threads_[thread->number / kWarpSize * kWarpSize + i];
@@ -209,8 +220,10 @@ class Block {
   dim3 grid, size;
   uint3 index{};
   unsigned char* shared = nullptr;  // dynamic shared memory
-  const bool eager;                 // cp.async copies at once
-  Thread* thread = nullptr;         // the one that runs
+  size_t shared_bytes = 0;
+  AsyncState async;
+  const bool eager;          // cp.async copies at once
+  Thread* thread = nullptr;  // the one that runs
   Barrier barrier;
 
  private:
@@ -230,6 +243,29 @@ class Block {
     }
     SwitchFiber(&self->fiber, &block->scheduler_, true);
     std::abort();
+  }
+
+  // The oldest copy that is still to be performed, or the newest.
+  CUDA_EMULATOR_UNWATCHED bool PerformOneCopy(bool newest) {
+    if (async.copies.empty()) return false;
+    const std::function<void()> copy =
+        newest ? async.copies.back() : async.copies.front();
+    newest ? async.copies.pop_back() : async.copies.pop_front();
+    copy();
+    return true;
+  }
+
+  // What a block must not leave behind when it ends.
+  bool HasFinishedCopies() {
+    if (!async.copies.empty()) {
+      failure_ = Where(threads_[0]) + "the block ended before its bulk copies";
+    }
+    for (const auto& entry : async.barriers) {
+      if (entry.second.bytes == 0) continue;
+      failure_ = Where(threads_[0]) + "the block ended with a barrier that lacks " +
+                 std::to_string(entry.second.bytes) + " bytes";
+    }
+    return failure_.empty();
   }
 
   std::string Where(const Thread& t) const {

@@ -32,6 +32,10 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 // The emulator's own data are shared by fibres that nothing orders in TSan's eyes, and
 // are not what it is to look at. Not inlined: the caller's setting would win.
@@ -53,6 +57,26 @@ inline void Release([[maybe_unused]] void* x) {
   __tsan_release(x);
 #endif
 }
+
+// While there is one, TSan looks at nothing that the fibre does, library code included.
+class Unwatched {
+ public:
+#ifdef CUDA_EMULATOR_TSAN
+  Unwatched() {
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
+  }
+  ~Unwatched() {
+    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+  }
+#else
+  Unwatched() {}
+  ~Unwatched() {}
+#endif
+  Unwatched(const Unwatched&) = delete;
+  Unwatched& operator=(const Unwatched&) = delete;
+};
 
 #ifdef CUDA_EMULATOR_UCONTEXT
 

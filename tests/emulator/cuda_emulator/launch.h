@@ -62,9 +62,10 @@ inline void PoisonStaticShared() {
 
 class SharedMemory {
  public:
+  static constexpr size_t kAlignment = 1024;
+
   // Of exactly this size, so that ASan's red zone begins right behind it.
   explicit SharedMemory(int bytes) : bytes_(static_cast<size_t>(bytes)) {
-    constexpr size_t kAlignment = 1024;
     void* memory = nullptr;
     if (bytes_ > 0 && posix_memalign(&memory, kAlignment, bytes_) != 0) {
       throw std::bad_alloc();
@@ -111,6 +112,7 @@ inline cudaError_t RunGrid(dim3 grid, dim3 size, int shared_bytes,
       const uint64_t i = next++;
       if (i >= blocks) break;
       const SharedMemory shared(shared_bytes);
+      block.shared_bytes = static_cast<size_t>(shared_bytes);
       PoisonStaticShared();
       const uint3 index{static_cast<unsigned>(i % grid.x),
                         static_cast<unsigned>(i / grid.x % grid.y),
@@ -153,3 +155,6 @@ cudaError_t LaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block,
 
 #define CU_DYNAMIC_SHARED(name) \
   unsigned char* const name = ::cuda_emulator::current_block->shared
+#define CU_DYNAMIC_SHARED_ALIGNED(name, bytes)                                          \
+  static_assert((bytes) <= ::cuda_emulator::SharedMemory::kAlignment, "its alignment"); \
+  CU_DYNAMIC_SHARED(name)

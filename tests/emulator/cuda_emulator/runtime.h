@@ -15,6 +15,7 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorNotSupported = 801,
   cudaErrorLaunchFailure = 719,
 };
 enum cudaDeviceAttr {
@@ -52,6 +53,7 @@ inline const char* cudaGetErrorString(cudaError_t status) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorNotSupported: return "operation not supported";
     case cudaErrorLaunchFailure: return cuda_emulator::LastFailure::Get();
   }
   return "unrecognized error code";
