@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax._src.dispatch import prim_requires_devices_during_lowering
 
 # The tables of lowering rules; jax.interpreters.mlir only adds to them.
 from jax._src.interpreters import mlir as private_mlir
@@ -69,6 +70,35 @@ def partitioned_automatically(lowering_context: Any) -> bool:
     if mesh is None:
         return False
     return any(size > 1 for name, size in dict(mesh.shape).items() if name not in manual)
+
+
+def no_custom_partitioning(lowering_context: Any) -> str | None:
+    """Why a module that XLA splits over devices cannot hold a `custom_partitioning`, or None.
+
+    Undocumented but needed: `LoweringParameters.for_export`, and of the sharding context
+    its `abstract_mesh`, which names the axes, and its `device_assignment`, which is there
+    for the primitives of `requires_devices_during_lowering`.
+    """
+    context = lowering_context.module_context
+    if context.lowering_parameters.for_export:
+        return "a program for several devices that XLA partitions is exported"
+    if not getattr(jax.config, "jax_use_shardy_partitioner", True):
+        # A Shardy rule without Shardy aborts the process (JAX 0.10).
+        return "XLA's older partitioner, GSPMD, splits the program"
+    if getattr(context.axis_context, "num_devices", None) is None:
+        return "some axes of the mesh are manual and others are not"
+    if context.axis_context.device_assignment is None:
+        return "the program is lowered before its devices are known"
+    if context.axis_context.abstract_mesh is None:
+        return "the program's devices form no mesh"
+    return None
+
+
+# A primitive whose lowering makes a `custom_partitioning` call must be in this set, or the
+# lowering gets no devices and the call fails.
+def requires_devices_during_lowering(primitive: Any) -> None:
+    """Has JAX tell the primitive's lowering which devices the program is for."""
+    prim_requires_devices_during_lowering.add(primitive)
 
 
 @functools.cache

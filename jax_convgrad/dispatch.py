@@ -186,7 +186,10 @@ def unsupported(geometry: ConvGeometry, dtype: Any) -> str | None:
 def require_not_native(implementation: Implementation, reason: str) -> None:
     """Raises a ValueError with the reason if the kernel was insisted on."""
     if implementation == "native":
-        raise ValueError(f"implementation='native' is not available here: {reason}.")
+        raise ValueError(
+            f"implementation='native' is not available here: {reason}. "
+            'implementation="xla" always is.'
+        )
 
 
 def plan(
@@ -250,7 +253,7 @@ def choose(
     implementation: Implementation = None,
     precision: Any = None,
     *,
-    partitioned: bool = False,
+    obstacle: str | None = None,
 ) -> Choice:
     """Decides what computes one input gradient on one platform.
 
@@ -261,7 +264,7 @@ def choose(
         implementation: "native" insists on the kernel, "xla" on lax, None prefers the
             kernel where it is no slower.
         precision: canonical lax precision.
-        partitioned: whether XLA's partitioner will split the program over devices.
+        obstacle: why no kernel can be in the program that is lowered, None if one can.
 
     Returns:
         The choice.
@@ -278,14 +281,13 @@ def choose(
         reason = f"no kernel for platform {platform}"
     if reason is None and native.module_for(platform) is None:
         reason = f"the {platform} module was not built"
+    reason = obstacle if reason is None else reason
     if reason is not None:
         require_not_native(implementation, reason)
         return Choice("xla", reason)
     planned = plan(geometry, dtype, platform, precision)
     if implementation == "native":
         return Choice("native", "implementation='native'", planned)
-    if partitioned:
-        return Choice("xla", "the program is partitioned over devices by XLA")
     if switch() == "on":
         return Choice("native", f"the {planned.kernel} kernel covers it, and {SWITCH}=on", planned)
     slower = _slower_than_xla(geometry, dtype, platform, planned.kernel)

@@ -19,7 +19,7 @@ from jax import lax
 from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
 
-from . import compat, custom_call, dispatch, lax_maps, native
+from . import compat, custom_call, dispatch, lax_maps, native, partition
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, sequence_of, shape_of
 
@@ -204,6 +204,10 @@ def _bind(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     return conv_input_grad_p.bind(dy, rhs, **params)
 
 
+def _bind_shard(dy: jax.Array, rhs: jax.Array, geometry: ConvGeometry, **params: Any) -> jax.Array:
+    return conv_input_grad_p.bind(dy, rhs, geometry=geometry, **params)
+
+
 @functools.partial(jax.jit, static_argnames=("geometry", "precision", "implementation"))
 def _compiled(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     return conv_input_grad_p.bind(dy, rhs, **params)
@@ -313,14 +317,9 @@ def choice_in(
     precision: Any,
 ) -> dispatch.Choice:
     """What the primitive becomes in the program that a lowering context belongs to."""
-    return dispatch.choose(
-        geometry,
-        dtype,
-        platform,
-        implementation,
-        precision,
-        partitioned=compat.partitioned_automatically(ctx),
-    )
+    partitioned = compat.partitioned_automatically(ctx)
+    obstacle = compat.no_custom_partitioning(ctx) if partitioned else None
+    return dispatch.choose(geometry, dtype, platform, implementation, precision, obstacle=obstacle)
 
 
 def _lower(
@@ -343,6 +342,10 @@ def _lower(
         # Of the convolutions that `install` lowers to the kernel this must not be one.
         with dispatch.installed(False):
             return rule(compat.with_lowering_cache_of_its_own(ctx), dy, rhs)
+    if compat.partitioned_automatically(ctx):
+        shard = functools.partial(_bind_shard, precision=precision, implementation=implementation)
+        split = functools.partial(partition.partitioned, geometry=geometry, compute=shard)
+        return mlir.lower_fun(split, multiple_results=False)(ctx, dy, rhs)
     workspace = jax.core.ShapedArray((choice.workspace_bytes,), np.dtype(np.uint8))
     lhs, filter_, cotangent = (layout[::-1] for layout in custom_call.layouts(geometry, platform))
     call = jax.ffi.ffi_lowering(
@@ -361,6 +364,7 @@ conv_input_grad_p.def_impl(_evaluate)
 conv_input_grad_p.def_abstract_eval(_abstract_eval)
 ad.defbilinear(conv_input_grad_p, _transpose_dy, _transpose_rhs)
 batching.primitive_batchers[conv_input_grad_p] = _batch
+compat.requires_devices_during_lowering(conv_input_grad_p)
 mlir.register_lowering(conv_input_grad_p, functools.partial(_lower, platform="other"))
 for _platform in ("cpu", "cuda"):
     mlir.register_lowering(

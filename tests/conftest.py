@@ -11,6 +11,9 @@ os.environ.setdefault("JAX_CONVGRAD_TEST_SEED", str(secrets.randbits(31)))
 SEED = int(os.environ["JAX_CONVGRAD_TEST_SEED"])
 # The kernel wherever it covers a case, also where lax is preferred for its speed.
 os.environ["JAX_CONVGRAD"] = "on"
+# Eight CPU devices, for programs that are split over several. The others run on the first.
+DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

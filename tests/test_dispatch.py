@@ -98,10 +98,12 @@ def test_missing_module_is_a_reason(monkeypatch):
 
 
 @pytest.mark.native
-def test_partitioned_program_goes_to_lax_unless_native_was_asked_for():
-    assert "partitioned" in dispatch.choose(G, "float32", "cpu", partitioned=True).reason
-    choice = dispatch.choose(G, "float32", "cpu", "native", partitioned=True)
-    assert choice.implementation == "native"
+def test_what_stands_in_a_kernels_way_is_the_reason():
+    obstacle = "the program is of a kind that holds no kernel"
+    choice = dispatch.choose(G, "float32", "cpu", obstacle=obstacle)
+    assert (choice.implementation, choice.reason) == ("xla", obstacle)
+    with pytest.raises(ValueError, match=f'{obstacle}. implementation="xla" always is'):
+        dispatch.choose(G, "float32", "cpu", "native", obstacle=obstacle)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "complex64", "float8_e4m3fn"])
