@@ -1,4 +1,4 @@
-"""The command line: `python -m jax_convgrad {info,check,demo,bench,step}`."""
+"""The command line: `python -m jax_convgrad {info,check,demo,bench,step,overhead}`."""
 
 from __future__ import annotations
 
@@ -60,6 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench_options(bench)
     step = commands.add_parser("step", help="time a training step under lax and under install()")
     _add_step_options(step)
+    overhead = commands.add_parser(
+        "overhead", help="time tracing, calls outside of jit, and the import"
+    )
+    overhead.add_argument("--seconds", type=_positive, default=30.0,
+        help="time to measure tracing, and again calls (default 30)")  # fmt: skip
+    overhead.add_argument("--processes", type=_count, default=15,
+        help="fresh processes that import the package (default 15)")  # fmt: skip
+    overhead.add_argument(
+        "--json", type=pathlib.Path, dest="json_path", help="write the results here"
+    )
     return parser
 
 
@@ -156,6 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .tools import step
 
             return step.main(**options)
+        if command == "overhead":
+            from .tools import overhead
+
+            return overhead.main(**options)
         return _run_demo(argv[1:])
     except ToolError as e:
         print(f"python -m jax_convgrad {command}: error: {e}", file=sys.stderr)

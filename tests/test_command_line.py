@@ -76,6 +76,7 @@ def test_check_without_kernels_says_so(run_python):
         (("step", "--net", "vgg"), "vgg"),
         (("step", "--image", "40"), "multiple of 32"),
         (("step", "--seconds", "0"), "positive"),
+        (("overhead", "--processes", "0"), "at least 1"),
     ],
 )
 def test_bad_arguments_exit_with_status_two(run_python, arguments, message):

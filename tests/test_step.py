@@ -95,4 +95,6 @@ def test_the_nets_have_the_published_sizes():
         for name, net in models.NETS.items()
     }
     assert sizes["resnet18"] == 11_689_512
+    resnet50 = jax.tree.leaves(models.RESNET50.params(0))
+    assert sum(leaf.size for leaf in resnet50) == 25_557_032
     assert sizes["convnext"] == pytest.approx(3.70e6, rel=2e-3)

@@ -1,8 +1,9 @@
-"""The nets of `step`, in plain JAX: ResNet-18 and ConvNeXt-Atto.
+"""The nets of `step` and of `overhead`, in plain JAX: ResNets and ConvNeXt-Atto.
 
 Images are NHWC, filters HWIO, and every convolution is `lax.conv_general_dilated`, which is
-what `install()` changes. ResNet-18 is that of He et al. (arXiv:1512.03385) with projections
-of option B: 7x7 stem of stride 2, max-pooling, four stages of two blocks. ConvNeXt is that of
+what `install()` changes. The ResNets are those of He et al. (arXiv:1512.03385) with projections
+of option B: 7x7 stem of stride 2, max-pooling, four stages. ResNet-50 strides in the 3x3
+convolution of a bottleneck, as everyone's does. ConvNeXt is that of
 Liu et al. (arXiv:2201.03545) in the size that timm calls Atto. Its 1x1 convolutions are matrix
 products over the channels, as in the authors' code, so they are no convolutions here either.
 
@@ -14,6 +15,7 @@ the gradient of a block behind its residual connection.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,27 +102,39 @@ def _linear(p: Params, x: jax.Array) -> jax.Array:
     return x @ p["w"] + p["b"]
 
 
-def _init_resnet(rng: np.random.Generator, widths: Sequence[int], depths: Sequence[int]) -> Params:
-    def block(inputs: int, outputs: int, first: bool) -> Params:
-        params = {
-            "conv1": _filter(rng, 3, 3, inputs, outputs),
-            "norm1": _affine(outputs),
-            "conv2": _filter(rng, 3, 3, outputs, outputs),
-            "norm2": _affine(outputs),
+_EXPANSION = 4  # of a bottleneck's channels by its last convolution
+
+
+def _init_resnet(
+    rng: np.random.Generator,
+    widths: Sequence[int],
+    depths: Sequence[int],
+    bottleneck: bool = False,
+) -> Params:
+    def block(inputs: int, width: int) -> Params:
+        outputs = width * _EXPANSION if bottleneck else width
+        shapes = [(3, 3, inputs, width), (3, 3, width, width)]
+        if bottleneck:
+            shapes = [(1, 1, inputs, width), (3, 3, width, width), (1, 1, width, outputs)]
+        params: Params = {
+            "convs": [_filter(rng, *shape) for shape in shapes],
+            "norms": [_affine(shape[-1]) for shape in shapes],
         }
-        if first:
-            params |= {"shortcut": _filter(rng, 1, 1, inputs, outputs), "norm3": _affine(outputs)}
+        if inputs != outputs:
+            params |= {"shortcut": _filter(rng, 1, 1, inputs, outputs), "norm": _affine(outputs)}
         return params
 
-    blocks, channels = [], widths[0]
-    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-        for index in range(depth):
-            blocks.append(block(channels, width, first=stage > 0 and index == 0))
-            channels = width
+    stages, channels = [], widths[0]
+    for width, depth in zip(widths, depths, strict=True):
+        blocks = []
+        for _ in range(depth):
+            blocks.append(block(channels, width))
+            channels = width * _EXPANSION if bottleneck else width
+        stages.append(blocks)
     return {
         "stem": _filter(rng, 7, 7, 3, widths[0]),
         "norm": _affine(widths[0]),
-        "blocks": blocks,
+        "stages": stages,
         "head": _dense(rng, channels, CLASSES),
     }
 
@@ -130,14 +144,18 @@ def _resnet(params: Params, x: jax.Array) -> jax.Array:
     x = lax.reduce_window(
         x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), [(0, 0), (1, 1), (1, 1), (0, 0)]
     )
-    for p in params["blocks"]:
-        stride, shortcut = 1, x
-        if "shortcut" in p:  # the first block of every stage but the first
-            stride = 2
-            shortcut = _batch_norm(p["norm3"], _conv(x, p["shortcut"], stride, 0))
-        y = jax.nn.relu(_batch_norm(p["norm1"], _conv(x, p["conv1"], stride, 1)))
-        y = _batch_norm(p["norm2"], _conv(y, p["conv2"], 1, 1))
-        x = jax.nn.relu(y + shortcut)
+    for stage, blocks in enumerate(params["stages"]):
+        for index, p in enumerate(blocks):
+            stride = 2 if stage > 0 and index == 0 else 1
+            strided = 1 if len(p["convs"]) == 3 else 0  # the 3x3 one of a bottleneck
+            y, shortcut = x, x
+            for layer, (w, norm) in enumerate(zip(p["convs"], p["norms"], strict=True)):
+                y = jax.nn.relu(y) if layer else y
+                y = _conv(y, w, stride if layer == strided else 1, w.shape[0] // 2)
+                y = _batch_norm(norm, y)
+            if "shortcut" in p:
+                shortcut = _batch_norm(p["norm"], _conv(x, p["shortcut"], stride, 0))
+            x = jax.nn.relu(y + shortcut)
     return _linear(params["head"], jnp.mean(x, (1, 2)))
 
 
@@ -188,3 +206,11 @@ NETS = {
     "resnet18": Net("ResNet-18", (64, 128, 256, 512), (2, 2, 2, 2), _init_resnet, _resnet),
     "convnext": Net("ConvNeXt-Atto", (40, 80, 160, 320), (2, 2, 6, 2), _init_convnext, _convnext),
 }
+
+RESNET50 = Net(
+    "ResNet-50",
+    (64, 128, 256, 512),
+    (3, 4, 6, 3),
+    functools.partial(_init_resnet, bottleneck=True),
+    _resnet,
+)
