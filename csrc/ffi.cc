@@ -72,11 +72,13 @@ namespace {
 #ifdef CONVGRAD_CUDA
 constexpr auto& KernelNames = CudaKernelNames;
 constexpr auto& MakePlan = PlanCuda;
+constexpr auto& BoundWorkspace = BoundCudaWorkspace;
 int64_t WorkspaceBytes(const Problem& problem, const Plan&, const std::string& kernel) {
   return CudaWorkspaceBytes(problem, kernel.c_str());
 }
 #else
 constexpr auto& KernelNames = CpuKernelNames;
+constexpr auto& BoundWorkspace = BoundCpuWorkspace;
 bool MakePlan(const Problem& problem, const char* kernel, const Gpu&, Plan* plan) {
   return PlanCpu(problem, kernel, plan);
 }
@@ -108,8 +110,9 @@ std::string PlanProblem(const Problem& problem, const std::string& kernel, const
 
 // Everything that both platforms check before a kernel sees a pointer.
 std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
-                    const ffi::AnyBuffer& w, const ffi::AnyBuffer& dx,
-                    int64_t workspace_bytes, Problem* problem, Plan* plan) {
+                    const ffi::AnyBuffer& w, const ffi::RemainingArgs& padding,
+                    const ffi::AnyBuffer& dx, int64_t workspace_bytes, Problem* problem,
+                    Plan* plan) {
   const Ints lhs_shape = ToInts(dx.dimensions()), rhs_shape = ToInts(w.dimensions()),
              out_shape = ToInts(dy.dimensions());
   const std::string shapes = ShowShapes(lhs_shape, rhs_shape, out_shape);
@@ -122,11 +125,24 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
             << dx.element_type() << " for " << shapes;
     return message.str();
   }
-  const Attributes attributes{
+  Attributes attributes{
       ToInts(call.window_strides), ToInts(call.padding),     ToInts(call.lhs_dilation),
       ToInts(call.rhs_dilation),   ToInts(call.lhs_spec),    ToInts(call.rhs_spec),
       ToInts(call.out_spec),       ToInts(call.lhs_layout),  ToInts(call.rhs_layout),
       ToInts(call.out_layout),     call.feature_group_count, call.batch_group_count};
+  if (padding.size() > 1) {
+    return "operands must be dy, w and at most one for the padding, got " +
+           std::to_string(2 + padding.size()) + " for " + shapes;
+  }
+  if (padding.size() == 1) {
+    const ffi::ErrorOr<ffi::AnyBuffer> operand = padding.get<ffi::AnyBuffer>(0);
+    if (operand.has_error()) return operand.error().message();
+    if (std::string error =
+            AddPadding(ToInts(operand->dimensions()), &attributes.padding);
+        !error.empty()) {
+      return error + " for " + shapes;
+    }
+  }
   if (std::string error =
           MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, problem);
       !error.empty()) {
@@ -134,6 +150,7 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
   }
   problem->dtype = *dtype;
   problem->allow_tf32 = call.allow_tf32;
+  problem->workspace_limit = workspace_bytes;
   if (std::string error =
           PlanProblem(*problem, std::string(call.kernel), CurrentGpu(), plan);
       !error.empty()) {
@@ -159,13 +176,14 @@ ffi::Error Failed(const char* what) {
 #ifdef CONVGRAD_CUDA
 
 ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy,
-                     ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> dx,
+                     ffi::AnyBuffer w, ffi::RemainingArgs padding,
+                     ffi::Result<ffi::AnyBuffer> dx,
                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
   Problem problem;
   Plan plan;
   if (std::string error =
-          Prepare(call, dy, w, *dx, static_cast<int64_t>(workspace->element_count()),
-                  &problem, &plan);
+          Prepare(call, dy, w, padding, *dx,
+                  static_cast<int64_t>(workspace->element_count()), &problem, &plan);
       !error.empty()) {
     return Invalid(error);
   }
@@ -180,12 +198,12 @@ ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy
 
 #ifdef CONVGRAD_EMULATED
 ffi::Error InputGradEmulated(CallAttributes call, ffi::AnyBuffer dy, ffi::AnyBuffer w,
-                             ffi::Result<ffi::AnyBuffer> dx,
+                             ffi::RemainingArgs padding, ffi::Result<ffi::AnyBuffer> dx,
                              ffi::Result<ffi::Buffer<ffi::U8>> workspace) {
   // NaNs, so that a test sees what a kernel leaves unwritten.
   std::memset(dx->untyped_data(), 0xff, dx->size_bytes());
   std::memset(workspace->untyped_data(), 0xff, workspace->size_bytes());
-  return InputGrad(nullptr, call, dy, w, dx, workspace);
+  return InputGrad(nullptr, call, dy, w, padding, dx, workspace);
 }
 #endif
 
@@ -247,13 +265,14 @@ void RunInPool(ffi::ThreadPool& pool, int64_t count,
 }
 
 ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer dy,
-                     ffi::AnyBuffer w, ffi::Result<ffi::AnyBuffer> dx,
+                     ffi::AnyBuffer w, ffi::RemainingArgs padding,
+                     ffi::Result<ffi::AnyBuffer> dx,
                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
   Problem problem;
   Plan plan;
   if (std::string error =
-          Prepare(call, dy, w, *dx, static_cast<int64_t>(workspace->element_count()),
-                  &problem, &plan);
+          Prepare(call, dy, w, padding, *dx,
+                  static_cast<int64_t>(workspace->element_count()), &problem, &plan);
       !error.empty()) {
     return Invalid(error);
   }
@@ -279,6 +298,7 @@ XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGradEmulated,
                            .Attrs<convgrad::CallAttributes>()
                            .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::AnyBuffer>()
+                           .RemainingArgs()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::Buffer<ffi::U8>>());
 #elif defined(CONVGRAD_CUDA)
@@ -288,6 +308,7 @@ XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGrad,
                            .Attrs<convgrad::CallAttributes>()
                            .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::AnyBuffer>()
+                           .RemainingArgs()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::Buffer<ffi::U8>>(),
                        {ffi::Traits::kCmdBufferCompatible});
@@ -298,6 +319,7 @@ XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGrad,
                            .Attrs<convgrad::CallAttributes>()
                            .Arg<ffi::AnyBuffer>()
                            .Arg<ffi::AnyBuffer>()
+                           .RemainingArgs()
                            .Ret<ffi::AnyBuffer>()
                            .Ret<ffi::Buffer<ffi::U8>>());
 #endif
@@ -316,11 +338,10 @@ DType DTypeByName(const std::string& name) {
                         name);
 }
 
-// The planner, for dispatch.py: what runs a request that it describes by the same words
-// as the custom call.
-py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
-                          const Ints& rhs_shape, const Ints& out_shape,
-                          const py::dict& call, int capability) {
+// A problem that dispatch.py describes by the same words as the custom call.
+Problem ProblemByAttributes(const std::string& dtype, const Ints& lhs_shape,
+                            const Ints& rhs_shape, const Ints& out_shape,
+                            const py::dict& call) {
   const auto ints = [&call](const char* name) { return call[name].cast<Ints>(); };
   const Attributes attributes{ints("window_strides"),
                               ints("padding"),
@@ -335,13 +356,23 @@ py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
                               call["feature_group_count"].cast<int64_t>(),
                               call["batch_group_count"].cast<int64_t>()};
   Problem problem;
-  std::string error = MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, &problem);
+  const std::string error =
+      MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, &problem);
+  if (!error.empty()) throw py::value_error(error);
   problem.dtype = DTypeByName(dtype);
   problem.allow_tf32 = call["allow_tf32"].cast<bool>();
+  return problem;
+}
+
+// The planner: what runs a request.
+py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
+                          const Ints& rhs_shape, const Ints& out_shape,
+                          const py::dict& call, int capability) {
+  const Problem problem =
+      ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call);
   Plan plan{};
-  if (error.empty())
-    error = PlanProblem(problem, call["kernel"].cast<std::string>(), GpuOf(capability),
-                        &plan);
+  const std::string error =
+      PlanProblem(problem, call["kernel"].cast<std::string>(), GpuOf(capability), &plan);
   if (!error.empty()) throw py::value_error(error);
   py::dict result;
   result["kernel"] = plan.kernel;
@@ -370,6 +401,16 @@ PYBIND11_MODULE(CONVGRAD_MODULE, m) {
   m.def("plan", &PlanByAttributes, py::arg("dtype"), py::arg("lhs_shape"),
         py::arg("rhs_shape"), py::arg("out_shape"), py::arg("attributes"),
         py::arg("capability") = 90);
+  m.def(
+      "workspace_bound",
+      [](const std::string& dtype, const Ints& lhs_shape, const Ints& rhs_shape,
+         const Ints& out_shape, const py::dict& call) {
+        const WorkspaceBound bound = BoundWorkspace(
+            ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call));
+        return py::make_tuple(bound.bytes, bound.bytes_per_position);
+      },
+      py::arg("dtype"), py::arg("lhs_shape"), py::arg("rhs_shape"), py::arg("out_shape"),
+      py::arg("attributes"));
   m.def("kernel_names", [] {
     std::vector<std::string> names;
     for (const char* const* name = KernelNames(); *name != nullptr; ++name) {

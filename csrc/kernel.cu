@@ -207,6 +207,7 @@ bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* 
     if (!rung.plan(problem, gpu.shared_bytes, &candidate)) continue;
     if (candidate.shared_bytes > gpu.shared_bytes) continue;
     candidate.kernel = rung.name;
+    if (any && candidate.workspace_bytes > problem.workspace_limit) continue;
     if (!found || candidate.model_us < plan->model_us) *plan = candidate;
     found = true;
   }
@@ -222,6 +223,21 @@ int64_t CudaWorkspaceBytes(const Problem& problem, const char* kernel) {
     }
   }
   return bytes;
+}
+
+// What a split that fills the reference GPU with two blocks a multiprocessor takes,
+// about.
+constexpr int64_t kSplitWorkspaceBytes = int64_t{16} << 20;
+
+WorkspaceBound BoundCudaWorkspace(const Problem& problem) {
+  for (const Rung& rung : kRungs) {
+    const bool splits = rung.launch == LaunchMma || rung.launch == LaunchMma3xTf32;
+    Plan plan{};
+    if (splits && !IsEmpty(problem) && rung.plan(problem, kGpus[0].shared_bytes, &plan)) {
+      return {kSplitWorkspaceBytes, 0};
+    }
+  }
+  return {};
 }
 
 Gpu GpuOf(int capability) {

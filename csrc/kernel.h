@@ -52,6 +52,9 @@ struct Problem {
   Axis axis[kAxes];
   ActivationStrides dx, dy;
   FilterStrides w;
+  // Bytes of workspace that the caller has. A plan wants no more where any does with it;
+  // no bound while a program is lowered.
+  int64_t workspace_limit = INT64_MAX;
 };
 
 // A kernel and the scratch bytes that it wants. The bytes depend on the problem
@@ -80,6 +83,14 @@ using ParallelFor =
 // there is no such kernel or if it does not take this problem.
 bool PlanCpu(const Problem& problem, const char* kernel, Plan* plan);
 const char* const* CpuKernelNames();  // null-terminated
+
+// For programs that are lowered before all sizes are known: workspace for the fastest
+// plan of any problem that differs from a given one in the batch and in the positions of
+// x and y alone. `bytes`, and `bytes_per_position` for each position of each image of dY.
+struct WorkspaceBound {
+  int64_t bytes, bytes_per_position;
+};
+WorkspaceBound BoundCpuWorkspace(const Problem& problem);
 
 // Computes dX. `plan` comes from PlanCpu for the same problem; `workspace` holds
 // plan.workspace_bytes bytes, aligned to 64. All of dX is written, including the
@@ -110,6 +121,8 @@ bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* 
 // Enough for the plan of any GPU: a program may run on another one than it was lowered
 // for.
 int64_t CudaWorkspaceBytes(const Problem& problem, const char* kernel);
+// Here not a bound: with less, a plan does without splitting its sums.
+WorkspaceBound BoundCudaWorkspace(const Problem& problem);
 const char* const* CudaKernelNames();  // null-terminated
 
 // Enqueues the kernel on `stream` and returns null, or a static error text. `plan` comes

@@ -152,6 +152,7 @@ enum class Kernel { kDirect, kGemm, kChannels, kPlanes, kDots };
 
 constexpr const char* kNames[] = {"direct",           "gemm", "depthwise", "few_channels",
                                   "few_channels_dot", nullptr};
+constexpr int kKernelCount = sizeof(kNames) / sizeof(kNames[0]) - 1;
 
 int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
 
@@ -411,13 +412,49 @@ const char* const* CpuKernelNames() { return kNames; }
 const char* CpuIsa() { return ChosenIsa().name; }
 
 bool PlanCpu(const Problem& problem, const char* kernel, Plan* plan) {
-  const char* name;
-  Kernel chosen;
-  if (!Choose(problem, kernel, &name, &chosen)) return false;
-  plan->kernel = name;
-  plan->workspace_bytes =
-      LayOut(chosen == Kernel::kGemm ? Folded(problem) : problem, chosen).bytes;
-  return true;
+  const auto make = [&](const char* wanted) {
+    Kernel chosen;
+    if (!Choose(problem, wanted, &plan->kernel, &chosen)) return false;
+    plan->workspace_bytes =
+        LayOut(chosen == Kernel::kGemm ? Folded(problem) : problem, chosen).bytes;
+    return true;
+  };
+  if (!make(kernel)) return false;
+  const auto fits = [&] { return plan->workspace_bytes <= problem.workspace_limit; };
+  if (fits() || std::strcmp(kernel, "auto") != 0) return true;
+  // The most special first: `direct`, which takes everything and wants next to nothing,
+  // is the slowest.
+  for (int i = kKernelCount; i-- > 0;) {
+    if (make(kNames[i]) && fits()) return true;
+  }
+  return make(kernel);
+}
+
+WorkspaceBound BoundCpuWorkspace(const Problem& given) {
+  Problem p = given;
+  p.batch = 0;                                  // leaves out the packed dY
+  for (Axis& x : p.axis) x.in = PhaseCount(x);  // every phase
+  WorkspaceBound bound{};
+  const auto include = [&](const Problem& problem, Kernel kernel) {
+    const Workspace w = LayOut(problem, kernel);
+    bound.bytes = std::max(bound.bytes, w.bytes);
+    if (w.pack_dy) bound.bytes_per_position = p.groups * p.out_channels * AccBytes(p);
+  };
+  for (Kernel kernel : {Kernel::kDirect, Kernel::kGemm, Kernel::kChannels}) {
+    include(p, kernel);
+  }
+  if (p.in_channels <= kMaxFewChannels) {
+    include(p, Kernel::kPlanes);
+    include(p, Kernel::kDots);
+  }
+  for (Axis& x : p.axis) {
+    x.in = x.stride;
+    x.out = 1;
+    x.pad_lo = 0;
+  }
+  if (IsFoldable(p)) include(Folded(p), Kernel::kGemm);
+  bound.bytes += 64;  // the packed dY is rounded up
+  return bound;
 }
 
 void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void* w,

@@ -96,6 +96,21 @@ std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
          Show(out_shape);
 }
 
+std::string AddPadding(const Ints& operand_shape, Ints* padding) {
+  if (operand_shape.size() != 1 + padding->size() || padding->size() % 2 != 0 ||
+      operand_shape[0] != 0 || !AllWithin(operand_shape, 0, kMaxParameter) ||
+      !AllWithin(*padding, -kMaxParameter, kMaxParameter)) {
+    return "the padding operand must have shape (0, low, low + high, ...), two sizes for "
+           "each spatial axis, got " +
+           Show(operand_shape) + " for padding " + Show(*padding);
+  }
+  for (size_t i = 0; i < padding->size(); i += 2) {
+    (*padding)[i] += operand_shape[1 + i];
+    (*padding)[i + 1] += operand_shape[2 + i] - operand_shape[1 + i];
+  }
+  return "";
+}
+
 std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,
                         const Ints& out_shape, const Attributes& a, Problem* problem) {
   const std::string shapes = ShowShapes(lhs_shape, rhs_shape, out_shape);

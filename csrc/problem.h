@@ -29,6 +29,11 @@ struct Attributes {
 std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
                        const Ints& out_shape);
 
+// Adds the padding that reached the handler as the shape of an empty operand, since it
+// was no static value when the program was lowered: 0, then for each spatial axis what is
+// added to the low side and what is added to both. Returns what is wrong with the shape.
+std::string AddPadding(const Ints& operand_shape, Ints* padding);
+
 // Fills `problem` (but for dtype and allow_tf32) and returns the empty string, or
 // says what is wrong with the request.
 std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,

@@ -22,6 +22,11 @@ from jax._src.interpreters import mlir as private_mlir
 from jax._src.lax.lax import canonicalize_precision as canonicalize_precision
 from jax.interpreters import ad
 
+try:  # what comparing symbolic sizes raises; JAX 0.10.0 has it elsewhere
+    from jax.errors import InconclusiveDimensionOperation as InconclusiveDimensionOperation
+except ImportError:
+    from jax.extend.core import InconclusiveDimensionOperation as InconclusiveDimensionOperation
+
 
 def varying_axes(x: Any) -> frozenset[str]:
     """The manual mesh axes (inside `shard_map`) over which an array varies.
@@ -81,7 +86,10 @@ def no_custom_partitioning(lowering_context: Any) -> str | None:
     """
     context = lowering_context.module_context
     if context.lowering_parameters.for_export:
-        return "a program for several devices that XLA partitions is exported"
+        return (
+            "a program for several devices that XLA partitions is exported, which "
+            "implementation='xla' permits"
+        )
     if not getattr(jax.config, "jax_use_shardy_partitioner", True):
         # A Shardy rule without Shardy aborts the process (JAX 0.10).
         return "XLA's older partitioner, GSPMD, splits the program"

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
-from jax.lax import conv_general_dilated as lax_conv_general_dilated
 from jax.lax import conv_transpose as lax_conv_transpose
 
 from . import compat, dispatch, lax_maps
@@ -94,22 +93,6 @@ def conv_general_dilated(
     dispatch.check_out_sharding(out_sharding, function)
     lhs_shape = shape_of(lhs, "lhs", function)
     rhs_shape = shape_of(rhs, "rhs", function)
-    if not is_static(lhs_shape) or not is_static(rhs_shape):
-        dispatch.require_not_native(implementation, "symbolic shapes")
-        return lax_conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
-            dimension_numbers,
-            feature_group_count,
-            batch_group_count,
-            precision,
-            preferred_element_type,
-            out_sharding,
-        )
     geometry = ConvGeometry.parse(
         lhs_shape,
         rhs_shape,
@@ -149,7 +132,9 @@ def check_dtypes(lhs: Any, rhs: Any, function: str) -> None:
         )
 
 
-def _forward(lhs: jax.Array, rhs: jax.Array, call: _Call) -> jax.Array:
+def _forward(
+    lhs: jax.Array, rhs: jax.Array, call: _Call, *, differentiated: bool = False
+) -> jax.Array:
     return lax_maps.forward(
         lhs,
         rhs,
@@ -157,6 +142,7 @@ def _forward(lhs: jax.Array, rhs: jax.Array, call: _Call) -> jax.Array:
         precision=call.precision,
         preferred_element_type=call.preferred_element_type,
         out_sharding=call.out_sharding,
+        differentiated=differentiated,
     )
 
 
@@ -171,7 +157,7 @@ def _conv_fwd(
         lhs.value if rhs.perturbed else None,
         rhs.value if lhs.perturbed else None,
     )
-    return _forward(lhs.value, rhs.value, call), residuals
+    return _forward(lhs.value, rhs.value, call, differentiated=True), residuals
 
 
 def _conv_bwd(
@@ -279,8 +265,8 @@ def conv_transpose(
             raise ValueError(f"{function} has no default dimension_numbers for {axes} axes.")
         letters = "HWD"[:axes]
         dimension_numbers = (f"N{letters}C", f"{letters}IO", f"N{letters}C")
-    if not is_static(lhs_shape) or not is_static(rhs_shape):
-        dispatch.require_not_native(implementation, "symbolic shapes")
+    if not is_static(rhs_shape):
+        dispatch.require_not_native(implementation, "the filter's shape is symbolic")
         return lax_conv_transpose(
             lhs,
             rhs,

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 
-from .geometry import ConvGeometry
+from .geometry import ConvGeometry, is_static
 
 AUTO_KERNEL = "auto"
 
@@ -43,13 +44,33 @@ def allows_tf32(precision: Any) -> bool:
     return False
 
 
+def _static_part(size: int) -> int:
+    return 0 if is_symbolic_dim(size) else size
+
+
+def padding_operand(geometry: ConvGeometry) -> tuple[int, ...] | None:
+    """Shape of the empty operand that carries padding which is symbolic; None if none is.
+
+    An attribute is static. A shape is not, and is no memory that somebody would have to
+    read: (0, low, low + high, ...), what each axis's padding is beyond the attribute. The
+    sum, since 'SAME' makes it certainly not negative, which a high side by itself is not.
+    """
+    if is_static([pad for pair in geometry.padding for pad in pair]):
+        return None
+    shape = [0]
+    for low, high in geometry.padding:
+        rest_low = low - _static_part(low)
+        shape += [rest_low, rest_low + high - _static_part(high)]
+    return tuple(shape)
+
+
 def attributes(
     geometry: ConvGeometry, platform: str, precision: Any, kernel: str = AUTO_KERNEL
 ) -> dict[str, Any]:
     """The custom call's attributes, which are also what the native planner reads.
 
     Only static values: sizes come from the buffers, and the handler checks them
-    against these.
+    against these. Symbolic padding is zero here, see `padding_operand`.
     """
 
     def ints(values: Any) -> np.ndarray:
@@ -59,7 +80,7 @@ def attributes(
     lhs_layout, rhs_layout, out_layout = layouts(geometry, platform)
     return {
         "window_strides": ints(geometry.window_strides),
-        "padding": ints(geometry.padding),
+        "padding": ints([tuple(map(_static_part, pair)) for pair in geometry.padding]),
         "lhs_dilation": ints(geometry.lhs_dilation),
         "rhs_dilation": ints(geometry.rhs_dilation),
         "lhs_spec": ints(dnums.lhs_spec),

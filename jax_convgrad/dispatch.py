@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import os
 from typing import Any, Literal, TypeAlias
 
@@ -15,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import custom_call, native
-from .geometry import ConvGeometry
+from . import custom_call, native, symbolic
+from .geometry import ConvGeometry, certainly
 
 Implementation: TypeAlias = Literal["native", "xla"] | None
 
@@ -150,7 +151,7 @@ class NativePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What runs: "native" with a plan, or "xla"; and why."""
+    """What runs: "native", with a plan unless sizes are symbolic, or "xla"; and why."""
 
     implementation: Literal["native", "xla"]
     reason: str
@@ -180,7 +181,7 @@ def unsupported(geometry: ConvGeometry, dtype: Any) -> str | None:
         return reason
     if not 1 <= geometry.axes <= MAX_AXES:
         return f"{geometry.axes} spatial axes, the kernels take 1 to {MAX_AXES}"
-    return None
+    return None if geometry.is_static else symbolic.unsupported(geometry)
 
 
 def require_not_native(implementation: Implementation, reason: str) -> None:
@@ -285,15 +286,17 @@ def choose(
     if reason is not None:
         require_not_native(implementation, reason)
         return Choice("xla", reason)
-    planned = plan(geometry, dtype, platform, precision)
+    # Where sizes are symbolic the handler chooses the kernel.
+    planned = plan(geometry, dtype, platform, precision) if geometry.is_static else None
+    kernel = "a" if planned is None else f"the {planned.kernel}"
     if implementation == "native":
         return Choice("native", "implementation='native'", planned)
     if switch() == "on":
-        return Choice("native", f"the {planned.kernel} kernel covers it, and {SWITCH}=on", planned)
-    slower = _slower_than_xla(geometry, dtype, platform, planned.kernel)
+        return Choice("native", f"{kernel} kernel covers it, and {SWITCH}=on", planned)
+    slower = _slower_than_xla(geometry, dtype, platform)
     if slower is not None:
         return Choice("xla", slower)
-    return Choice("native", f"the {planned.kernel} kernel covers it", planned)
+    return Choice("native", f"{kernel} kernel covers it", planned)
 
 
 def flip_outweighs_rest(filter_size: int, activations: int) -> bool:
@@ -310,16 +313,16 @@ def flip_outweighs_rest(filter_size: int, activations: int) -> bool:
     Returns:
         False where JAX_CONVGRAD=on asks for the kernel at any cost.
     """
-    return switch() != "on" and filter_size > _LARGE_FILTER * activations
+    return switch() != "on" and certainly(operator.gt, filter_size, _LARGE_FILTER * activations)
 
 
-def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, kernel: str) -> str | None:
+def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str) -> str | None:
     """Why lax is preferred where the kernel could run, or None.
 
     On a CPU a rule belongs here for the rows, widened to their neighbours, that lose to lax
     in benchmarks/results/. At present there is none.
     """
-    del geometry, dtype, kernel
+    del geometry, dtype
     if platform == "cuda":
         # Wrong in some cases, but a promise: never slower than lax without being asked.
         return f"no GPU measurements yet; {SWITCH}=on or implementation='native' run the kernel"

@@ -13,7 +13,7 @@ from jax import lax
 from . import compat, dispatch, native, roofline
 from .conv import check_dtypes
 from .dispatch import Implementation
-from .geometry import ConvGeometry, DimensionNumbers, Padding, shape_of
+from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
 
 # JAX has two words for it, of which lowering uses the second.
 _LOWERING_PLATFORM = {"gpu": "cuda"}
@@ -171,6 +171,11 @@ def explain(
     if platform is not None and not isinstance(platform, str):
         raise TypeError(f"{function} platform must be a string or None, got {platform!r}.")
     lhs_shape, rhs_shape = shape_of(lhs, "lhs", function), shape_of(rhs, "rhs", function)
+    if not is_static((*lhs_shape, *rhs_shape)):
+        raise ValueError(
+            f"{function} needs shapes without symbolic sizes, got lhs {lhs_shape} and rhs "
+            f"{rhs_shape}."
+        )
     # What the arrays are in JAX: 32 bits wide unless 64-bit types are enabled.
     dtype, rhs_dtype = (jax.dtypes.canonicalize_dtype(x.dtype) for x in (lhs, rhs))
     check_dtypes(dtype, rhs_dtype, function)

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
+
+from .compat import InconclusiveDimensionOperation
 
 DimensionNumbers: TypeAlias = tuple[str, str, str] | lax.ConvDimensionNumbers | None
 Padding: TypeAlias = str | Sequence[tuple[int, int]]
@@ -29,14 +34,30 @@ class _Shaped(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
 
-def dilated_size(size: int, dilation: int) -> int:
+def dilated_size(size: Any, dilation: int) -> Any:
     """Returns the extent of `size` elements that lie `dilation` apart."""
+    if is_symbolic_dim(size):
+        return size if dilation == 1 else jax.core.max_dim((size - 1) * dilation + 1, 0)
     return 0 if size == 0 else (size - 1) * dilation + 1
 
 
-def is_static(shape: Sequence[Any]) -> bool:
+def is_static(sizes: Sequence[Any]) -> bool:
     """Whether every size is a plain integer, none symbolic (shape polymorphism)."""
-    return all(isinstance(size, int) for size in shape)
+    return not any(map(is_symbolic_dim, sizes))
+
+
+def certainly(compare: Callable[[Any, Any], Any], left: Any, right: Any) -> bool:
+    """Whether a comparison of sizes holds whatever values the symbolic ones take.
+
+    Args:
+        compare: such as `operator.lt`; for symbolic sizes it raises where it cannot know.
+        left: its first argument.
+        right: its second argument.
+    """
+    try:
+        return bool(compare(left, right))
+    except InconclusiveDimensionOperation:
+        return False
 
 
 def shape_of(value: Any, argument: str, function: str) -> tuple[int, ...]:
@@ -91,6 +112,15 @@ def _int(value: Any, what: str, function: str) -> int:
         raise TypeError(f"{function} {what} must be an integer, got {value!r}.") from None
 
 
+def _size(value: Any, what: str, function: str) -> Any:
+    """An integer, or a symbolic one as it is."""
+    return value if is_symbolic_dim(value) else _int(value, what, function)
+
+
+def _index(value: Any) -> Any:
+    return value if is_symbolic_dim(value) else operator.index(value)
+
+
 def _ints(value: Any, argument: str, function: str, length: int, low: int) -> tuple[int, ...]:
     """A sequence of `length` integers, none below `low`."""
     value = sequence_of(value, argument, function, f"a sequence of {length} integers")
@@ -126,7 +156,7 @@ def _dimension_numbers(
 
 
 def explicit_padding(value: Any, function: str, axes: int) -> tuple[tuple[int, int], ...]:
-    """Returns `axes` pairs (low, high) of integers, or raises lax's error.
+    """Returns `axes` pairs (low, high) of integers, static or symbolic, or raises lax's error.
 
     Args:
         value: what the user passed.
@@ -141,7 +171,7 @@ def explicit_padding(value: Any, function: str, axes: int) -> tuple[tuple[int, i
         f"pairs, got {value}"
     )
     try:
-        pairs = tuple((operator.index(low), operator.index(high)) for low, high in value)
+        pairs = tuple((_index(low), _index(high)) for low, high in value)
     except (TypeError, ValueError) as e:
         raise ValueError(message) from e
     if len(pairs) != axes:
@@ -149,7 +179,9 @@ def explicit_padding(value: Any, function: str, axes: int) -> tuple[tuple[int, i
             f"Wrong number of explicit pads for convolution: expected {axes}, got {len(pairs)} "
             f"({function} padding={pairs})."
         )
-    if any(abs(pad) >= _MAX_PARAMETER for pair in pairs for pad in pair):
+    if any(
+        abs(pad) >= _MAX_PARAMETER for pair in pairs for pad in pair if not is_symbolic_dim(pad)
+    ):
         raise ValueError(f"{function} padding must lie within 2**31 of zero, got {pairs}.")
     return pairs
 
@@ -159,7 +191,8 @@ class ConvGeometry:
     """A validated convolution, hashable, with every default made explicit.
 
     The names and meanings are those of `jax.lax.conv_general_dilated`; `padding` is
-    always explicit. Build one with `ConvGeometry.parse`.
+    always explicit. Shapes and padding may hold symbolic sizes (`jax.export`). Build one
+    with `ConvGeometry.parse`.
     """
 
     lhs_shape: tuple[int, ...]
@@ -208,10 +241,10 @@ class ConvGeometry:
             ValueError: an argument's value is out of range or contradicts another.
             TypeError: an argument is of the wrong kind.
         """
-        lhs_shape = tuple(_int(size, "lhs shape", function) for size in lhs_shape)
-        rhs_shape = tuple(_int(size, "rhs shape", function) for size in rhs_shape)
+        lhs_shape = tuple(_size(size, "lhs shape", function) for size in lhs_shape)
+        rhs_shape = tuple(_size(size, "rhs shape", function) for size in rhs_shape)
         for name, shape in (("lhs", lhs_shape), ("rhs", rhs_shape)):
-            if any(size < 0 for size in shape):
+            if any(size < 0 for size in shape if not is_symbolic_dim(size)):
                 raise ValueError(f"{function} {name} shape must not be negative, got {shape}.")
         if len(lhs_shape) != len(rhs_shape):
             raise ValueError(
@@ -280,7 +313,7 @@ class ConvGeometry:
                 f"batch_group_count={self.batch_group_count} and "
                 f"feature_group_count={self.feature_group_count}"
             )
-        if features % self.feature_group_count:
+        if features % self.feature_group_count != 0:
             raise ValueError(
                 f"{function} feature_group_count must divide lhs feature dimension size, but "
                 f"{self.feature_group_count} does not divide {features}."
@@ -291,13 +324,13 @@ class ConvGeometry:
                 f"equal the rhs input feature dimension size, but {features} // "
                 f"{self.feature_group_count} != {rhs_in}."
             )
-        if batch % self.batch_group_count:
+        if batch % self.batch_group_count != 0:
             raise ValueError(
                 f"{function} batch_group_count must divide lhs batch dimension size, but "
                 f"{self.batch_group_count} does not divide {batch}."
             )
         for name in ("feature_group_count", "batch_group_count"):
-            if rhs_out % getattr(self, name):
+            if rhs_out % getattr(self, name) != 0:
                 raise ValueError(
                     f"{function} rhs output feature dimension size must be a multiple of "
                     f"{name}, but {rhs_out} is not a multiple of {getattr(self, name)}."
@@ -305,12 +338,17 @@ class ConvGeometry:
 
     def _check_padding(self, function: str) -> None:
         for axis, padded in enumerate(self._padded_sizes):
-            if padded < 0:
+            if certainly(operator.lt, padded, 0):
                 raise ValueError(
                     "Negative padding is larger than the size of the corresponding dimension: "
                     f"got {function} padding={self.padding} for spatial axis {axis} of lhs "
                     f"shape {self.lhs_shape}."
                 )
+
+    @property
+    def is_static(self) -> bool:
+        """Whether every size and padding is known, none symbolic."""
+        return is_static((*self.lhs_shape, *self.rhs_shape, *itertools.chain(*self.padding)))
 
     @property
     def axes(self) -> int:
@@ -345,9 +383,8 @@ class ConvGeometry:
     def out_sizes(self) -> tuple[int, ...]:
         """Spatial sizes of the convolution's result."""
         return tuple(
-            0
-            if padded < (window := dilated_size(size, dilation))
-            else (padded - window) // stride + 1
+            # 0 where the window does not fit.
+            jax.core.max_dim((padded - dilated_size(size, dilation)) // stride + 1, 0)
             for padded, size, dilation, stride in zip(
                 self._padded_sizes,
                 self.window_sizes,
@@ -356,6 +393,19 @@ class ConvGeometry:
                 strict=True,
             )
         )
+
+    @property
+    def exact_padding(self) -> tuple[tuple[int, int], ...]:
+        """The padding less what the last window does not reach on the high side."""
+        pairs = []
+        for axis, (low, high) in enumerate(self.padding):
+            window = dilated_size(self.window_sizes[axis], self.rhs_dilation[axis])
+            reached = (self.out_sizes[axis] - 1) * self.window_strides[axis] + window
+            # Less than nothing is what a window reaches that does not fit.
+            if certainly(operator.ge, reached, 0):
+                high = reached - dilated_size(self.in_sizes[axis], self.lhs_dilation[axis]) - low
+            pairs.append((low, high))
+        return tuple(pairs)
 
     @functools.cached_property
     def out_shape(self) -> tuple[int, ...]:

@@ -16,10 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
 
-from . import compat, custom_call, dispatch, lax_maps, native, partition
+from . import compat, custom_call, dispatch, lax_maps, native, partition, symbolic
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, sequence_of, shape_of
 
@@ -239,7 +240,7 @@ def _transpose_dy(
 ) -> jax.Array:
     """The map is linear in dy with the forward convolution for its transpose."""
     del dy
-    return lax_maps.forward(ct, rhs, geometry, precision=precision)
+    return lax_maps.forward(ct, rhs, geometry, precision=precision, differentiated=True)
 
 
 def _transpose_rhs(
@@ -287,6 +288,11 @@ def _batch(
     lhs_spec, rhs_spec, out_spec = geometry.dimension_numbers
     sizes = [x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None]
     size = sizes[0]
+    if is_symbolic_dim(size) and dy_dim is not None and rhs_dim is not None:
+        # As many groups as that, which neither a custom call nor lax can say.
+        dy, rhs = jnp.moveaxis(dy, dy_dim, 0), jnp.moveaxis(rhs, rhs_dim, 0)
+        one = functools.partial(_bind, geometry=geometry, **params)
+        return lax.map(lambda both: one(*both), (dy, rhs)), 0
     if size == 0:
         return jnp.zeros_like(dy, shape=(0, *geometry.lhs_shape)), 0
 
@@ -346,18 +352,41 @@ def _lower(
         shard = functools.partial(_bind_shard, precision=precision, implementation=implementation)
         split = functools.partial(partition.partitioned, geometry=geometry, compute=shard)
         return mlir.lower_fun(split, multiple_results=False)(ctx, dy, rhs)
-    workspace = jax.core.ShapedArray((choice.workspace_bytes,), np.dtype(np.uint8))
+    if choice.plan is None:
+        shape = symbolic.workspace_shape(geometry, out.dtype, platform, precision)
+    else:
+        shape = (choice.workspace_bytes,)
+    workspace = jax.core.ShapedArray(shape, np.dtype(np.uint8))
+    more, more_avals = _padding_operand(ctx, geometry)
     lhs, filter_, cotangent = (layout[::-1] for layout in custom_call.layouts(geometry, platform))
     call = jax.ffi.ffi_lowering(
-        native.TARGET, operand_layouts=[cotangent, filter_], result_layouts=[lhs, (0,)]
+        native.TARGET,
+        operand_layouts=[cotangent, filter_, *map(_row_major, more_avals)],
+        result_layouts=[lhs, _row_major(workspace)],
     )
     dx, _ = call(
-        ctx.replace(avals_out=[out, workspace]),
+        ctx.replace(avals_in=[*ctx.avals_in, *more_avals], avals_out=[out, workspace]),
         dy,
         rhs,
+        *more,
         **custom_call.attributes(geometry, platform, precision),
     )
     return [dx]
+
+
+def _row_major(aval: Any) -> tuple[int, ...]:
+    """The layout from minor to major, as XLA writes it."""
+    return tuple(reversed(range(aval.ndim)))
+
+
+def _padding_operand(ctx: Any, geometry: ConvGeometry) -> tuple[Sequence[Any], list[Any]]:
+    """The empty array that carries symbolic padding, lowered, and its type; nothing if static."""
+    shape = custom_call.padding_operand(geometry)
+    if shape is None:
+        return (), []
+    aval = jax.core.ShapedArray(shape, np.dtype(np.uint8))
+    rule = mlir.lower_fun(lambda: jnp.zeros(shape, aval.dtype), multiple_results=False)
+    return rule(ctx.replace(avals_in=[], avals_out=[aval])), [aval]
 
 
 conv_input_grad_p.def_impl(_evaluate)

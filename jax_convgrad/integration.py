@@ -72,13 +72,19 @@ def _register() -> None:
             return lax_lhs_rule(dy, lhs, rhs, **params)
         return _input_grad(dy, lhs.aval, rhs, **params)
 
-    ad.defbilinear(lax.conv_general_dilated_p, lhs_rule, lax_rhs_rule)
+    def rhs_rule(dy: jax.Array, lhs: jax.Array, rhs: Any, **params: Any) -> jax.Array:
+        if not dispatch.installed.value or is_static((*lhs.shape, *rhs.aval.shape)):
+            return lax_rhs_rule(dy, lhs, rhs, **params)
+        # Of symbolic sizes lax's rule does not take a stride.
+        return _filter_grad(dy, lhs, rhs.aval, **params)
+
+    ad.defbilinear(lax.conv_general_dilated_p, lhs_rule, rhs_rule)
     lax_lowering.register()
 
 
 def _covered(lhs_type: Any, rhs: jax.Array, dy: jax.Array) -> bool:
     """Whether the primitive takes this convolution; lax's own rule has the rest."""
-    if dispatch.switch() == "off" or not is_static(lhs_type.shape) or not is_static(rhs.shape):
+    if dispatch.switch() == "off":
         return False
     if dispatch.unsupported_dtype(dy.dtype) is not None:
         return False
@@ -104,3 +110,23 @@ def _input_grad(
         precision=precision,
     )
     return lax_maps.convert(d_lhs, lhs_type.dtype)
+
+
+def _filter_grad(
+    dy: jax.Array,
+    lhs: jax.Array,
+    rhs_type: Any,
+    *,
+    precision: Any,
+    preferred_element_type: Any,
+    out_sharding: Any,
+    **geometry: Any,
+) -> jax.Array:
+    del preferred_element_type, out_sharding
+    d_rhs = lax_maps.filter_grad(
+        lax_maps.convert(lhs, dy.dtype),
+        dy,
+        ConvGeometry(lhs_shape=tuple(lhs.shape), rhs_shape=tuple(rhs_type.shape), **geometry),
+        precision=precision,
+    )
+    return lax_maps.convert(d_rhs, rhs_type.dtype)

@@ -18,7 +18,7 @@ from jax import lax
 # `jax.lax.conv_general_dilated` must not send us round in a circle.
 from jax.lax import conv_general_dilated as lax_conv_general_dilated
 
-from .geometry import ConvGeometry, dilated_size
+from .geometry import ConvGeometry, dilated_size, is_static
 
 
 def forward(
@@ -29,12 +29,20 @@ def forward(
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
+    differentiated: bool = False,
 ) -> jax.Array:
-    """The convolution itself."""
-    return lax_conv_general_dilated(
+    """The convolution itself.
+
+    Where sizes are symbolic, lax can differentiate a strided one only if no input is left
+    over at the far end. `differentiated` cuts that off, a copy of lhs.
+    """
+    params = geometry.conv_params()
+    if differentiated and not geometry.is_static:
+        params["padding"] = geometry.exact_padding
+    return _convolve(
         lhs,
         rhs,
-        **geometry.conv_params(),
+        **params,
         precision=precision,
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
@@ -56,7 +64,7 @@ def input_grad(
     if 0 in g.window_sizes:  # which is no convolution to XLA
         dtype = dy.dtype if preferred_element_type is None else preferred_element_type
         return jnp.zeros_like(dy, dtype, shape=g.lhs_shape)
-    out = lax_conv_general_dilated(
+    out = _convolve(
         dy,
         transposed_filter(rhs, g),
         window_strides=g.lhs_dilation,
@@ -119,7 +127,7 @@ def filter_grad(
             - low
         )
         padding.append((low, high))
-    return lax_conv_general_dilated(
+    return _convolve(
         lhs,
         dy,
         window_strides=g.rhs_dilation,
@@ -135,6 +143,26 @@ def filter_grad(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
+
+
+def _convolve(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
+    """The convolution of lax, whose lhs is padded beforehand along axes of symbolic padding.
+
+    lax's function takes no such padding. Its primitive does, but not under `vmap`.
+    """
+    lhs_spec = params["dimension_numbers"].lhs_spec
+    config = [(0, 0, 0)] * lhs.ndim
+    padding, lhs_dilation = list(params["padding"]), list(params["lhs_dilation"])
+    for axis, dim in enumerate(lhs_spec[2:]):
+        if is_static(padding[axis]):
+            continue
+        low, high = padding[axis]
+        config[dim] = (low, high, lhs_dilation[axis] - 1)
+        padding[axis], lhs_dilation[axis] = (0, 0), 1
+    if any(of != (0, 0, 0) for of in config):
+        lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
+    params.update(padding=padding, lhs_dilation=lhs_dilation)
+    return lax_conv_general_dilated(lhs, rhs, **params)
 
 
 def _swap(spec: Sequence[int]) -> tuple[int, ...]:

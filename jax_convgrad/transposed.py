@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax import lax
 
-from .geometry import ConvGeometry, DimensionNumbers, Padding, dilated_size, explicit_padding
+from .geometry import (
+    ConvGeometry,
+    DimensionNumbers,
+    Padding,
+    certainly,
+    dilated_size,
+    explicit_padding,
+)
 
 _FUNCTION = "conv_transpose"
 
@@ -76,12 +85,12 @@ def transposed_geometry(
     for axis, dim in enumerate(dnums.out_spec[2:]):
         low, high = pads[axis]
         dilated = dilated_size(probe.in_sizes[axis], probe.window_strides[axis])
-        if dilated + low + high < 0:
+        if certainly(operator.lt, dilated + low + high, 0):
             raise ValueError(
                 "Negative padding is larger than the size of the corresponding dimension: got "
                 f"{_FUNCTION} padding={pads} for spatial axis {axis} of lhs shape {lhs_shape}."
             )
-        out_shape[dim] = max(0, dilated + low + high - windows[axis] + 1)
+        out_shape[dim] = jax.core.max_dim(dilated + low + high - windows[axis] + 1, 0)
         # The high side is what makes the forward convolution's sizes come out exactly.
         forward_low = windows[axis] - 1 - low
         forward_high = dilated + windows[axis] - 1 - forward_low - out_shape[dim]

@@ -120,10 +120,10 @@ def test_platforms_that_need_not_be_here(rng, platforms, implementation):
 
 def test_native_for_a_platform_without_a_kernel_says_why(rng):
     args = specs(operands(rng))
-    with pytest.raises(ValueError, match="native.*no kernel for platform"):
+    with pytest.raises(ValueError, match=r"native.*no kernel for platform"):
         exported(gradient(implementation="native"), args, ("tpu",))
     if native.cuda is None:
-        with pytest.raises(ValueError, match="native.*cuda module was not built"):
+        with pytest.raises(ValueError, match=r"native.*cuda module was not built"):
             exported(gradient(implementation="native"), args, ("cuda",))
 
 
@@ -193,6 +193,40 @@ def test_shard_map_over_eight_devices(run_python, tmp_path):
             "-W", "error", "-c", SHARDED + code, str(tmp_path / "program"),
             XLA_FLAGS="--xla_force_host_platform_device_count=8",
         )  # fmt: skip
+
+
+AUTOMATIC = """
+import functools
+import jax, jax.numpy as jnp, jax_convgrad, oracles
+from jax import export
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+def program(implementation):
+    conv = functools.partial(jax_convgrad.conv_general_dilated, implementation=implementation)
+    dx = jax.grad(lambda x, w: jnp.sum(jnp.sin(conv(x, w, (2,), "SAME"))))
+    shardings = NamedSharding(mesh, P("d")), NamedSharding(mesh, P())
+    args = [jax.ShapeDtypeStruct(s, "float32") for s in ((16, 3, 10), (4, 3, 3))]
+    checks = jax_convgrad.export_checks()
+    return export.export(
+        jax.jit(dx, in_shardings=shardings), platforms=("cpu",), disabled_checks=checks
+    )(*args)
+for implementation in (None, "xla"):
+    exported = program(implementation)
+    assert exported.nr_devices == 8
+    assert exported.mlir_module().count(oracles.TARGET) == 0
+try:
+    program("native")
+except ValueError as e:
+    assert "implementation='xla'" in str(e) and "exported" in str(e), e
+else:
+    raise AssertionError("nothing was raised")
+"""
+
+
+@pytest.mark.native
+def test_program_that_xla_partitions(run_python):
+    flags = "--xla_force_host_platform_device_count=8"
+    run_python("-W", "error", "-c", AUTOMATIC, XLA_FLAGS=flags)
 
 
 @pytest.mark.native

@@ -174,7 +174,7 @@ bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
       const int64_t bytes = parts == 1 ? 0 : parts * tiles * tile.m * tile.n * 4;
       if (parts > 1 &&
           (!whole || slices < static_cast<double>(parts * kMinSlicesOfPart) ||
-           bytes > kMaxWorkspaceBytes)) {
+           bytes > std::min(kMaxWorkspaceBytes, given.workspace_limit))) {
         break;
       }
       if (tiles * parts > kMaxBlocks) break;
