@@ -396,14 +396,16 @@ class ConvGeometry:
 
     @property
     def exact_padding(self) -> tuple[tuple[int, int], ...]:
-        """The padding less what the last window does not reach on the high side."""
+        """The padding less what the last window does not reach, where that is symbolic."""
         pairs = []
         for axis, (low, high) in enumerate(self.padding):
             window = dilated_size(self.window_sizes[axis], self.rhs_dilation[axis])
             reached = (self.out_sizes[axis] - 1) * self.window_strides[axis] + window
             # Less than nothing is what a window reaches that does not fit.
             if certainly(operator.ge, reached, 0):
-                high = reached - dilated_size(self.in_sizes[axis], self.lhs_dilation[axis]) - low
+                size = dilated_size(self.in_sizes[axis], self.lhs_dilation[axis])
+                exact = reached - size - low
+                high = high if is_static([exact]) else exact
             pairs.append((low, high))
         return tuple(pairs)
 

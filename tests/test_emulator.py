@@ -18,7 +18,13 @@ from jax.interpreters import mlir
 import jax_convgrad
 from jax_convgrad import custom_call, dispatch, input_grad, native
 from jax_convgrad.tools import layers
-from jax_convgrad.tools.geometries import make_geometry, normwise_error, random_cases
+from jax_convgrad.tools.geometries import (
+    make_geometry,
+    normwise_error,
+    random_cases,
+    reduction_taps,
+    tolerance,
+)
 
 if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -343,3 +349,24 @@ def test_workspace_does_not_depend_on_the_gpu(emulated, kernel):
     assert len({plan["workspace_bytes"] for plan in plans}) == 1
     with pytest.raises(ValueError, match="kernel"):
         emulated.plan("bfloat16", *shapes, attributes, capability=75)
+
+
+def test_symbolic_programs_find_their_plan(emulated, rng):
+    """Less workspace than a split sum wants, and padding as the shape of an operand."""
+    g = make_geometry((4, 4), (3, 3), (16, 256), batch=1, padding=1)
+    shapes = (g.lhs_shape, g.rhs_shape, g.out_shape)
+    attributes = custom_call.attributes(g, "cuda", None)
+    assert emulated.plan("bfloat16", *shapes, attributes)["workspace_bytes"] > 0
+    assert emulated.workspace_bound("bfloat16", *shapes, attributes)[1] == 0
+    attributes["padding"] = np.zeros(4, np.int64)
+    dy, w = oracles.operands(rng, g, "bfloat16")
+    lhs, rhs, out = custom_call.layouts(g, "cuda")
+    results = (jax.ShapeDtypeStruct(g.lhs_shape, dy.dtype), jax.ShapeDtypeStruct((0,), np.uint8))
+    call = jax.ffi.ffi_call(
+        TARGET, results, input_layouts=[out, rhs, None], output_layouts=[lhs, (0,)]
+    )
+    dx, _ = jax.jit(lambda *operands: call(*operands, **attributes))(
+        dy, w, np.zeros((0, 1, 2, 1, 2), np.uint8)
+    )
+    error = normwise_error(dx, oracles.sliced_input_grad(dy, w, g))
+    assert error <= tolerance("bfloat16", reduction_taps(g)), error

@@ -127,6 +127,16 @@ def test_input_gradient(rng, name):
             assert_close(dx, oracles.sliced_input_grad(dy, w, g), geometries.reduction_taps(g))
 
 
+@pytest.mark.skipif(native.cuda is None, reason="the CUDA module was not built")
+@pytest.mark.parametrize("name", ["SAME, stride 2", "groups"])
+def test_lowering_for_a_gpu_that_need_not_be_here(name):
+    shape, w_shape, params, _ = CASES[name]
+    ours = functools.partial(jax_convgrad.conv_general_dilated, implementation="native")
+    function = vjp(ours, params)
+    program = exported(function, *types(shape, w_shape, params), platforms=("cpu", "cuda"))
+    assert calls(program) == 2
+
+
 @pytest.mark.parametrize("name", ["SAME, stride 2", "padding of both signs", "groups"])
 def test_input_gradient_by_lax(rng, name):
     """What another platform would run, whose own convolution takes no symbolic padding."""
@@ -184,14 +194,22 @@ def test_installed(rng, padding):
     check(rng, ours, theirs, (spec("n, 3, h, w"), spec(W)), [(s, W) for s in SIZES], 1)
 
 
-def second_order(conv):
-    inner = jax.grad(loss(conv))
+def second_order(conv, padding="SAME"):
+    inner = jax.grad(loss(conv, padding))
     return jax.grad(lambda x, w: jnp.sum(inner(x, w) ** 2), argnums=(0, 1))
 
 
 def test_second_order(rng):
     ours, theirs = map(second_order, (jax_convgrad.conv_general_dilated, lax.conv_general_dilated))
     check(rng, ours, theirs, (spec("n, 3, h, w"), spec(W)), [(SIZES[0], W)], 1)
+
+
+@pytest.mark.parametrize("shape", ["n, 3, 8, 2*w", "n, 3, 2*h, 3*w"])
+def test_input_that_is_certainly_left_over(rng, shape):
+    ours = second_order(jax_convgrad.conv_general_dilated, "VALID")
+    theirs = second_order(lax.conv_general_dilated, "VALID")
+    args = spec(shape, "w >= 2", *(["h >= 2"] if "h" in shape else [])), spec(W)
+    check(rng, ours, theirs, args, [((2, 3, 8, 6), W)], 1)
 
 
 def test_forward_over_reverse(rng):
