@@ -141,3 +141,12 @@ def with_lowering_cache_of_its_own(lowering_context: Any) -> Any:
     """
     module_context = lowering_context.module_context.replace(lowering_cache={})
     return lowering_context.replace(module_context=module_context)
+
+
+def set_for_process(user_context: Any, value: Any) -> None:
+    """Sets a user context for every thread that is not inside a `with` of it.
+
+    JAX 0.10.0 has `set_global` only on the configuration value behind the context.
+    """
+    holder = user_context if hasattr(user_context, "set_global") else user_context._obj
+    holder.set_global(value)

@@ -36,12 +36,12 @@ def install() -> None:
         >>> jax_convgrad.uninstall()
     """
     _register()
-    dispatch.installed.set_global(True)
+    compat.set_for_process(dispatch.installed, True)
 
 
 def uninstall() -> None:
     """Undoes `install`: lax's convolution has its own input gradient again."""
-    dispatch.installed.set_global(False)
+    compat.set_for_process(dispatch.installed, False)
 
 
 @contextlib.contextmanager

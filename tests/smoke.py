@@ -33,6 +33,9 @@ def main() -> None:
     with jax_convgrad.installed():
         for got, expected in zip(theirs(x, w), ours(x, w), strict=True):
             np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+    for switch, calls in ((jax_convgrad.install, True), (jax_convgrad.uninstall, False)):
+        switch()
+        assert (native.TARGET in theirs.lower(x, w).compile().as_text()) == calls
     mapped = jax.vmap(jax.grad(lambda x: loss(jax_convgrad.conv_general_dilated, x, w)))
     assert mapped(jnp.stack([x, x])).shape == (2, *x.shape)
     print(f"smoke: Python {sys.version.split()[0]}, jax {jax.__version__}: ok")
