@@ -353,7 +353,7 @@ def test_workspace_does_not_depend_on_the_gpu(emulated, kernel):
 
 def test_symbolic_programs_find_their_plan(emulated, rng):
     """Less workspace than a split sum wants, and padding as the shape of an operand."""
-    g = make_geometry((4, 4), (3, 3), (16, 256), batch=1, padding=1)
+    g = make_geometry((7, 7), (3, 3), (64, 1024), batch=1, padding=1)  # whose sum is split
     shapes = (g.lhs_shape, g.rhs_shape, g.out_shape)
     attributes = custom_call.attributes(g, "cuda", None)
     assert emulated.plan("bfloat16", *shapes, attributes)["workspace_bytes"] > 0
