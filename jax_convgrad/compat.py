@@ -12,6 +12,9 @@ from typing import Any
 
 import jax
 from jax import lax
+
+# The error that lax raises for shardings in types; it has no public name.
+from jax._src.core import ShardingTypeError as ShardingTypeError
 from jax._src.dispatch import prim_requires_devices_during_lowering
 
 # The tables of lowering rules; jax.interpreters.mlir only adds to them.
@@ -20,6 +23,10 @@ from jax._src.interpreters import mlir as private_mlir
 # Turns a PrecisionLike and the default_matmul_precision in force into what a
 # convolution's lowering takes; jax.lax has no public spelling of it.
 from jax._src.lax.lax import canonicalize_precision as canonicalize_precision
+
+# Reads an `out_sharding` argument: a specification gets the mesh in force, a mesh its
+# abstract form.
+from jax._src.sharding_impls import canonicalize_sharding as canonicalize_sharding
 from jax.interpreters import ad
 
 try:  # what comparing symbolic sizes raises; JAX 0.10.0 has it elsewhere
@@ -57,6 +64,19 @@ def has_explicit_sharding(*avals: Any) -> bool:
         if any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types):
             return True
     return False
+
+
+def explicit_sharding(aval: Any) -> Any:
+    """The sharding in a type, None where no axis of its mesh is explicit."""
+    return aval.sharding if has_explicit_sharding(aval) else None
+
+
+def constrain(lowering_context: Any, value: Any, aval: Any) -> Any:
+    """The lowered value with the sharding of its type as a constraint.
+
+    Each of lax's lowering rules ends with this; `jax.interpreters.mlir` does not export it.
+    """
+    return private_mlir.lower_with_sharding_in_types(lowering_context, value, aval)
 
 
 def partitioned_automatically(lowering_context: Any) -> bool:

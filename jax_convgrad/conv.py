@@ -175,7 +175,7 @@ def _conv_bwd(
             lax_maps.convert(rhs, dy.dtype),
             call.geometry,
             precision=call.precision,
-            out_sharding=_explicit(call.lhs_type),
+            out_sharding=compat.explicit_sharding(call.lhs_type),
             implementation=call.implementation,
         )
         d_lhs = lax_maps.convert(d_lhs, call.lhs_type.dtype)
@@ -185,18 +185,13 @@ def _conv_bwd(
             dy,
             call.geometry,
             precision=call.precision,
-            out_sharding=_explicit(call.rhs_type),
+            out_sharding=compat.explicit_sharding(call.rhs_type),
         )
         d_rhs = lax_maps.convert(d_rhs, call.rhs_type.dtype)
     return d_lhs, d_rhs
 
 
 _conv.defvjp(_conv_fwd, _conv_bwd, symbolic_zeros=True)
-
-
-def _explicit(aval: Any) -> Any:
-    """The sharding in a type, where the mesh has explicit axes."""
-    return aval.sharding if compat.has_explicit_sharding(aval) else None
 
 
 def conv_transpose(

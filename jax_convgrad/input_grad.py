@@ -3,7 +3,7 @@
 `conv_input_grad_p` is bilinear in dy and rhs, the map dX = dT/dx of
 docs/mathematics.md. Its transposes are the other two maps of the same form, its
 batching rules fold every mapped axis into the batch, the channels or the groups of one
-call, and its lowering is the custom call where dispatch says so and lax elsewhere.
+call.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
 from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import NamedSharding, PartitionSpec
 
-from . import compat, custom_call, dispatch, lax_maps, native, partition, symbolic
+from . import compat, dispatch, lax_maps, lowering, partition
 from .dispatch import Implementation
+from .folding import fold, folded_sharding, unfold, unmapped
 from .geometry import ConvGeometry, DimensionNumbers, Padding, sequence_of, shape_of
 
 conv_input_grad_p = jex_core.Primitive("conv_input_grad")
+_PARAMETERS = ("geometry", "precision", "implementation", "out_sharding")
 
 
 def conv_input_grad(
@@ -176,10 +178,8 @@ def bind_input_grad(
             dy, rhs = lax_maps.convert(dy, dtype), lax_maps.convert(rhs, dtype)
             preferred_element_type = None
     reason = dispatch.unsupported(geometry, dy.dtype)
-    if reason is None and compat.has_explicit_sharding(jax.typeof(dy), jax.typeof(rhs)):
-        reason = "the mesh has explicit axes"
     if reason is not None:
-        # Not a case for the primitive: lax has rules for every dtype and sharding in types.
+        # Not a case for the primitive: lax has rules for every dtype.
         dispatch.require_not_native(implementation, reason)
         return lax_maps.input_grad(
             dy,
@@ -190,14 +190,23 @@ def bind_input_grad(
             out_sharding=out_sharding,
         )
     if out_sharding is not None:
-        raise ValueError(
-            f"{function} out_sharding is for meshes with explicit axes, which the operands are "
-            f"not on, got {out_sharding!r}."
-        )
-    return _bind(dy, rhs, geometry=geometry, precision=precision, implementation=implementation)
+        if not compat.has_explicit_sharding(jax.typeof(dy), jax.typeof(rhs)):
+            raise ValueError(
+                f"{function} out_sharding is for meshes with explicit axes, which the operands "
+                f"are not on, got {out_sharding!r}."
+            )
+        out_sharding = compat.canonicalize_sharding(out_sharding, function)
+    return _bind(
+        dy,
+        rhs,
+        geometry=geometry,
+        precision=precision,
+        implementation=implementation,
+        out_sharding=out_sharding,
+    )
 
 
-# --- the primitive's rules. Each takes (dy, rhs) and the same three parameters.
+# --- the primitive's rules. Each takes (dy, rhs) and the same four parameters.
 
 
 def _bind(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
@@ -205,11 +214,9 @@ def _bind(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     return conv_input_grad_p.bind(dy, rhs, **params)
 
 
-def _bind_shard(dy: jax.Array, rhs: jax.Array, geometry: ConvGeometry, **params: Any) -> jax.Array:
-    return conv_input_grad_p.bind(dy, rhs, geometry=geometry, **params)
-
-
-@functools.partial(jax.jit, static_argnames=("geometry", "precision", "implementation"))
+@functools.partial(
+    jax.jit, static_argnames=("geometry", "precision", "implementation", "out_sharding")
+)
 def _compiled(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     return conv_input_grad_p.bind(dy, rhs, **params)
 
@@ -220,57 +227,51 @@ def _evaluate(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
         return _compiled(dy, rhs, **params)
 
 
-def _abstract_eval(dy: Any, rhs: Any, *, geometry: ConvGeometry, **_: Any) -> Any:
+def _abstract_eval(
+    dy: Any, rhs: Any, *, geometry: ConvGeometry, out_sharding: Any, **_: Any
+) -> Any:
     assert dy.shape == geometry.out_shape, (dy.shape, geometry)
     assert rhs.shape == geometry.rhs_shape, (rhs.shape, geometry)
     assert dy.dtype == rhs.dtype, (dy.dtype, rhs.dtype)
-    # No mesh axis is explicit here, so the type's sharding says nothing but its mesh.
-    sharding = jax.sharding.NamedSharding(dy.sharding.mesh, jax.sharding.PartitionSpec())
     return jax.core.ShapedArray(
         geometry.lhs_shape,
         dy.dtype,
         weak_type=dy.weak_type and rhs.weak_type,
-        sharding=sharding,
+        sharding=_sharding_in_type(dy, rhs, geometry) if out_sharding is None else out_sharding,
         manual_axis_type=dy.manual_axis_type,
     )
+
+
+def _sharding_in_type(dy: Any, rhs: Any, geometry: ConvGeometry) -> NamedSharding:
+    """The sharding in dX's type. Without explicit axes it says nothing but its mesh."""
+    mesh = rhs.sharding.mesh if dy.sharding.mesh.empty else dy.sharding.mesh
+    spec: PartitionSpec | None = PartitionSpec()
+    if compat.has_explicit_sharding(dy, rhs):
+        spec = partition.inferred(geometry, dy, rhs, mesh.shape)
+    if spec is None:
+        raise compat.ShardingTypeError(
+            "Please specify the output sharding via `out_sharding` parameter of "
+            f"`conv_input_grad`: got dy {dy.str_short(True)} and w {rhs.str_short(True)}."
+        )
+    return NamedSharding(mesh, spec)
 
 
 def _transpose_dy(
     ct: jax.Array, dy: Any, rhs: jax.Array, *, geometry: ConvGeometry, precision: Any, **_: Any
 ) -> jax.Array:
     """The map is linear in dy with the forward convolution for its transpose."""
-    del dy
-    return lax_maps.forward(ct, rhs, geometry, precision=precision, differentiated=True)
+    sharding = compat.explicit_sharding(dy.aval)
+    return lax_maps.forward(
+        ct, rhs, geometry, precision=precision, out_sharding=sharding, differentiated=True
+    )
 
 
 def _transpose_rhs(
     ct: jax.Array, dy: jax.Array, rhs: Any, *, geometry: ConvGeometry, precision: Any, **_: Any
 ) -> jax.Array:
     """The map is linear in rhs with the filter gradient, ct in the place of x."""
-    del rhs
-    return lax_maps.filter_grad(ct, dy, geometry, precision=precision)
-
-
-def _fold(x: jax.Array, mapped: int, dim: int, groups: int = 1) -> jax.Array:
-    """Folds the mapped axis into dimension `dim` of the array without it.
-
-    The dimension becomes (groups, mapped, rest): groups stay outermost.
-    """
-    size = x.shape[mapped]
-    x = jnp.moveaxis(x, mapped, 0)
-    shape = x.shape[1:]
-    x = x.reshape(size, *shape[:dim], groups, shape[dim] // groups, *shape[dim + 1 :])
-    x = jnp.moveaxis(x, 0, dim + 1)
-    return x.reshape(*shape[:dim], size * shape[dim], *shape[dim + 1 :])
-
-
-def _unfold(x: jax.Array, size: int, dim: int, groups: int = 1) -> jax.Array:
-    """The inverse of `_fold`, with the mapped axis in front."""
-    shape = x.shape
-    rest = shape[dim] // size
-    x = x.reshape(*shape[:dim], groups, size, rest // groups, *shape[dim + 1 :])
-    x = jnp.moveaxis(x, dim + 1, 0)
-    return x.reshape(size, *shape[:dim], rest, *shape[dim + 1 :])
+    sharding = compat.explicit_sharding(rhs.aval)
+    return lax_maps.filter_grad(ct, dy, geometry, precision=precision, out_sharding=sharding)
 
 
 def _batch(
@@ -278,6 +279,7 @@ def _batch(
     dims: tuple[int | None, int | None],
     *,
     geometry: ConvGeometry,
+    out_sharding: Any,
     **params: Any,
 ) -> tuple[jax.Array, int]:
     """One call for all examples: dy alone joins the batch, rhs alone the input channels,
@@ -285,13 +287,14 @@ def _batch(
     """
     dy, rhs = operands
     dy_dim, rhs_dim = dims
+    whole = geometry
     lhs_spec, rhs_spec, out_spec = geometry.dimension_numbers
     sizes = [x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None]
     size = sizes[0]
     if is_symbolic_dim(size) and dy_dim is not None and rhs_dim is not None:
         # As many groups as that, which neither a custom call nor lax can say.
         dy, rhs = jnp.moveaxis(dy, dy_dim, 0), jnp.moveaxis(rhs, rhs_dim, 0)
-        one = functools.partial(_bind, geometry=geometry, **params)
+        one = functools.partial(_bind, geometry=geometry, out_sharding=out_sharding, **params)
         return lax.map(lambda both: one(*both), (dy, rhs)), 0
     if size == 0:
         return jnp.zeros_like(dy, shape=(0, *geometry.lhs_shape)), 0
@@ -299,95 +302,36 @@ def _batch(
     if dy_dim is None:
         assert rhs_dim is not None  # a rule is called for mapped operands only
         dim, groups = lhs_spec[1], geometry.feature_group_count
-        rhs = _fold(rhs, rhs_dim, rhs_spec[1])
+        rhs = fold(rhs, rhs_dim, rhs_spec[1])
     elif rhs_dim is None:
         dim, groups = lhs_spec[0], geometry.batch_group_count
-        dy = _fold(dy, dy_dim, out_spec[0])
+        dy = fold(dy, dy_dim, out_spec[0])
     else:
         kind = "batch_group_count" if geometry.batch_group_count > 1 else "feature_group_count"
         dim, groups = lhs_spec[0 if kind == "batch_group_count" else 1], 1
-        dy, rhs = _fold(dy, dy_dim, out_spec[1]), _fold(rhs, rhs_dim, rhs_spec[0])
+        dy, rhs = fold(dy, dy_dim, out_spec[1]), fold(rhs, rhs_dim, rhs_spec[0])
         geometry = geometry.replace(**{kind: getattr(geometry, kind) * size})
+    by_size: tuple[str, ...] = ()
+    if compat.has_explicit_sharding(*map(jax.typeof, operands)):
+        # That of the mapped function's result; in the folded one it need not be inferable.
+        dy_type, by_dy = unmapped(jax.typeof(operands[0]), dy_dim)
+        rhs_type, by_rhs = unmapped(jax.typeof(operands[1]), rhs_dim)
+        by_size = by_rhs if dy_dim is None else by_dy
+        if out_sharding is None:
+            out_sharding = _sharding_in_type(dy_type, rhs_type, whole)
+        out_sharding = folded_sharding(out_sharding, dim, by_size)
     lhs_shape = list(geometry.lhs_shape)
     lhs_shape[dim] *= size
     geometry = geometry.replace(lhs_shape=tuple(lhs_shape), rhs_shape=rhs.shape)
-    return _unfold(_bind(dy, rhs, geometry=geometry, **params), size, dim, groups), 0
+    dx = _bind(dy, rhs, geometry=geometry, out_sharding=out_sharding, **params)
+    return unfold(dx, size, dim, groups, by_size), 0
 
 
-def choice_in(
-    ctx: Any,
-    geometry: ConvGeometry,
-    dtype: Any,
-    platform: str,
-    implementation: Implementation,
-    precision: Any,
-) -> dispatch.Choice:
-    """What the primitive becomes in the program that a lowering context belongs to."""
-    partitioned = compat.partitioned_automatically(ctx)
-    obstacle = compat.no_custom_partitioning(ctx) if partitioned else None
-    return dispatch.choose(geometry, dtype, platform, implementation, precision, obstacle=obstacle)
+def _bind_shard(dy: jax.Array, rhs: jax.Array, geometry: ConvGeometry, **params: Any) -> jax.Array:
+    return conv_input_grad_p.bind(dy, rhs, geometry=geometry, out_sharding=None, **params)
 
 
-def _lower(
-    ctx: Any,
-    dy: Any,
-    rhs: Any,
-    *,
-    platform: str,
-    geometry: ConvGeometry,
-    precision: Any,
-    implementation: Implementation,
-) -> Any:
-    (out,) = ctx.avals_out
-    choice = choice_in(ctx, geometry, out.dtype, platform, implementation, precision)
-    if choice.implementation == "xla" or 0 in geometry.lhs_shape:
-        rule = mlir.lower_fun(
-            functools.partial(lax_maps.input_grad, geometry=geometry, precision=precision),
-            multiple_results=False,
-        )
-        # Of the convolutions that `install` lowers to the kernel this must not be one.
-        with dispatch.installed(False):
-            return rule(compat.with_lowering_cache_of_its_own(ctx), dy, rhs)
-    if compat.partitioned_automatically(ctx):
-        shard = functools.partial(_bind_shard, precision=precision, implementation=implementation)
-        split = functools.partial(partition.partitioned, geometry=geometry, compute=shard)
-        return mlir.lower_fun(split, multiple_results=False)(ctx, dy, rhs)
-    if choice.plan is None:
-        shape = symbolic.workspace_shape(geometry, out.dtype, platform, precision)
-    else:
-        shape = (choice.workspace_bytes,)
-    workspace = jax.core.ShapedArray(shape, np.dtype(np.uint8))
-    more, more_avals = _padding_operand(ctx, geometry)
-    lhs, filter_, cotangent = (layout[::-1] for layout in custom_call.layouts(geometry, platform))
-    call = jax.ffi.ffi_lowering(
-        native.TARGET,
-        operand_layouts=[cotangent, filter_, *map(_row_major, more_avals)],
-        result_layouts=[lhs, _row_major(workspace)],
-    )
-    dx, _ = call(
-        ctx.replace(avals_in=[*ctx.avals_in, *more_avals], avals_out=[out, workspace]),
-        dy,
-        rhs,
-        *more,
-        **custom_call.attributes(geometry, platform, precision),
-    )
-    return [dx]
-
-
-def _row_major(aval: Any) -> tuple[int, ...]:
-    """The layout from minor to major, as XLA writes it."""
-    return tuple(reversed(range(aval.ndim)))
-
-
-def _padding_operand(ctx: Any, geometry: ConvGeometry) -> tuple[Sequence[Any], list[Any]]:
-    """The empty array that carries symbolic padding, lowered, and its type; nothing if static."""
-    shape = custom_call.padding_operand(geometry)
-    if shape is None:
-        return (), []
-    aval = jax.core.ShapedArray(shape, np.dtype(np.uint8))
-    rule = mlir.lower_fun(lambda: jnp.zeros(shape, aval.dtype), multiple_results=False)
-    return rule(ctx.replace(avals_in=[], avals_out=[aval])), [aval]
-
+_lower = functools.partial(lowering.lower, bind=_bind_shard)
 
 conv_input_grad_p.def_impl(_evaluate)
 conv_input_grad_p.def_abstract_eval(_abstract_eval)

@@ -86,9 +86,7 @@ def _covered(lhs_type: Any, rhs: jax.Array, dy: jax.Array) -> bool:
     """Whether the primitive takes this convolution; lax's own rule has the rest."""
     if dispatch.switch() == "off":
         return False
-    if dispatch.unsupported_dtype(dy.dtype) is not None:
-        return False
-    return not compat.has_explicit_sharding(lhs_type, jax.typeof(rhs))
+    return dispatch.unsupported_dtype(dy.dtype) is None
 
 
 def _input_grad(
@@ -108,6 +106,7 @@ def _input_grad(
         lax_maps.convert(rhs, dy.dtype),
         ConvGeometry(lhs_shape=tuple(lhs_type.shape), rhs_shape=tuple(rhs.shape), **geometry),
         precision=precision,
+        out_sharding=compat.explicit_sharding(lhs_type),
     )
     return lax_maps.convert(d_lhs, lhs_type.dtype)
 

@@ -23,7 +23,8 @@ from jax.interpreters import mlir
 
 from . import compat, dispatch, lax_maps
 from .geometry import ConvGeometry, is_static
-from .input_grad import bind_input_grad, choice_in
+from .input_grad import bind_input_grad
+from .lowering import choice_in
 from .transposed import forward_as_input_grad
 
 

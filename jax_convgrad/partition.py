@@ -261,13 +261,49 @@ def device_program(
     return lax.psum(dx, assignment["k"]) if "k" in assignment else dx
 
 
-def _spec_of(shaped: Any) -> Spec:
-    """The mesh axes of each dimension, from a `jax.ShapeDtypeStruct` with a NamedSharding."""
+def spec_of(shaped: Any) -> Spec:
+    """The mesh axes of each dimension, of anything with a shape and a `NamedSharding`."""
     entries = tuple(shaped.sharding.spec) + (None,) * len(shaped.shape)
     return tuple(
         () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
         for entry in entries[: len(shaped.shape)]
     )
+
+
+def inferred(
+    geometry: ConvGeometry, dy: Any, rhs: Any, mesh_shape: Mapping[str, int]
+) -> PartitionSpec | None:
+    """How dX is sharded where the sharding is part of types (explicit mesh axes).
+
+    Args:
+        geometry: the convolution.
+        dy: the type of dy.
+        rhs: the type of the filter.
+        mesh_shape: sizes of the mesh axes.
+
+    Returns:
+        A specification for dX that leaves every shard where it is, or None if there is
+        no such one: the output channels are cut, or the operands disagree.
+    """
+    specs = (spec_of(dy), spec_of(rhs))
+    entries: list[tuple[str, ...] | None] = [None] * len(geometry.lhs_shape)
+    placed: set[str] = set()
+    for factor in factors(geometry):
+        cuts = {specs[array][dim] for array, dim in factor.dims.items() if array != DX} - {()}
+        if not cuts:
+            continue
+        axes = cuts.pop()
+        dim = factor.dims.get(DX)
+        size = factor.size if factor.axis is None or dim is None else geometry.lhs_shape[dim]
+        if cuts or dim is None or size % math.prod(mesh_shape[name] for name in axes):
+            return None
+        entries[dim] = axes
+        placed.update(axes)
+    asked = [name for spec in specs for axes in spec for name in axes]
+    used = [name for axes in entries if axes is not None for name in axes]
+    if set(asked) != placed or len(used) != len(placed):
+        return None
+    return PartitionSpec(*entries)
 
 
 def _spec_for(
@@ -289,7 +325,7 @@ def _partition(
     result: Any,
 ) -> tuple[Mesh, Callable[..., jax.Array], NamedSharding, tuple[NamedSharding, ...]]:
     """Called by XLA's partitioner once shardings have been propagated along the rule."""
-    specs = [_spec_of(shaped) for shaped in (*operands, result)]
+    specs = [spec_of(shaped) for shaped in (*operands, result)]
     mesh_shape = dict(mesh.shape)
     assignment = assign(geometry, specs, mesh_shape)
     dy, rhs, dx = (NamedSharding(mesh, _spec_for(geometry, i, assignment)) for i in (DY, RHS, DX))
