@@ -146,6 +146,7 @@ def _forward(
     )
 
 
+_forward.__name__ = "conv_general_dilated"  # the name that a jaxpr shows
 _conv = jax.custom_vjp(_forward, nondiff_argnums=(2,))
 
 
