@@ -5,18 +5,20 @@ Eight CPU devices stand for any eight. Shardings are written by the roles of dim
 """
 
 import itertools
+import json
 import math
+import pathlib
 import random
 
 import jax
 import numpy as np
 import oracles
 import pytest
-from collectives import Collective, collectives
 from conftest import SEED
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_convgrad import conv_input_grad, partition
+from jax_convgrad.tools.collectives import Collective, collectives
 from jax_convgrad.tools.geometries import (
     make_geometry,
     normwise_error,
@@ -27,6 +29,7 @@ from jax_convgrad.tools.geometries import (
 
 pytestmark = pytest.mark.native
 
+RECORDED = pathlib.Path(__file__).parents[1] / "benchmarks/results/communication.json"
 ITEM = 4  # bytes of a float32
 
 
@@ -217,6 +220,21 @@ def test_a_halo_is_no_more_than_its_share_of_dy(name):
     if "1" not in dx_cut:
         everything = ITEM * math.prod(g.out_shape)
         assert moved <= (edges.before + edges.after) / g.out_sizes[0] * everything
+
+
+def test_documented_halos_are_what_the_formula_says():
+    recorded = json.loads(RECORDED.read_text())
+    rows = [row for row in recorded["rows"] if row["cut"] == "H"]
+    assert rows
+    for row in rows:
+        x_shape, w_shape, stride, groups = recorded["layers"][row["layer"]]
+        g = oracles.geometry(
+            x_shape, w_shape, (stride,) * 2, "SAME", None, None, ("NHWC", "HWIO", "NHWC"), groups
+        )
+        edges = partition.halo(g, 0, 8)
+        size = rows_of_dy(g, edges.before + edges.after)
+        number = (edges.before > 0) + (edges.after > 0)
+        assert row["dX, ours"] == f"{number} collective-permute {size:,} B"
 
 
 def cuttable(seed):

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from collectives import collectives
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_convgrad
 from jax_convgrad import conv_input_grad
+from jax_convgrad.tools.collectives import collectives
 from jax_convgrad.tools.geometries import normwise_error, tolerance
 
 pytestmark = [pytest.mark.native, pytest.mark.usefixtures("x64")]
