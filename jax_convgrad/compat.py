@@ -27,7 +27,7 @@ from jax._src.lax.lax import canonicalize_precision as canonicalize_precision
 # Reads an `out_sharding` argument: a specification gets the mesh in force, a mesh its
 # abstract form.
 from jax._src.sharding_impls import canonicalize_sharding as canonicalize_sharding
-from jax.interpreters import ad
+from jax.interpreters import ad, mlir
 
 try:  # what comparing symbolic sizes raises; JAX 0.10.0 has it elsewhere
     from jax.errors import InconclusiveDimensionOperation as InconclusiveDimensionOperation
@@ -122,10 +122,22 @@ def no_custom_partitioning(lowering_context: Any) -> str | None:
     return None
 
 
-# A primitive whose lowering makes a `custom_partitioning` call must be in this set, or the
-# lowering gets no devices and the call fails.
+def annotate(value: Any, name: str, text: str) -> None:
+    """Attaches a text to the operation that makes a lowered value, which XLA ignores.
+
+    As `jax.experimental.xla_metadata` does it, which reaches no operation of a lowering rule.
+    """
+    ir = mlir.ir
+    attribute = ir.DictAttr.get({name: ir.StringAttr.get(text)})
+    value.owner.attributes["mhlo.frontend_attributes"] = attribute
+
+
 def requires_devices_during_lowering(primitive: Any) -> None:
-    """Has JAX tell the primitive's lowering which devices the program is for."""
+    """Has JAX tell the primitive's lowering which devices the program is for.
+
+    A primitive whose lowering makes a `custom_partitioning` call must be in this set, or
+    the call finds no devices.
+    """
     prim_requires_devices_during_lowering.add(primitive)
 
 

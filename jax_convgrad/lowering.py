@@ -94,7 +94,13 @@ def lower(
     if compat.partitioned_automatically(ctx):
         shard = functools.partial(bind, precision=precision, implementation=implementation)
         split = functools.partial(partition.partitioned, geometry=geometry, compute=shard)
-        return mlir.lower_fun(split, multiple_results=False)(ctx, dy, rhs)
+        result = mlir.lower_fun(split, multiple_results=False)(ctx, dy, rhs)
+        # The call itself names a Python object, which the persistent compilation cache leaves
+        # out of its keys on request: without this, programs that differ in their padding alone
+        # would share a key. An object of another process may have the same name as well.
+        text = f"{geometry} precision={precision} implementation={implementation}"
+        compat.annotate(result[0], "convgrad_input_grad", text)
+        return result
     if choice.plan is None:
         shape = symbolic.workspace_shape(geometry, out.dtype, platform, precision)
     else:

@@ -211,6 +211,36 @@ print("fine")
     assert result.stdout.endswith("fine\n"), result.stderr
 
 
+def test_the_persistent_cache_tells_geometries_apart(run_python, tmp_path):
+    """Of the same shapes and the same sharding rule, once also by JAX's own wish."""
+    code = """
+import jax, numpy as np, sys
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jax_convgrad import conv_input_grad
+for name, value in {
+    "jax_compilation_cache_dir": sys.argv[1],
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_remove_custom_partitioning_ptr_from_cache_key": True,
+}.items():
+    jax.config.update(name, value)
+mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+rng = np.random.default_rng(1)
+dy, w = rng.standard_normal((8, 4, 16)).astype("f4"), rng.standard_normal((4, 4, 3)).astype("f4")
+places = NamedSharding(mesh, P("d")), NamedSharding(mesh, P())
+for pads in ((1, 1), (0, 2), (2, 0)):
+    def dx(dy, w):
+        return conv_input_grad(dy, w, (8, 4, 16), (1,), [pads])
+    np.testing.assert_allclose(
+        jax.jit(dx, in_shardings=places)(dy, w), jax.jit(dx)(dy, w), rtol=1e-4, atol=1e-4
+    )
+"""
+    flag = "--xla_force_host_platform_device_count=8"
+    for _ in range(2):  # into the cache, and out of it
+        run_python("-c", code, str(tmp_path), XLA_FLAGS=flag)
+    assert any(tmp_path.iterdir())
+
+
 # --- manual: shard_map and pmap
 
 MANUAL = {
