@@ -122,6 +122,11 @@ def no_custom_partitioning(lowering_context: Any) -> str | None:
     return None
 
 
+def without_mesh() -> Any:
+    """A context without the mesh that the user has set (`jax.set_mesh`), for tracing."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
 def annotate(value: Any, name: str, text: str) -> None:
     """Attaches a text to the operation that makes a lowered value, which XLA ignores.
 

@@ -28,8 +28,11 @@ import jax
 import numpy as np
 from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.extend import core as jex_core
+from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from . import compat
 from .geometry import ConvGeometry, dilated_size
 
 # The three arrays of the map, as positions in a tuple.
@@ -336,7 +339,30 @@ def _partition(
         mesh_shape=mesh_shape,
         compute=compute,
     )
-    return mesh, program, dx, (dy, rhs)
+    shape = dx.shard_shape(geometry.lhs_shape)
+    return mesh, functools.partial(_device_p.bind, program=program, shape=shape), dx, (dy, rhs)
+
+
+# The program of one device as a primitive of its own, to be lowered without the mesh that the
+# caller has set: where its axes are explicit, collectives would be lowered with shardings.
+_device_p = jex_core.Primitive("conv_input_grad_of_one_device")
+
+
+def _device_type(dy: Any, rhs: Any, *, program: Any, shape: tuple[int, ...]) -> Any:
+    del rhs, program
+    return jax.core.ShapedArray(shape, dy.dtype)
+
+
+def _lower_device(ctx: Any, *operands: Any, program: Any, shape: tuple[int, ...]) -> Any:
+    with compat.without_mesh():
+        avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
+        result = jax.core.ShapedArray(shape, avals[DY].dtype)
+        rule = mlir.lower_fun(program, multiple_results=False)
+        return rule(ctx.replace(avals_in=avals, avals_out=[result]), *operands)
+
+
+_device_p.def_abstract_eval(_device_type)
+mlir.register_lowering(_device_p, _lower_device)
 
 
 def sharding_rule(
