@@ -8,7 +8,8 @@
 // - depthwise: one input channel a group, on the FP32 units (cuda/depthwise.cuh);
 // - few_channels, few_channels_3xtf32: few input channels, on the tensor cores
 //   (cuda/few_channels.cuh);
-// - grouped: groups of few channels, on the tensor cores (cuda/grouped.cuh).
+// - grouped: groups of few channels, on the tensor cores (cuda/grouped.cuh);
+// - wgmma: implicit GEMM on the tensor cores of sm_90a (cuda/wgmma.cuh).
 // "3xtf32" is TF32 with the accuracy of float32.
 
 #include <algorithm>
@@ -48,6 +49,7 @@ constexpr Rung kRungs[] = {
     {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, 80,
      kAnyLater},
     {"grouped", PlanGrouped, LaunchGrouped, 80, kAnyLater},
+    {"wgmma", PlanWgmma, LaunchWgmma, 90, 90},
 };
 // The kinds of GPU that plans are made for: each up to the next. From CUDA's table of
 // technical specifications by compute capability.

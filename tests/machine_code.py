@@ -48,6 +48,7 @@ class Row:
         planned_shared: whether a plan says how many bytes its launch adds.
         needs: instructions that must occur.
         never: instructions that must not.
+        only: the architectures that have it, all that are shipped if none are named.
         divides: why 64-bit integer divisions are called, "" if they must not be.
         local: why there is local memory, "" if there must be none.
     """
@@ -59,6 +60,7 @@ class Row:
     planned_shared: bool = False
     needs: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     divides: str = ""
     local: str = ""
 
@@ -69,6 +71,9 @@ _BITS_16 = "(__half|__nv_bfloat16)"
 # that are split.
 _MMA_16 = ("HMMA.16816", "LDGSTS.128", "LDSM", "LDSM.MT88", "STG.128")
 _MMA_32 = ("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.128", "STG.64")
+
+# Both operands from shared memory, put there by the copy engine, dY in im2col mode.
+_WGMMA = ("HGMMA", "UTMALDG.IM2COL", "USETMAXREG", "SYNCS")
 
 ROWS = (
     Row("DirectKernel<.*, int>", 256, 4, never=NO_TENSOR_CORES),
@@ -105,6 +110,15 @@ ROWS = (
     Row("FewChannelsKernel<float, true, .*>", 256, 1, planned_shared=True,
         needs=("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.128")),
     Row("MmaReduceKernel<float>", 128, 4, needs=("LDG.128", "STG.64"), never=NO_TENSOR_CORES),
+    Row("WgmmaKernel<__nv_bfloat16, .*>", 384, 1, planned_shared=True, only=("sm_90a",),
+        needs=(*_WGMMA, "HGMMA.BF16", "UTMALDG.5D", "STG.128"),
+        never=("HMMA", "LDGSTS", "LDSM")),
+    Row("WgmmaKernel<__half, .*>", 384, 1, planned_shared=True, only=("sm_90a",),
+        needs=(*_WGMMA, "UTMALDG.5D", "STG.128"), never=("HMMA", "LDGSTS", "LDSM")),
+    Row("WgmmaKernel<float, .*>", 384, 1, planned_shared=True, only=("sm_90a",),
+        needs=(*_WGMMA, "HGMMA.TF32", "UTMALDG.3D", "STG.64"),
+        never=("HMMA", "LDGSTS", "LDSM")),
+    Row("WgmmaRepackKernel", 256, 4, only=("sm_90a",), never=NO_TENSOR_CORES),
 )  # fmt: skip
 
 # ---- what a chip has ----------------------------------------------------------------
@@ -368,7 +382,7 @@ def complaints(kernel: Kernel, rows: Iterable[Row] = ROWS) -> list[str]:
     return wrong
 
 
-COUNTED = ("HMMA", "HGMMA", "LDGSTS", "LDSM", "LDG.128", "STG.128")
+COUNTED = ("HMMA", "HGMMA", "UTMALDG", "LDGSTS", "LDSM", "LDG.128", "STG.128")
 
 
 def table(kernels: Iterable[Kernel], rows: Iterable[Row] = ROWS) -> str:

@@ -31,7 +31,7 @@ if (reason := build.missing()) is not None:
 
 TARGET = "convgrad_input_grad_emulated"
 # Rungs that may round float32 products to TF32 where the precision allows it.
-TF32_RUNGS = {"few_channels", "grouped", "mma"}
+TF32_RUNGS = {"few_channels", "grouped", "mma", "wgmma"}
 LITERAL = {case.name for case in cases.wide_cases()}
 CASES = list(cases.small_cases(8, SEED))
 
@@ -283,6 +283,56 @@ def test_planner_takes_the_grouped_kernel_where_groups_have_few_channels(emulate
         attributes = custom_call.attributes(g, "cuda", None)
         plan = emulated.plan("bfloat16", g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
         assert plan["kernel"] == ("mma" if g is wide else "grouped"), g
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_wgmma_takes_the_cases_that_are_meant_for_it(emulated, dtype):
+    # core.cc skips what a kernel declines, which must not go unnoticed.
+    walking = cases.hopper_walking_case()
+    declined = [
+        case.name
+        for case in (*cases.hopper_cases(), walking)
+        if "wgmma" not in plans(emulated, case.geometry, dtype)
+    ]
+    assert declined == ([] if dtype == "float32" else ["hopper_f32_only"])
+
+
+def test_wgmma_walks_where_the_tests_mean_it(emulated):
+    g = cases.hopper_walking_case().geometry
+    attributes = custom_call.attributes(g, "cuda", None, "wgmma")
+    plan = emulated.plan("bfloat16", g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
+    least_rows = g.lhs_shape[0] * 10 * 10  # of a phase, of which there are four
+    assert 4 * (least_rows // plan["tile"][0]) > plan["blocks"] + 4
+
+
+WGMMA_DECLINES = {
+    "groups": make_geometry((7, 7), (3, 3), (64, 64), padding=1, feature_groups=2),
+    "out_channels": make_geometry((7, 7), (3, 3), (64, 66), padding=1),
+    "in_channels": make_geometry((7, 7), (3, 3), (63, 64), padding=1),
+    "steps": make_geometry((7, 7), (3, 3), (64, 64), padding=2, lhs_dilation=9),
+    "phases": make_geometry((40,), (20,), (64, 64), stride=17, padding=4),
+    "corners": make_geometry((7, 7), (3, 3), (64, 64), padding=((200, 0), (0, 0))),
+    "offsets": make_geometry((7, 600), (1, 3), (64, 64), rhs_dilation=(1, 140)),
+}
+
+
+@pytest.mark.parametrize("name", WGMMA_DECLINES)
+def test_wgmma_leaves_to_mma_what_the_copy_engine_cannot_fetch(emulated, name):
+    for dtype in ("bfloat16", "float32"):
+        found = plans(emulated, WGMMA_DECLINES[name], dtype)
+        assert "wgmma" not in found, dtype
+        assert "mma" in found, dtype
+
+
+def test_wgmma_is_for_one_compute_capability(emulated):
+    g = make_geometry((56, 56), (3, 3), (256, 256), batch=32, padding=1)
+    attributes = custom_call.attributes(g, "cuda", None)
+    shapes = (g.lhs_shape, g.rhs_shape, g.out_shape)
+    planned = {
+        capability: emulated.plan("bfloat16", *shapes, attributes, capability)["kernel"]
+        for capability in (80, 90, 100, 120)
+    }
+    assert planned == {80: "mma", 90: "wgmma", 100: "mma", 120: "mma"}
 
 
 def test_blocks_take_several_tiles_where_the_tests_mean_it(emulated):

@@ -23,9 +23,22 @@ def test_kernels_against_the_literal_sum(tmp_path, mode):
     check(build.core(), problems[first :: len(cases.MODES)], mode, tmp_path)
 
 
+@pytest.mark.parametrize("mode", cases.MODES, ids="eager{0[0]}-order{0[1]}".format)
+def test_wgmma_against_the_literal_sum(tmp_path, mode):
+    # As above: the named cases, random ones, and the layers of the table made small.
+    sweep = [
+        *cases.hopper_cases(), *cases.hopper_random_cases(24, SEED), *cases.layer_cases()
+    ]  # fmt: skip
+    problems = list(cases.hopper_lines(sweep))
+    first = (cases.MODES.index(mode) + SEED) % len(cases.MODES)
+    check(build.core(), problems[first :: len(cases.MODES)], mode, tmp_path)
+
+
 @pytest.mark.parametrize("kernel", cases.TILES)
 def test_every_tile_against_the_literal_sum(tmp_path, kernel):
     small = list(cases.small_cases(0, SEED, 1 << 17))[SEED % 2 :: 2]
+    if kernel == "wgmma":
+        small = cases.hopper_cases()[SEED % 2 :: 2]
     check(build.core(), cases.tile_lines(kernel, small), cases.MODES[SEED % 6], tmp_path)
 
 
@@ -36,6 +49,10 @@ def test_blocks_that_take_several_tiles(tmp_path, mode):
 
 def test_images_beyond_32_bit_offsets(tmp_path):
     check(build.core(), cases.far_lines(), cases.MODES[0], tmp_path)
+
+
+def test_arrays_that_are_not_aligned(tmp_path):
+    check(build.core(), cases.shifted_lines(), cases.MODES[1], tmp_path)
 
 
 @pytest.mark.parametrize("shared_bytes", [40 << 10, 12 << 10])
@@ -63,6 +80,8 @@ def test_kernels_under_a_sanitizer(tmp_path, variant, most_products, mode):
         cases.line(case, cases.DTYPES[index % 4], special=index % 5 == 4, allow_tf32=index % 2 == 0)
         for index, case in enumerate(small)
     ]
+    hopper = list(cases.hopper_lines(cases.hopper_cases()))
+    problems += hopper[SEED % 3 :: 3] if variant == "address" else hopper[SEED % 9 :: 9]
     check(build.core(variant), problems, mode, tmp_path)
 
 

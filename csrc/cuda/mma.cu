@@ -13,21 +13,8 @@
 #include "rungs.h"
 
 namespace convgrad {
-namespace {
 
-constexpr int64_t kMaxParts = 32;
-constexpr int64_t kMinSlicesOfPart =
-    8;  // fewer, and filling the ring is most of the work
-constexpr int64_t kMaxWorkspaceBytes = int64_t{64} << 20;
-
-// ---- patches ----------------------------------------------------------------------
-
-// A problem as it is launched: itself, or as patches a pointwise one (mma.cuh).
-struct Rewritten {
-  Problem problem;
-  int64_t run = INT32_MAX, plane = INT32_MAX;  // channels
-  int64_t run_gap = 0, plane_gap = 0;          // elements of dX
-};
+// ---- what wgmma.cu shares ---------------------------------------------------------
 
 Rewritten AsPatches(const Problem& problem) {
   Rewritten r{problem};
@@ -62,6 +49,77 @@ Rewritten AsPatches(const Problem& problem) {
   }
   return r;
 }
+
+TapCounts CountTaps(const Problem& problem) {
+  TapCounts taps{1, 1};
+  for (const Axis& a : problem.axis) {
+    const int64_t phases = std::min(PhaseCount(a), a.in);
+    int64_t most = 0, all = 0;
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const int64_t count = MakePhase(a, phase).r_count;
+      most = std::max(most, count);
+      all += count;
+    }
+    taps.most *= static_cast<double>(most);
+    taps.average *= static_cast<double>(all) / static_cast<double>(phases);
+  }
+  return taps;
+}
+
+int WidthOfRuns(const Rewritten& rewritten, const void* dx) {
+  const Problem& problem = rewritten.problem;
+  // Every run starts as aligned as every row does.
+  Alignment runs(nullptr, SizeInBytes(problem.dtype));
+  runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run);
+  runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run + rewritten.run_gap);
+  runs.Add(problem.in_channels / rewritten.plane + 1, rewritten.plane_gap);
+  return problem.dx.channel == 1 || problem.in_channels == 1
+             ? std::min(WidthOfDx(problem, dx), runs.Bytes())
+             : 0;
+}
+
+MmaParams MakeMmaParams(const Rewritten& rewritten, int64_t tile_m, int64_t tile_n,
+                        int64_t parts, const void* dy, const void* w, const void* dx) {
+  const Problem& problem = rewritten.problem;
+  MmaParams params{};
+  params.geometry = MakeGeometry<int32_t>(problem);
+  params.grid = MakeTileGrid(problem, tile_m, tile_n);
+  params.parts = static_cast<unsigned>(parts);
+  params.dy_width = WidthOfDy(problem, dy);
+  params.w_width = WidthOfW(problem, w);
+  const int width = WidthOfRuns(rewritten, dx);
+  params.vector_store = width >= VectorBytes(problem.dtype);
+  params.pair_store = problem.dtype != DType::kF32 && width >= 4;
+  params.run = Divider<int32_t>::Make(rewritten.run);
+  params.plane = Divider<int32_t>::Make(rewritten.plane);
+  params.run_gap = static_cast<int32_t>(rewritten.run_gap);
+  params.plane_gap = static_cast<int32_t>(rewritten.plane_gap);
+  return params;
+}
+
+template <typename T>
+cudaError_t EnqueueMmaReduce(cudaStream_t stream, const MmaParams& params, const T* dy,
+                             const T* w, T* dx, const float4* partial) {
+  const int64_t strips = static_cast<int64_t>(params.grid.total) *
+                         (params.grid.tile_m * params.grid.tile_n / kMmaStripElements);
+  return CU_LAUNCH((MmaReduceKernel<T>),
+                   dim3(static_cast<unsigned>(CeilDiv(strips, kMmaReduceWarps))),
+                   dim3(kMmaReduceWarps * 32), 0, stream, params, dy, w, dx, partial);
+}
+template cudaError_t EnqueueMmaReduce(cudaStream_t, const MmaParams&,
+                                      const __nv_bfloat16*, const __nv_bfloat16*,
+                                      __nv_bfloat16*, const float4*);
+template cudaError_t EnqueueMmaReduce(cudaStream_t, const MmaParams&, const __half*,
+                                      const __half*, __half*, const float4*);
+template cudaError_t EnqueueMmaReduce(cudaStream_t, const MmaParams&, const float*,
+                                      const float*, float*, const float4*);
+
+namespace {
+
+constexpr int64_t kMaxParts = 32;
+constexpr int64_t kMinSlicesOfPart =
+    8;  // fewer, and filling the ring is most of the work
+constexpr int64_t kMaxWorkspaceBytes = int64_t{64} << 20;
 
 // ---- how wide copies may be -------------------------------------------------------
 
@@ -98,27 +156,6 @@ constexpr TileChoice kChoices[] = {
 };
 
 // ---- plans ------------------------------------------------------------------------
-
-// The taps of the phase that has the most, and of a phase on average.
-struct TapCounts {
-  double most, average;
-};
-
-TapCounts CountTaps(const Problem& problem) {
-  TapCounts taps{1, 1};
-  for (const Axis& a : problem.axis) {
-    const int64_t phases = std::min(PhaseCount(a), a.in);
-    int64_t most = 0, all = 0;
-    for (int64_t phase = 0; phase < phases; ++phase) {
-      const int64_t count = MakePhase(a, phase).r_count;
-      most = std::max(most, count);
-      all += count;
-    }
-    taps.most *= static_cast<double>(most);
-    taps.average *= static_cast<double>(all) / static_cast<double>(phases);
-  }
-  return taps;
-}
 
 // What narrow copies cost, as a factor of the time: an estimate, by the number of
 // instructions.
@@ -200,32 +237,6 @@ bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
 
 // ---- launches ---------------------------------------------------------------------
 
-MmaParams MakeMmaParams(const Rewritten& rewritten, int64_t tile_m, int64_t tile_n,
-                        int64_t parts, const void* dy, const void* w, const void* dx) {
-  const Problem& problem = rewritten.problem;
-  MmaParams params{};
-  params.geometry = MakeGeometry<int32_t>(problem);
-  params.grid = MakeTileGrid(problem, tile_m, tile_n);
-  params.parts = static_cast<unsigned>(parts);
-  params.dy_width = WidthOfDy(problem, dy);
-  params.w_width = WidthOfW(problem, w);
-  // Every run starts as aligned as every row does.
-  Alignment runs(nullptr, SizeInBytes(problem.dtype));
-  runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run);
-  runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run + rewritten.run_gap);
-  runs.Add(problem.in_channels / rewritten.plane + 1, rewritten.plane_gap);
-  const int width = problem.dx.channel == 1 || problem.in_channels == 1
-                        ? std::min(WidthOfDx(problem, dx), runs.Bytes())
-                        : 0;
-  params.vector_store = width >= (problem.dtype == DType::kF32 ? 8 : 16);
-  params.pair_store = problem.dtype != DType::kF32 && width >= 4;
-  params.run = Divider<int32_t>::Make(rewritten.run);
-  params.plane = Divider<int32_t>::Make(rewritten.plane);
-  params.run_gap = static_cast<int32_t>(rewritten.run_gap);
-  params.plane_gap = static_cast<int32_t>(rewritten.plane_gap);
-  return params;
-}
-
 template <typename T, bool kThreeProducts, int kM, int kN, bool kWide>
 cudaError_t Enqueue(cudaStream_t stream, const MmaParams& params, const T* dy, const T* w,
                     T* dx, float4* partial) {
@@ -269,12 +280,7 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
   };
   const cudaError_t status = enqueue();
   if (status != cudaSuccess || plan.split_k == 1) return status;
-  const int64_t strips =
-      static_cast<int64_t>(params.grid.total) * (tile_m * tile_n / kMmaStripElements);
-  return CU_LAUNCH((MmaReduceKernel<T>),
-                   dim3(static_cast<unsigned>(CeilDiv(strips, kMmaReduceWarps))),
-                   dim3(kMmaReduceWarps * 32), 0, stream, params, dy, w, dx,
-                   static_cast<const float4*>(partial));
+  return EnqueueMmaReduce<T>(stream, params, dy, w, dx, partial);
 }
 
 template <typename T, bool kThreeProducts>

@@ -235,8 +235,9 @@ __device__ __forceinline__ int32_t ChannelAt(const MmaParams& params, int32_t c)
          params.plane.Quotient(c) * params.plane_gap;
 }
 
-// Stores kCount adjacent channels of a row, of those that exist.
-template <int kCount, typename T>
+// Stores kCount adjacent channels of a row, of those that exist. With kVectorsOnly these
+// are all or none, and aligned: params.vector_store.
+template <bool kVectorsOnly = false, int kCount, typename T>
 __device__ __forceinline__ void StoreChannels(const MmaParams& params,
                                               const T (&value)[kCount], int32_t row_at,
                                               int32_t c, T* __restrict__ dx) {
@@ -250,9 +251,14 @@ __device__ __forceinline__ void StoreChannels(const MmaParams& params,
     for (int e = 0; e < kWidth; ++e) packed.element[e] = value[first + e];
     *reinterpret_cast<Packed*>(dx + row_at + ChannelAt(params, c + first)) = packed;
   };
-  if (params.vector_store && c + kCount <= g.in_channels) {
-    store(std::integral_constant<int, kCount>{}, 0);
-  } else if (params.pair_store && c + kCount <= g.in_channels) {
+  if (kVectorsOnly || params.vector_store) {
+    if (c + kCount <= g.in_channels) {
+      store(std::integral_constant<int, kCount>{}, 0);
+      return;
+    }
+  }
+  if (kVectorsOnly) return;
+  if (params.pair_store && c + kCount <= g.in_channels) {
 #pragma unroll
     for (int e = 0; e < kCount; e += 2) store(std::integral_constant<int, 2>{}, e);
   } else {
@@ -288,7 +294,7 @@ __device__ __forceinline__ void StoreZeros(const MmaParams& params,
 // Stores a strip whose first channel is c. A lane has rows lane/4 and lane/4 + 8, which
 // lie at row_at in dX if there is such a row. Returns which of its sums are not finite:
 // bit 4*j + e for sum[j][e].
-template <typename T>
+template <bool kVectorsOnly = false, typename T>
 __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
                                                const float (&sum)[kMmaStripTiles][4],
                                                const int32_t (&row_at)[2],
@@ -319,14 +325,15 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
       T value[8];
       std::memcpy(value, word, sizeof(value));
       if (row_exists[half]) {
-        StoreChannels(params, value, row_at[half], c + lane % 4 * 8, dx);
+        StoreChannels<kVectorsOnly>(params, value, row_at[half], c + lane % 4 * 8, dx);
       }
     } else {
 #pragma unroll
       for (int j = 0; j < kMmaStripTiles; ++j) {
         const T value[2] = {sum[j][2 * half], sum[j][2 * half + 1]};
         if (row_exists[half]) {
-          StoreChannels(params, value, row_at[half], c + j * 8 + lane % 4 * 2, dx);
+          StoreChannels<kVectorsOnly>(params, value, row_at[half],
+                                      c + j * 8 + lane % 4 * 2, dx);
         }
       }
     }
@@ -335,9 +342,10 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
 }
 
 // Computes again, by the definition, the elements of `special`: bit 16*i + 4*j + e for
-// e of tile j of strip i of a warp, whose first row and channel are m and c. A lane's
-// results may have been stored by another one, hence the barrier.
-template <typename T>
+// e of tile j of strip i of a warp, whose first row and channel are m and c; the next
+// strip is so many rows or channels on. A lane's results may have been stored by another
+// one, hence the barrier.
+template <typename T, int kStripsApartM = kMmaStripRows, int kStripsApartN = 0>
 __device__ __forceinline__ void Repair(const MmaParams& params,
                                        const TilePlace<int32_t>& at, uint64_t special,
                                        int32_t m, int32_t c, int lane,
@@ -349,8 +357,9 @@ __device__ __forceinline__ void Repair(const MmaParams& params,
   for (int bit = 0; special != 0; ++bit, special >>= 1) {
     if ((special & 1) == 0) continue;
     const int e = bit % 4;
-    const int32_t row_m = m + bit / 16 * kMmaStripRows + lane / 4 + e / 2 * 8;
-    const int32_t row_c = c + bit / 4 % 4 * 8 + lane % 4 * 2 + e % 2;
+    const int32_t row_m = m + bit / 16 * kStripsApartM + lane / 4 + e / 2 * 8;
+    const int32_t row_c =
+        c + bit / 16 * kStripsApartN + bit / 4 % 4 * 8 + lane % 4 * 2 + e % 2;
     if (row_m >= at.row_count || row_c >= g.in_channels) continue;
     const RowPlace<int32_t> row = PlaceRow(g, at, row_m);
     const float sum =
@@ -365,6 +374,23 @@ __device__ __forceinline__ void Repair(const MmaParams& params,
 __device__ __forceinline__ size_t PartialAt(size_t tile, int strips, int strip, int j,
                                             int lane) {
   return ((tile * strips + strip) * kMmaStripTiles + j) * 32 + lane;
+}
+
+// ---- parts of a sum ---------------------------------------------------------------
+
+struct PartOfSlices {
+  int32_t first, count;
+};
+
+// A part's share of a tile's slices. The first parts have one more if the slices do not
+// divide evenly.
+__device__ __forceinline__ PartOfSlices ShareSlices(int32_t slices, unsigned part,
+                                                    unsigned parts) {
+  const unsigned all = static_cast<unsigned>(slices);
+  const unsigned even = all / parts;
+  const unsigned left = all - even * parts;
+  return {static_cast<int32_t>(even * part + (part < left ? part : left)),
+          static_cast<int32_t>(even + (part < left ? 1 : 0))};
 }
 
 // ---- the kernels ------------------------------------------------------------------
@@ -406,15 +432,9 @@ __global__ void __launch_bounds__(
   const int32_t taps = FindLiveTaps(g, at, rows, S::kM, thread == 0, spans);
   __syncthreads();
 
-  // This block's part of the slices, and the first of them. The first parts have one more
-  // if the slices do not divide evenly.
   const int32_t slices_per_tap = (g.out_channels + S::kK - 1) / S::kK;
-  const unsigned all_slices = static_cast<unsigned>(taps * slices_per_tap);
-  const unsigned even = all_slices / params.parts;
-  const unsigned left = all_slices - even * params.parts;
-  const int32_t first_slice =
-      static_cast<int32_t>(even * part + (part < left ? part : left));
-  const int32_t slices = static_cast<int32_t>(even + (part < left ? 1 : 0));
+  const PartOfSlices share = ShareSlices(taps * slices_per_tap, part, params.parts);
+  const int32_t first_slice = share.first, slices = share.count;
 
   // What this thread copies: its chunks' places in a slice and in global memory.
   const int a_row = thread / S::kChunksA, a_k = thread % S::kChunksA * S::kChunk;
@@ -628,5 +648,34 @@ __global__ void __launch_bounds__(kMmaReduceWarps * 32, kMmaReduceMinBlocks)
   const unsigned special = StoreStrip(params, sum, row_at, row_exists, c, lane, dx);
   Repair(params, at, special, m, c, lane, dy, w, dx);
 }
+
+// ---- the host's side, which wgmma.cu shares ----------------------------------------
+
+// A problem as it is launched: itself, or as patches a pointwise one.
+struct Rewritten {
+  Problem problem;
+  int64_t run = INT32_MAX, plane = INT32_MAX;  // channels
+  int64_t run_gap = 0, plane_gap = 0;          // elements of dX
+};
+Rewritten AsPatches(const Problem& problem);
+
+// The taps of the phase that has the most, and of a phase on average.
+struct TapCounts {
+  double most, average;
+};
+TapCounts CountTaps(const Problem& problem);
+
+// To how many bytes runs of channels of dX are aligned, 0 if these are not contiguous;
+// and how many are needed to store vectors.
+int WidthOfRuns(const Rewritten& rewritten, const void* dx);
+constexpr int VectorBytes(DType dtype) { return dtype == DType::kF32 ? 8 : 16; }
+
+MmaParams MakeMmaParams(const Rewritten& rewritten, int64_t tile_m, int64_t tile_n,
+                        int64_t parts, const void* dy, const void* w, const void* dx);
+
+// Enqueues the kernel that adds up parts, for bfloat16, float16 and float32.
+template <typename T>
+cudaError_t EnqueueMmaReduce(cudaStream_t stream, const MmaParams& params, const T* dy,
+                             const T* w, T* dx, const float4* partial);
 
 }  // namespace convgrad

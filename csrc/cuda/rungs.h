@@ -26,6 +26,8 @@ struct ReferenceGpu {
   static constexpr double kFmaF64PerUs = 15e6;  // on the FP64 units
   static constexpr double kMma16PerUs = 300e6;  // mma.sync, bf16 and f16
   static constexpr double kMmaTf32PerUs = 150e6;
+  static constexpr double kWgmma16PerUs = 350e6;  // wgmma, an estimate
+  static constexpr double kWgmmaTf32PerUs = 175e6;
   // The roof: what its largest matrix products reach, whatever the instructions. The
   // first is measured, the others follow it as in the data sheet.
   static constexpr double kPeak16PerUs = 395e6;
@@ -56,9 +58,9 @@ using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,
                                    const Plan& plan, const void* dy, const void* w,
                                    void* dx, void* workspace);
 
-PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32;
+PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32, PlanWgmma;
 PlanFunction PlanDepthwise, PlanGrouped, PlanFewChannels, PlanFewChannels3xTf32;
-LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32;
+LaunchFunction LaunchDirect, LaunchTiled, LaunchMma, LaunchMma3xTf32, LaunchWgmma;
 LaunchFunction LaunchDepthwise, LaunchGrouped, LaunchFewChannels, LaunchFewChannels3xTf32;
 
 }  // namespace convgrad

@@ -85,12 +85,13 @@ cudaError_t EncodeTiled(const void* base, const TensorShape& shape, const uint32
 }
 
 // Columns of pixels of an image (channels, axes from the innermost, images), permuted as
-// above: `channels` of each of `pixels` pixels. The box that pixels are taken from begins
-// `lower` beyond the image's first pixel and ends `upper` beyond its last, on each axis.
+// above: `channels` of each of `pixels` pixels, which are `step` apart. The box that they
+// are taken from begins `lower` beyond the image's first pixel and ends `upper` beyond
+// its last. All three are for each axis.
 template <typename T>
 cudaError_t EncodeIm2col(const void* base, const TensorShape& shape, const int* lower,
-                         const int* upper, uint32_t channels, uint32_t pixels,
-                         CUtensorMap* map) {
+                         const int* upper, const int* step, uint32_t channels,
+                         uint32_t pixels, CUtensorMap* map) {
   static std::atomic<decltype(&cuTensorMapEncodeIm2col)> cached{nullptr};
   auto encode = cached.load();
   if (encode == nullptr) {
@@ -98,11 +99,12 @@ cudaError_t EncodeIm2col(const void* base, const TensorShape& shape, const int* 
     if (status != cudaSuccess) return status;
     cached.store(encode);
   }
-  const uint32_t step[kMostDimensions] = {1, 1, 1, 1, 1};
+  uint32_t steps[kMostDimensions] = {1, 1, 1, 1, 1};
+  for (int i = 1; i < shape.rank - 1; ++i) steps[i] = static_cast<uint32_t>(step[i - 1]);
   const CUresult result =
       encode(map, TensorMapType<T>::kValue, static_cast<uint32_t>(shape.rank),
              const_cast<void*>(base), shape.size, shape.stride, lower, upper, channels,
-             pixels, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             pixels, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -112,6 +114,7 @@ cudaError_t EncodeIm2col(const void* base, const TensorShape& shape, const int* 
 constexpr int CornerLimit(int axes) {
   return axes == 1 ? 1 << 15 : axes == 2 ? 1 << 7 : 1 << 4;
 }
+constexpr int kMostStep = 8;
 constexpr int OffsetLimit(int axes) { return 2 * CornerLimit(axes); }
 
 }  // namespace convgrad

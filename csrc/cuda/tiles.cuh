@@ -1,5 +1,5 @@
-// What the implicit GEMMs (tiled.cuh, mma.cuh) share: how their blocks are numbered, what
-// the rows of a tile are in dX and dY, and which taps a tile needs.
+// What the implicit GEMMs (tiled.cuh, mma.cuh, wgmma.cuh) share: how their blocks are
+// numbered, what the rows of a tile are in dX and dY, and which taps a tile needs.
 //
 // Rows are the pairs of an image and a position of one phase (phase.h) in lexicographic
 // order, columns the input channels of one group.
@@ -166,20 +166,18 @@ struct TapSpan {
   Index count, shift, r;
 };
 
-// The taps that some row of the tile at `at` may need, `rows` being its rows: returns
-// their number, and fills `spans` in one of the threads. Rows are in lexicographic order,
-// so on an axis they lie between the first and the last row's position as long as these
-// two agree on everything before that axis, and anywhere if not.
+// The taps that some row of a tile may need, between its first and its last row, whose
+// positions in dY for tap zero these are: returns their number, and fills `spans` if
+// `fills`. Rows are in lexicographic order, so on an axis they lie between the first and
+// the last row's position as long as these two agree on everything before that axis,
+// `together` standing for the image, and anywhere if not.
 template <typename Index>
-__device__ __forceinline__ Index FindLiveTaps(const Geometry<Index>& g,
-                                              const TilePlace<Index>& at,
-                                              const TileRow<Index>* rows, int tile_m,
-                                              bool fills,
-                                              TapSpan<Index> (&spans)[kAxes]) {
-  const Index m_end = at.m0 + tile_m < at.row_count ? at.m0 + tile_m : at.row_count;
-  const TileRow<Index>& first = rows[0];
-  const TileRow<Index>& last = rows[m_end - 1 - at.m0];
-  bool together = at.m0 / at.per_image == (m_end - 1) / at.per_image;
+__device__ __forceinline__ Index LiveTapsBetween(const Geometry<Index>& g,
+                                                 const TilePlace<Index>& at,
+                                                 bool together,
+                                                 const Index (&first)[kAxes],
+                                                 const Index (&last)[kAxes], bool fills,
+                                                 TapSpan<Index> (&spans)[kAxes]) {
   Index taps = 1;
 #pragma unroll
   for (int a = 0; a < kAxes; ++a) {
@@ -187,9 +185,9 @@ __device__ __forceinline__ Index FindLiveTaps(const Geometry<Index>& g,
     const Index lowest = at.phase[a].p0;
     const Index highest = lowest + (at.positions[a] - 1) * axis.p_per_h;
     const TapRange<Index> live =
-        LiveTaps(axis, together ? first.p[a] : lowest, together ? last.p[a] : highest,
+        LiveTaps(axis, together ? first[a] : lowest, together ? last[a] : highest,
                  at.phase[a].r_count);
-    together = together && first.p[a] == last.p[a];
+    together = together && first[a] == last[a];
     taps *= live.count;
     if (fills) {
       spans[a] = {live.count, live.first * axis.p_per_r.divisor,
@@ -197,6 +195,18 @@ __device__ __forceinline__ Index FindLiveTaps(const Geometry<Index>& g,
     }
   }
   return taps;
+}
+
+// The same for a tile whose rows are in `rows`; one of the threads fills.
+template <typename Index>
+__device__ __forceinline__ Index FindLiveTaps(const Geometry<Index>& g,
+                                              const TilePlace<Index>& at,
+                                              const TileRow<Index>* rows, int tile_m,
+                                              bool fills,
+                                              TapSpan<Index> (&spans)[kAxes]) {
+  const Index m_end = at.m0 + tile_m < at.row_count ? at.m0 + tile_m : at.row_count;
+  return LiveTapsBetween(g, at, at.m0 / at.per_image == (m_end - 1) / at.per_image,
+                         rows[0].p, rows[m_end - 1 - at.m0].p, fills, spans);
 }
 
 }  // namespace convgrad

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from jax_convgrad import ConvGeometry, custom_call
+from jax_convgrad.tools import layers
 from jax_convgrad.tools.geometries import (
     Case,
     make_geometry,
@@ -16,6 +17,7 @@ from jax_convgrad.tools.geometries import (
     tolerance,
 )
 
+LAYERS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks/layers.json"
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 # (CUDA_EMULATOR_EAGER, CUDA_EMULATOR_ORDER): spread over cases, so that each sees one.
 MODES = (("0", "0"), ("1", "1"), ("0", "7"), ("1", "0"), ("0", "1"), ("1", "7"))
@@ -90,6 +92,109 @@ def few_channel_cases() -> list[Case]:
     return [Case(name, geometry) for name, geometry in table.items()]
 
 
+def rescaled(
+    g: ConvGeometry, spatial: Sequence[int], channels: tuple[int, int], batch: int
+) -> ConvGeometry:
+    """A dense geometry with its windows, strides, paddings and dilations, and other sizes."""
+    rhs_spec = g.dimension_numbers.rhs_spec
+    return make_geometry(
+        tuple(spatial),
+        tuple(g.rhs_shape[d] for d in rhs_spec[2:]),
+        channels,
+        batch=batch,
+        stride=tuple(g.window_strides),
+        padding=tuple(map(tuple, g.padding)),
+        lhs_dilation=tuple(g.lhs_dilation),
+        rhs_dilation=tuple(g.rhs_dilation),
+    )
+
+
+def _channels(g: ConvGeometry) -> tuple[int, int]:
+    """Input and output channels of a dense geometry."""
+    out_channels, in_channels = (g.rhs_shape[d] for d in g.dimension_numbers.rhs_spec[:2])
+    return in_channels, out_channels
+
+
+def hopper_cases() -> list[Case]:
+    """Geometries for every path of the kernel for sm_90a."""
+    g = make_geometry
+    table = {
+        "hopper_dense": g((7, 6), (3, 3), (64, 64), padding=1),
+        "hopper_strided": g((11, 9), (3, 3), (72, 40), stride=2, padding=((1, 2), (0, 1))),
+        "hopper_pointwise": g((5, 4), (1, 1), (72, 8), stride=2),  # phases without taps
+        "hopper_1d": g((31,), (10,), (16, 16), stride=5, padding=2),
+        "hopper_3d": g((4, 5, 6), (3, 2, 3), (16, 24), stride=(1, 2, 1),
+                       padding=((1, 1), (0, 1), (2, 1))),
+        "hopper_dilated": g((9, 8), (3, 3), (16, 72), rhs_dilation=(2, 3), padding=3),
+        "hopper_strided_dilated": g((9, 9), (3, 3), (16, 16), stride=(2, 3),
+                                    rhs_dilation=(3, 2), padding=3),
+        "hopper_lhs_dilated": g((6, 5), (3, 3), (16, 16), stride=(4, 2), lhs_dilation=2,
+                                padding=2),
+        "hopper_transposed": g((6, 5), (4, 3), (16, 16), stride=(1, 2), lhs_dilation=(2, 3),
+                               padding=2),
+        # Several tiles of channels, K that ends within a slice.
+        "hopper_wide": g((5, 5), (3, 3), (264, 136), padding=1),
+        "hopper_patches": g((8, 12), (4, 4), (8, 16), batch=1, stride=4),
+        "hopper_long_sum": g((4, 4), (3, 3), (8, 264), batch=1, padding=1),  # in parts
+        "hopper_long_strided_sum": g((5, 5), (3, 3), (16, 520), batch=1, stride=2, padding=1),
+        "hopper_images": g((2, 3), (2, 2), (16, 16), batch=50),
+        "hopper_64": g((9, 9), (3, 3), (64, 72), batch=3, padding=1),
+        "hopper_far_padding": g((6, 6), (3, 3), (16, 16), padding=((4, 0), (0, 5))),
+        "hopper_cropped": g((9, 8), (3, 3), (16, 16), padding=((-2, 1), (0, -3))),
+        "hopper_large_window": g((3, 4), (5, 7), (16, 16), padding=3),
+        "hopper_16_phases": g((9, 9), (5, 5), (16, 16), stride=4, padding=2),
+        "hopper_f32_only": g((5, 5), (3, 3), (6, 12), padding=1),
+    }  # fmt: skip
+    return [Case(name, geometry) for name, geometry in table.items()]
+
+
+def hopper_random_cases(count: int, seed: int) -> Iterator[Case]:
+    """Random dense geometries with whole rows, which the copy engine can fetch."""
+    for case in random_cases(count, seed):
+        g = case.geometry
+        if g.groups == 1 and 0 not in (*g.lhs_shape, *g.rhs_shape, *g.out_shape):
+            channels = tuple(-(-size // 8) * 8 for size in _channels(g))
+            spatial = tuple(g.lhs_shape[d] for d in g.dimension_numbers.lhs_spec[2:])
+            batch = g.lhs_shape[g.dimension_numbers.lhs_spec[0]]
+            yield Case(f"hopper_{case.name}", rescaled(g, spatial, channels, batch))
+
+
+def layer_cases() -> Iterator[Case]:
+    """The dense layers of the table, each window with its strides and paddings once, made small."""
+    seen = set()
+    for layer in layers.load(LAYERS, "NHWC"):
+        g = layer.geometry
+        lhs_spec, rhs_spec, _ = g.dimension_numbers
+        window = tuple(g.rhs_shape[d] for d in rhs_spec[2:])
+        key = (window, tuple(g.window_strides), g.padding, g.lhs_dilation, g.rhs_dilation)
+        if g.groups != 1 or str(key) in seen:
+            continue
+        seen.add(str(key))
+        spatial = [
+            min(g.lhs_shape[d], -(-((size - 1) * rhs + 6) // lhs))
+            for d, size, rhs, lhs in zip(
+                lhs_spec[2:], window, g.rhs_dilation, g.lhs_dilation, strict=True
+            )
+        ]
+        most = 72 if math.prod(window) <= 27 else 16
+        channels = tuple(-(-min(size, most) // 8) * 8 for size in _channels(g))
+        yield Case(f"layer_{len(seen)}_{layer.class_name.replace(' ', '_')}",
+                   rescaled(g, spatial, channels, 2))  # fmt: skip
+
+
+def hopper_walking_case() -> Case:
+    """More tiles than there are multiprocessors, of phases with more and fewer taps."""
+    return Case("hopper_walking", make_geometry((21, 21), (3, 3), (8, 16), batch=90, stride=2))
+
+
+def hopper_lines(all_cases: Iterable[Case]) -> Iterator[str]:
+    """Every case for the kernel for sm_90a in every dtype that it takes, some special."""
+    for index, case in enumerate(all_cases):
+        for turn, dtype in enumerate(("bfloat16", "float16", "float32")):
+            special = (index + turn) % 4 == 3
+            yield line(case, dtype, kernel="wgmma", special=special)
+
+
 def small_cases(random_count: int, seed: int, most_products: int = 1 << 20) -> Iterator[Case]:
     """Named and random geometries that an emulated kernel computes in a fraction of a second."""
     for case in [
@@ -150,6 +255,7 @@ def lines(all_cases: Iterable[Case], dtypes: Sequence[str] = DTYPES) -> Iterator
 TILES = {
     "mma": ((128, 128), (128, 64), (64, 64)),
     "mma_3xtf32": ((128, 64), (64, 64)),
+    "wgmma": ((128, 256), (128, 128), (256, 64), (64, 128)),
 }
 
 
@@ -166,10 +272,12 @@ def tile_lines(kernel: str, all_cases: Iterable[Case]) -> Iterator[str]:
 # Three images fit in 32-bit offsets, five do not: kernels without a 64-bit version are
 # launched for three of them, then for two.
 APART = (1 << 29) + 64
+# What core.cc takes for arrays that are not aligned.
+SHIFTED = -1
 
 
-def far_lines() -> Iterator[str]:
-    """Problems for every rung whose images are far apart in memory."""
+def _of_every_rung(apart: int) -> Iterator[str]:
+    """Small problems for every rung, their images so far apart."""
     g = make_geometry
     table = {
         "far_dense": g((5, 6), (3, 3), (16, 24), batch=5, stride=2, padding=1),
@@ -183,7 +291,17 @@ def far_lines() -> Iterator[str]:
     for name, geometry in table.items():
         for dtype in DTYPES:
             for allow_tf32 in (True, False) if dtype == "float32" else (True,):
-                yield line(Case(name, geometry), dtype, allow_tf32=allow_tf32, apart=APART)
+                yield line(Case(name, geometry), dtype, allow_tf32=allow_tf32, apart=apart)
+
+
+def far_lines() -> Iterator[str]:
+    """Problems for every rung whose images are far apart in memory."""
+    return _of_every_rung(APART)
+
+
+def shifted_lines() -> Iterator[str]:
+    """Problems for every rung whose arrays begin an element later than aligned ones would."""
+    return _of_every_rung(SHIFTED)
 
 
 def write(path: pathlib.Path, lines: Iterable[str]) -> pathlib.Path:

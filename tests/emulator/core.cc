@@ -8,8 +8,9 @@
 // streams at once, and has to give the same bits.
 //
 // A line's tile that is not zero replaces the plan's, whose sum is then not split. If
-// `apart` is not zero the images of dX and dY start that many elements apart, which takes
-// the emulator, and the batch as the first dimension.
+// `apart` is positive the images of dX and dY start that many elements apart, which takes
+// the emulator, and the batch as the first dimension. If it is negative all three arrays
+// begin an element later than aligned ones would, which takes the emulator too.
 
 #include <cstdint>
 #include <cstdio>
@@ -89,6 +90,37 @@ const char* LaunchFar(const Problem& problem, const Plan& plan, const Array& dy,
   return error;
 }
 
+// An array that begins an element later than an aligned one.
+class Shifted {
+ public:
+  Shifted(const Array& array, int64_t size)
+      : array_(array),
+        memory_(array.bytes() + static_cast<size_t>(size)),
+        shift_(static_cast<size_t>(size)) {
+    std::memcpy(get(), array_.data(), array_.bytes());
+  }
+  void* get() { return memory_.data() + shift_; }
+  void Fetch() { std::memcpy(array_.data(), get(), array_.bytes()); }
+
+ private:
+  const Array& array_;
+  std::vector<char> memory_;
+  size_t shift_;
+};
+
+const char* LaunchShifted(const Problem& problem, const Plan& plan, const Array& dy,
+                          const Array& w, const Array& dx, const Array& workspace) {
+#ifdef __CUDACC__
+  return "arrays that are not aligned take the emulator";
+#endif
+  const int64_t size = SizeInBytes(problem.dtype);
+  Shifted dy_there(dy, size), w_there(w, size), dx_there(dx, size);
+  const char* const error = LaunchCuda(nullptr, problem, plan, dy_there.get(),
+                                       w_there.get(), dx_there.get(), workspace.data());
+  dx_there.Fetch();
+  return error;
+}
+
 // Two streams, in the emulator no streams.
 class Streams {
  public:
@@ -158,7 +190,7 @@ int RunLine(const Line& line, int repeats) {
   std::vector<double> expected;
 
   Problem launched = problem;
-  if (line.apart != 0) launched.dx.batch = launched.dy.batch = line.apart;
+  if (line.apart > 0) launched.dx.batch = launched.dy.batch = line.apart;
 
   int failures = 0;
   for (const char* const* kernel = CudaKernelNames(); *kernel != nullptr; ++kernel) {
@@ -181,8 +213,9 @@ int RunLine(const Line& line, int repeats) {
     DeviceMemory dx_there(dx.data(), dx.bytes());
     const DeviceMemory workspace_there(workspace.data(), workspace.bytes());
     const char* error =
-        line.apart != 0
-            ? LaunchFar(launched, plan, dy, w, dx, workspace)
+        line.apart > 0 ? LaunchFar(launched, plan, dy, w, dx, workspace)
+        : line.apart < 0
+            ? LaunchShifted(launched, plan, dy, w, dx, workspace)
             : LaunchCuda(nullptr, problem, plan, dy_there.get(), w_there.get(),
                          dx_there.get(), workspace_there.get());
     if (error == nullptr) error = ErrorText(dx_there.Fetch());

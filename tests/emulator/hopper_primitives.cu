@@ -252,14 +252,15 @@ void TestRefusals() {
   const uint32_t box[] = {64, 1, 1, 1};
   const int zero[] = {0, 0}, low[] = {-128, 0}, too_low[] = {-129, 0},
             too_high[] = {0, 128}, beyond[] = {5, 0};
+  int steps[] = {1, 8};
   const auto tiled = [&](const void* base, const TensorShape& shape, uint32_t inner) {
     const uint32_t boxes[] = {inner, 1, 1, 1};
     return EncodeTiled<__half>(base, shape, boxes, &map) == cudaSuccess;
   };
   const auto im2col = [&](const TensorShape& shape, const int* lower, const int* upper,
                           uint32_t channels, uint32_t pixels) {
-    return EncodeIm2col<__half>(memory, shape, lower, upper, channels, pixels, &map) ==
-           cudaSuccess;
+    return EncodeIm2col<__half>(memory, shape, lower, upper, steps, channels, pixels,
+                                &map) == cudaSuccess;
   };
   Expect(EncodeTiled<__half>(memory, good, box, &map) == cudaSuccess, "good box", 0);
   Expect(!tiled(memory + 8, good, 64), "misaligned base", 0);
@@ -277,6 +278,9 @@ void TestRefusals() {
   const uint32_t wide[] = {64, 257, 1, 1};
   Expect(EncodeTiled<__half>(memory, good, wide, &map) != cudaSuccess, "wide box", 0);
   Expect(im2col(good, low, zero, 64, 1024), "good column", 0);
+  steps[1] = 9;
+  Expect(!im2col(good, low, zero, 64, 1024), "step", 0);
+  steps[1] = 1;
   Expect(!im2col(good, too_low, zero, 64, 128), "lower corner", 0);
   Expect(!im2col(good, zero, too_high, 64, 128), "upper corner", 0);
   Expect(!im2col(good, beyond, zero, 64, 128), "empty bounding box", 0);

@@ -71,8 +71,8 @@ MUTATIONS = [
              "phase * a.lhs_dilation + a.pad_lo", "phase * a.lhs_dilation"),
     # ---- tiles of the implicit GEMMs
     Mutation("taps dropped at a tile's edge", _TILES,
-             "together ? first.p[a] : lowest, together ? last.p[a] : highest",
-             "first.p[a], last.p[a]"),
+             "together ? first[a] : lowest, together ? last[a] : highest",
+             "first[a], last[a]"),
     Mutation("phases in the order of the wrong axis", _TILES,
              "    id /= grid.phases[a];", "    id /= grid.phases[kAxes - 1 - a];"),
     # ---- types and planner
@@ -262,7 +262,10 @@ MUTATIONS = [
 def problems(check: str) -> list[str]:
     """Lines for core.cc that together reach what the mutations of a kind change."""
     if check == "walking":
-        return [cases.line(cases.walking_case(), "bfloat16", kernel="grouped")]
+        return [
+            cases.line(cases.walking_case(), "bfloat16", kernel="grouped"),
+            cases.line(cases.hopper_walking_case(), "bfloat16", kernel="wgmma"),
+        ]
     if check == "far":
         return list(cases.far_lines())
     table = {
@@ -313,6 +316,15 @@ def problems(check: str) -> list[str]:
                         platform=platform,
                     )
                 )
+    for case in cases.hopper_cases():
+        for dtype in ("bfloat16", "float32"):
+            special = check == "special"
+            lines.append(cases.line(case, dtype, kernel="wgmma", special=special))
+    tiled = [case for case in cases.hopper_cases() if case.name in ("hopper_64", "hopper_wide")]
+    for case in tiled:
+        for tile in cases.TILES["wgmma"]:
+            special = check == "special"
+            lines.append(cases.line(case, "float16", kernel="wgmma", special=special, tile=tile))
     return lines
 
 

@@ -40,6 +40,12 @@ def spread(lines: list[str]) -> list[str]:
 def all_problems(kernel: str) -> list[str]:
     """Lines for core.cc, of which the kernel skips what it does not take."""
     small = list(cases.small_cases(10, 0, 1 << 18))
+    if kernel == "wgmma":
+        hopper = [
+            *cases.hopper_cases(), *cases.hopper_random_cases(40, 0), *cases.layer_cases()
+        ]  # fmt: skip
+        walking = cases.line(cases.hopper_walking_case(), "bfloat16", kernel=kernel)
+        return [walking, *cases.hopper_lines(hopper), *cases.tile_lines(kernel, hopper)]
     return [
         cases.line(case, dtype, kernel=kernel, special=special, allow_tf32=allow_tf32)
         for index, case in enumerate(small)
@@ -51,6 +57,8 @@ def all_problems(kernel: str) -> list[str]:
 
 def few_problems(kernel: str) -> list[str]:
     """Lines for core.cc, spread over what the kernel takes."""
+    if kernel == "wgmma":
+        return spread(list(cases.hopper_lines(cases.hopper_cases())))
     taken = []
     for index, case in enumerate(cases.small_cases(0, 0, 1 << 16)):
         turn = index % len(cases.DTYPES)
