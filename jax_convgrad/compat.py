@@ -97,15 +97,20 @@ def partitioned_automatically(lowering_context: Any) -> bool:
     return any(size > 1 for name, size in dict(mesh.shape).items() if name not in manual)
 
 
+def is_exported(lowering_context: Any) -> bool:
+    """Whether `jax.export` asks for this lowering, by the undocumented `for_export`."""
+    return bool(lowering_context.module_context.lowering_parameters.for_export)
+
+
 def no_custom_partitioning(lowering_context: Any) -> str | None:
     """Why a module that XLA splits over devices cannot hold a `custom_partitioning`, or None.
 
-    Undocumented but needed: `LoweringParameters.for_export`, and of the sharding context
-    its `abstract_mesh`, which names the axes, and its `device_assignment`, which is there
-    for the primitives of `requires_devices_during_lowering`.
+    Undocumented but needed: of the sharding context its `abstract_mesh`, which names the
+    axes, and its `device_assignment`, which is there for the primitives of
+    `requires_devices_during_lowering`.
     """
     context = lowering_context.module_context
-    if context.lowering_parameters.for_export:
+    if is_exported(lowering_context):
         return (
             "a program for several devices that XLA partitions is exported, which "
             "implementation='xla' permits"

@@ -72,6 +72,10 @@ def _transposed_layer(
         return None
     if compat.has_explicit_sharding(lhs, rhs) or params["batch_group_count"] > 1:
         return None
+    # `jax.export` refuses custom calls that nobody vouched for: a program without a gradient,
+    # whose author may not know of the package, would no longer be exported.
+    if compat.is_exported(ctx):
+        return None
     conv = ConvGeometry(lhs_shape=lhs.shape, rhs_shape=rhs.shape, **params)
     if not any(
         d > 1 and size > 1 for d, size in zip(conv.lhs_dilation, conv.in_sizes, strict=True)
