@@ -127,11 +127,9 @@ def outcomes_of(path):
     """{test: outcome} and the summed counts of a record."""
     outcomes, counts = {}, collections.Counter()
     for record in records(path):
-        if "started" in record:
-            outcomes.setdefault(record["started"], "died")
-        elif "test" in record:
+        if "outcome" in record:
             outcomes[record["test"]] = record["outcome"]
-            counts.update(record["counts"])
+            counts.update(record.get("counts", {}))
     return outcomes, counts
 
 
@@ -197,9 +195,15 @@ def run_file(mode, file, checkout, record_path, verbose):
         result = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=False)
         if verbose:
             print(result.stdout[-20000:])
-        if len(records(record_path)) == before:
+        found = records(record_path)
+        if len(found) == before:
             print(result.stdout[-20000:])
             sys.exit(f"{file}, {mode}: no test ran, status {result.returncode}")
+        # Only this process can tell that the other one died: had both been stopped, nobody
+        # would be here, and the test would be run again.
+        if "started" in found[-1]:
+            with record_path.open("a") as lines:
+                lines.write(json.dumps({"test": found[-1]["started"], "outcome": "died"}) + "\n")
     return outcomes_of(record_path)
 
 
