@@ -155,6 +155,13 @@ __device__ __forceinline__ void WgmmaWait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
+// Keeps what is computed from a sum behind a wait before this, and what it is set to
+// before a fence after this: the compiler does not know that products go on by
+// themselves.
+__device__ __forceinline__ void PinSum(float& sum) {
+  asm volatile("" : "+f"(sum)::"memory");
+}
+
 // d[64][kColumns] += a * b by the four warps of a warpgroup, over 32 bytes of K. Operands
 // are descriptors (below). With r = 16*warp + lane/4 and c = 2*(lane%4), d[4*j + 2*i + e]
 // of a lane is the sum of row r + 8*i and column c + 8*j + e.
@@ -274,6 +281,8 @@ __device__ __forceinline__ void GiveRegisters() {
 }
 
 #else
+
+inline void PinSum(float&) {}
 
 using cuda_emulator::FenceProxyAsync;
 using cuda_emulator::GiveRegisters;

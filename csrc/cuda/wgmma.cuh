@@ -275,12 +275,22 @@ __device__ __forceinline__ void Wgmma(float (&d)[kColumns / 2], uint64_t a, uint
 template <typename S>
 using WgmmaSums = float[S::kProducts][S::kColumns / 2];
 
+template <typename S>
+__device__ __forceinline__ void PinSums(WgmmaSums<S>& sum) {
+#pragma unroll
+  for (int i = 0; i < S::kProducts; ++i) {
+#pragma unroll
+    for (int j = 0; j < S::kColumns / 2; ++j) PinSum(sum[i][j]);
+  }
+}
+
 // Issues a slice's products as one group. `stage` is the slice's address.
 template <typename T, typename S>
 __device__ __forceinline__ void MultiplyStage(uint32_t stage, int group_m, int group_n,
                                               WgmmaSums<S>& sum) {
   const uint32_t a_at = stage + group_m * S::kRowsOfGroup * kSwizzleBytes;
   const uint32_t b_at = stage + S::kBytesA;
+  PinSums<S>(sum);
   WgmmaFence();
 #pragma unroll
   for (int step = 0; step < kSwizzleBytes / kWgmmaDepthBytes; ++step) {
@@ -423,6 +433,7 @@ __device__ __forceinline__ void Consume(const WgmmaParams& params,
       place.Advance();
     }
     WgmmaWait<0>();
+    PinSums<S>(sum);
     if (slices > 0 && lane == 0) MbarrierArrive(empty + behind);
     const int warp = thread / 32 % 4;
     StoreSums<T, S>(params.mma, item, tile,

@@ -315,6 +315,7 @@ __global__ void WgmmaKernel(const uint32_t* operands, uint32_t words, uint32_t a
   const uint32_t b_at = SharedAddress(matrices) + kOperandBAt;
   const uint64_t b =
       kByRows ? OperandByRows(b_at, kPanelBytes) : OperandAlongK(b_at + a_skip);
+  for (float& sum : d) PinSum(sum);
   WgmmaFence();
   if constexpr (kKind == Kind::kBf16) {
     WgmmaBf16<kColumns, kByRows>(d, a, b);
@@ -325,6 +326,7 @@ __global__ void WgmmaKernel(const uint32_t* operands, uint32_t words, uint32_t a
   }
   WgmmaCommit();
   WgmmaWait<0>();
+  for (float& sum : d) PinSum(sum);
   for (int i = 0; i < kColumns / 2; ++i) to[threadIdx.x * (kColumns / 2) + i] = d[i];
 #endif
 }

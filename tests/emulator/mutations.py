@@ -45,6 +45,7 @@ _DEPTHWISE = "csrc/cuda/depthwise.cuh"
 _FRAGMENTS = "csrc/cuda/fragments.cuh"
 _GROUPED = "csrc/cuda/grouped.cuh"
 _FEW = "csrc/cuda/few_channels.cuh"
+_WGMMA, _WGMMA_HOST = "csrc/cuda/wgmma.cuh", "csrc/cuda/wgmma.cu"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -245,6 +246,53 @@ MUTATIONS = [
     Mutation("few_channels repairs nothing", _FEW,
              "const bool finite = sum[e] - sum[e] == 0.0f;", "const bool finite = true;",
              check="special"),
+    # ---- wgmma. Finite poison, as above.
+    Mutation("wgmma fills a stage that is being read", _WGMMA,
+             "MbarrierWait(empty + place.stage, place.parity ^ 1);", ""),
+    Mutation("wgmma multiplies what has not come", _WGMMA,
+             "MbarrierWait(full + place.stage, place.parity);", "", mode=("0", "1")),
+    Mutation("wgmma gives a stage back too early", _WGMMA,
+             "      WgmmaWait<1>();", "      WgmmaWait<2>();", mode=("0", "1")),
+    Mutation("wgmma stores sums that are not finished", _WGMMA,
+             "    WgmmaWait<0>();", "    WgmmaWait<1>();"),
+    Mutation("wgmma expects one operand only", _WGMMA,
+             "MbarrierArriveExpect(barrier, S::kStageBytes);",
+             "MbarrierArriveExpect(barrier, S::kBytesA);"),
+    Mutation("wgmma never turns the parity", _WGMMA, "parity ^= 1;", ""),
+    Mutation("wgmma without the fence before products", _WGMMA, "  WgmmaFence();\n", ""),
+    Mutation("wgmma walks the taps of dY backwards", _WGMMA, "furthest[a] - shift", "shift"),
+    Mutation("wgmma takes the taps of W for adjacent", _WGMMA,
+             "work.spans[a].r + t[a] * g.axis[a].r_step", "work.spans[a].r + t[a]"),
+    Mutation("wgmma takes another phase's map", _WGMMA,
+             "phase * grid.phases[a] +", "phase +"),
+    Mutation("wgmma copies the first panel of W again", _WGMMA,
+             "at.c0 + panel * S::kPanel", "at.c0"),
+    Mutation("wgmma drops slices that its parts do not share evenly", _WGMMA,
+             "work.first_slice - tap * work.slices_per_tap", "0"),
+    Mutation("wgmma reads the same k of B for every step", _WGMMA,
+             "step * kDepth * kSwizzleBytes", "0"),
+    Mutation("wgmma gives both consumers the same columns", _WGMMA,
+             "const int group_n = thread / kWarpgroupThreads % S::kGroupsN;",
+             "const int group_n = 0;"),
+    Mutation("wgmma leaves a phase without taps as it was", _WGMMA,
+             "          StoreZeros<T, S::kM, S::kN, kWgmmaConsumers * kWarpgroupThreads>("
+             "params.mma, at,\n"
+             f"{'':75}thread, dx);\n", ""),
+    Mutation("wgmma takes the first round's tiles only", _WGMMA,
+             "return round * gridDim.x + turn % gridDim.x;", "return turn % gridDim.x;",
+             check="walking"),
+    Mutation("wgmma repairs the first four strips only", _WGMMA,
+             "special[s / 4] |=", "special[0] |=", check="special"),
+    Mutation("wgmma repairs nothing", _WGMMA,
+             "special[s / 4] |= static_cast<uint64_t>(found)",
+             "special[s / 4] |= static_cast<uint64_t>(found & 0)", check="special"),
+    Mutation("wgmma begins a phase's pixels at its first tap", _WGMMA_HOST,
+             "const int64_t lower = f.p0 - furthest;", "const int64_t lower = f.p0;"),
+    Mutation("wgmma ends a phase's rows a pixel late", _WGMMA_HOST,
+             "- (a.out - 1)", "- (a.out - 2)"),
+    Mutation("wgmma takes every pixel of a dilated gradient", _WGMMA_HOST,
+             "static_cast<int>(f.p_per_h)", "1"),
+    Mutation("wgmma repacks W as it was", _WGMMA, "values[x][row]", "values[row][x]"),
     # ---- parts of the batch
     Mutation("all parts of the batch are written to the first", _GEOMETRY,
              "static_cast<T*>(dx) + n * problem.dx.batch", "static_cast<T*>(dx)", check="far"),
