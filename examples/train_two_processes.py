@@ -164,11 +164,13 @@ def run(coordinator: str | None, folder: pathlib.Path) -> dict[str, Any]:
     workers = [start(process, coordinator, result) for process, result in enumerate(results)]
     try:
         deadline = time.monotonic() + TIMEOUT_S
-        for worker in workers:
-            if worker.wait(max(0.0, deadline - time.monotonic())):
-                raise SystemExit(f"a process ended with exit code {worker.returncode}")
-    except subprocess.TimeoutExpired:
-        raise SystemExit(f"the processes took more than {TIMEOUT_S} s") from None
+        while (codes := [worker.poll() for worker in workers]).count(0) < count:
+            # Whichever it was: those that live on would wait for the one that died.
+            if any(codes):
+                raise SystemExit(f"the processes ended with exit codes {codes}")
+            if time.monotonic() > deadline:
+                raise SystemExit(f"the processes took more than {TIMEOUT_S} s")
+            time.sleep(0.1)
     finally:
         for worker in workers:
             worker.kill()

@@ -27,6 +27,9 @@ from jax._src.lax.lax import canonicalize_precision as canonicalize_precision
 # Reads an `out_sharding` argument: a specification gets the mesh in force, a mesh its
 # abstract form.
 from jax._src.sharding_impls import canonicalize_sharding as canonicalize_sharding
+
+# See `partition_spec`.
+from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.interpreters import ad, mlir
 
 try:  # what comparing symbolic sizes raises; JAX 0.10.0 has it elsewhere
@@ -140,6 +143,21 @@ def annotate(value: Any, name: str, text: str) -> None:
     ir = mlir.ir
     attribute = ir.DictAttr.get({name: ir.StringAttr.get(text)})
     value.owner.attributes["mhlo.frontend_attributes"] = attribute
+
+
+def partition_spec(sharding: Any, mesh: jax.sharding.Mesh) -> jax.sharding.PartitionSpec | None:
+    """What a sharding of XLA's says in axes of a mesh, None if whole axes cannot say it.
+
+    JAX does this itself for the callback of a `custom_partitioning`, but raises: an
+    IndivisibleError (a ValueError), or AssertionErrors and others of its parser.
+    `GSPMDSharding` keeps the sharding under a private name.
+    """
+    if sharding is None:  # left open
+        return jax.sharding.PartitionSpec()
+    try:
+        return parse_flatten_op_sharding(sharding._hlo_sharding, mesh)[0]
+    except (AssertionError, KeyError, NotImplementedError, StopIteration, ValueError):
+        return None
 
 
 def requires_devices_during_lowering(primitive: Any) -> None:

@@ -32,13 +32,12 @@ from jax.extend import core as jex_core
 from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import compat
+from . import compat, placement
 from .geometry import ConvGeometry, dilated_size
+from .placement import Spec
 
 # The three arrays of the map, as positions in a tuple.
 DY, RHS, DX = range(3)
-# Mesh axes by dimension: those over which it is sharded, the major one first.
-Spec: TypeAlias = tuple[tuple[str, ...], ...]
 # dX of one device's dy and rhs.
 Compute: TypeAlias = Callable[[jax.Array, jax.Array, ConvGeometry], jax.Array]
 
@@ -266,11 +265,7 @@ def device_program(
 
 def spec_of(shaped: Any) -> Spec:
     """The mesh axes of each dimension, of anything with a shape and a `NamedSharding`."""
-    entries = tuple(shaped.sharding.spec) + (None,) * len(shaped.shape)
-    return tuple(
-        () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
-        for entry in entries[: len(shaped.shape)]
-    )
+    return placement.spec_of(shaped.sharding.spec, len(shaped.shape))
 
 
 def inferred(
@@ -328,7 +323,7 @@ def _partition(
     result: Any,
 ) -> tuple[Mesh, Callable[..., jax.Array], NamedSharding, tuple[NamedSharding, ...]]:
     """Called by XLA's partitioner once shardings have been propagated along the rule."""
-    specs = [spec_of(shaped) for shaped in (*operands, result)]
+    mesh, specs = placement.located(mesh, (*operands, result))
     mesh_shape = dict(mesh.shape)
     assignment = assign(geometry, specs, mesh_shape)
     dy, rhs, dx = (NamedSharding(mesh, _spec_for(geometry, i, assignment)) for i in (DY, RHS, DX))
@@ -416,4 +411,7 @@ def _whole(dy: jax.Array, rhs: jax.Array, geometry: ConvGeometry, compute: Compu
 
 partitioned = custom_partitioning(_whole, static_argnums=(2, 3))
 """`compute(dy, rhs, geometry)` in a program that XLA splits over a mesh, with the rule above."""
-partitioned.def_partition(partition=_partition, sharding_rule=_sharding_rule)
+# JAX decodes shardings along whole axes of the mesh only, and fails on others.
+partitioned.def_partition(
+    partition=_partition, sharding_rule=_sharding_rule, decode_shardings=False
+)

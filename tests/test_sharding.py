@@ -145,6 +145,49 @@ def test_vmap_over_a_sharded_axis(x, w, in_axes, spmd_axis_name):
     check(jax.jit(each)(*placed), jax.vmap(both(theirs), in_axes)(*operands))
 
 
+PARTS = {
+    "finer than groups": ({"d": 8}, P(None, "d"), {"feature_group_count": 2}),
+    "finer than three groups": ({"d": 6}, P(None, "d"), {"feature_group_count": 3}),
+    "finer than groups, of two axes": ({"d": 4, "e": 2}, P("e", "d"), {"feature_group_count": 2}),
+    "finer than batch groups": ({"d": 8}, P("d"), {"batch_group_count": 2}),
+    "finer than batch groups, of two axes": ({"d": 4, "e": 2}, P("d"), {"batch_group_count": 2}),
+}
+
+
+@pytest.mark.parametrize("conv", [ours, theirs], ids=["function", "installed"])
+@pytest.mark.parametrize("name", PARTS)
+def test_dimensions_cut_over_parts_of_a_mesh_axis(rng, conv, name):
+    """Compilation failed: XLA cuts the groups that a convolution makes of channels or images."""
+    axes, spec, groups = PARTS[name]
+    x = rng.standard_normal((48, 24, 12))
+    w = rng.standard_normal((24, 24 // groups.get("feature_group_count", 1), 3)) / 5
+    conv = functools.partial(conv, **groups)
+    mesh = jax.sharding.Mesh(
+        np.asarray(jax.devices()[: np.prod(list(axes.values()))]).reshape(*axes.values()),
+        tuple(axes),
+    )
+    with jax_convgrad.installed(conv.func is theirs.func):
+        actual = jax.jit(both(conv))(put(mesh, x, *spec), put(mesh, w))
+    reference = functools.partial(lax.conv_general_dilated, **PARAMS, **groups)
+    check(actual, both(reference)(x, w))
+
+
+def test_microbatches_of_a_sharded_batch(x, w):
+    """The batch's mesh axis is cut in two by the reshape, for the scan and for its body."""
+    mesh = mesh_of(d=8)
+
+    def accumulated(conv):
+        def gradients(x, w):
+            parts = x.reshape(2, x.shape[0] // 2, *x.shape[1:])
+            total = jax.lax.scan(lambda acc, part: (acc + both(conv)(part, w)[1], ()), 0 * w, parts)
+            return total[0], jax.lax.map(lambda part: both(conv)(part, w)[0], parts)
+
+        return gradients
+
+    actual = jax.jit(accumulated(ours))(put(mesh, x, "d"), put(mesh, w))
+    check(actual, accumulated(theirs)(x, w))
+
+
 def test_scan_of_a_sharded_layer(x, w):
     mesh = mesh_of(d=8)
 
