@@ -13,7 +13,6 @@ SEED = int(os.environ["JAX_CONVGRAD_TEST_SEED"])
 os.environ["JAX_CONVGRAD"] = "on"
 # Eight CPU devices, for programs that are split over several. The others run on the first.
 DEVICES_FLAG = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
@@ -53,6 +52,8 @@ def missing(marker):
 
 
 def pytest_configure(config):
+    # Not on import, which the programs of run_python do too: each device has a pool of threads.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
     config.addinivalue_line("markers", "native: needs the compiled CPU module")
 
 
