@@ -129,6 +129,7 @@ def test_primitives(program, source, eager, order):
     assert run(program(source), eager=eager, order=order) == (0, "0 failures\n")
 
 
+@pytest.mark.sanitizer
 def test_primitives_of_sm_90a_under_address_sanitizer(program):
     assert run(program("hopper_primitives.cu", "address")) == (0, "0 failures\n")
 
