@@ -7,6 +7,7 @@ devices to two groups of eight cuts the groups in two and the channels in four. 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -39,7 +40,7 @@ def located(mesh: Mesh, arrays: Sequence[Any]) -> tuple[Mesh, list[Spec]]:
         array. An array that fits no such mesh counts as whole on every device, which has
         XLA gather it.
     """
-    for candidate in (mesh, *_finer(mesh)):
+    for candidate in itertools.chain((mesh,), _finer(mesh)):
         specs = [_spec_on(candidate, array) for array in arrays]
         if None not in specs:
             break
