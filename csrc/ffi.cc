@@ -15,6 +15,7 @@
 #include <cstring>
 #include <exception>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -22,6 +23,7 @@
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -108,11 +110,33 @@ std::string PlanProblem(const Problem& problem, const std::string& kernel, const
          kernel + "'";
 }
 
+// The operands after dy and w.
+struct Rest {
+  std::optional<ffi::AnyBuffer> residual, relu, padding;
+};
+
+std::string ReadRest(const ffi::RemainingArgs& args, bool fused, Rest* rest) {
+  std::vector<std::optional<ffi::AnyBuffer>*> places;
+  if (fused) places = {&rest->residual, &rest->relu};
+  const size_t least = places.size();
+  places.push_back(&rest->padding);
+  if (args.size() < least || args.size() > places.size()) {
+    return std::string("operands must be dy, w") + (fused ? ", residual, relu" : "") +
+           " and at most one for the padding, got " + std::to_string(2 + args.size());
+  }
+  for (size_t i = 0; i < args.size(); ++i) {
+    const ffi::ErrorOr<ffi::AnyBuffer> operand = args.get<ffi::AnyBuffer>(i);
+    if (operand.has_error()) return operand.error().message();
+    *places[i] = *operand;
+  }
+  return "";
+}
+
 // Everything that both platforms check before a kernel sees a pointer.
 std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
-                    const ffi::AnyBuffer& w, const ffi::RemainingArgs& padding,
+                    const ffi::AnyBuffer& w, const ffi::RemainingArgs& args, bool fused,
                     const ffi::AnyBuffer& dx, int64_t workspace_bytes, Problem* problem,
-                    Plan* plan) {
+                    Plan* plan, Epilogue* epilogue) {
   const Ints lhs_shape = ToInts(dx.dimensions()), rhs_shape = ToInts(w.dimensions()),
              out_shape = ToInts(dy.dimensions());
   const std::string shapes = ShowShapes(lhs_shape, rhs_shape, out_shape);
@@ -130,15 +154,24 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
       ToInts(call.rhs_dilation),   ToInts(call.lhs_spec),    ToInts(call.rhs_spec),
       ToInts(call.out_spec),       ToInts(call.lhs_layout),  ToInts(call.rhs_layout),
       ToInts(call.out_layout),     call.feature_group_count, call.batch_group_count};
-  if (padding.size() > 1) {
-    return "operands must be dy, w and at most one for the padding, got " +
-           std::to_string(2 + padding.size()) + " for " + shapes;
+  Rest rest;
+  if (std::string error = ReadRest(args, fused, &rest); !error.empty()) {
+    return error + " for " + shapes;
   }
-  if (padding.size() == 1) {
-    const ffi::ErrorOr<ffi::AnyBuffer> operand = padding.get<ffi::AnyBuffer>(0);
-    if (operand.has_error()) return operand.error().message();
+  for (const auto& [name, operand, pointer] :
+       {std::tuple{"residual", rest.residual, &epilogue->residual},
+        std::tuple{"relu", rest.relu, &epilogue->relu}}) {
+    if (!operand || operand->element_count() == 0) continue;
+    if (operand->element_type() != dx.element_type() ||
+        ToInts(operand->dimensions()) != lhs_shape) {
+      return std::string(name) + " must have dx's dtype and shape, or no element, for " +
+             shapes;
+    }
+    *pointer = operand->untyped_data();
+  }
+  if (rest.padding) {
     if (std::string error =
-            AddPadding(ToInts(operand->dimensions()), &attributes.padding);
+            AddPadding(ToInts(rest.padding->dimensions()), &attributes.padding);
         !error.empty()) {
       return error + " for " + shapes;
     }
@@ -175,35 +208,38 @@ ffi::Error Failed(const char* what) {
 
 #ifdef CONVGRAD_CUDA
 
+template <bool kFused>
 ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy,
-                     ffi::AnyBuffer w, ffi::RemainingArgs padding,
+                     ffi::AnyBuffer w, ffi::RemainingArgs args,
                      ffi::Result<ffi::AnyBuffer> dx,
                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
   Problem problem;
   Plan plan;
-  if (std::string error =
-          Prepare(call, dy, w, padding, *dx,
-                  static_cast<int64_t>(workspace->element_count()), &problem, &plan);
+  Epilogue epilogue;
+  if (std::string error = Prepare(call, dy, w, args, kFused, *dx,
+                                  static_cast<int64_t>(workspace->element_count()),
+                                  &problem, &plan, &epilogue);
       !error.empty()) {
     return Invalid(error);
   }
   if (dx->element_count() == 0) return ffi::Error::Success();
   const char* error =
       LaunchCuda(stream, problem, plan, dy.untyped_data(), w.untyped_data(),
-                 dx->untyped_data(), workspace->untyped_data());
+                 dx->untyped_data(), workspace->untyped_data(), epilogue);
   return error == nullptr ? ffi::Error::Success() : Failed(error);
 } catch (const std::exception& e) {
   return Failed(e.what());
 }
 
 #ifdef CONVGRAD_EMULATED
+template <bool kFused>
 ffi::Error InputGradEmulated(CallAttributes call, ffi::AnyBuffer dy, ffi::AnyBuffer w,
-                             ffi::RemainingArgs padding, ffi::Result<ffi::AnyBuffer> dx,
+                             ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> dx,
                              ffi::Result<ffi::Buffer<ffi::U8>> workspace) {
   // NaNs, so that a test sees what a kernel leaves unwritten.
   std::memset(dx->untyped_data(), 0xff, dx->size_bytes());
   std::memset(workspace->untyped_data(), 0xff, workspace->size_bytes());
-  return InputGrad(nullptr, call, dy, w, padding, dx, workspace);
+  return InputGrad<kFused>(nullptr, call, dy, w, args, dx, workspace);
 }
 #endif
 
@@ -264,21 +300,23 @@ void RunInPool(ffi::ThreadPool& pool, int64_t count,
   loop->Wait();
 }
 
+template <bool kFused>
 ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer dy,
-                     ffi::AnyBuffer w, ffi::RemainingArgs padding,
+                     ffi::AnyBuffer w, ffi::RemainingArgs args,
                      ffi::Result<ffi::AnyBuffer> dx,
                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
   Problem problem;
   Plan plan;
-  if (std::string error =
-          Prepare(call, dy, w, padding, *dx,
-                  static_cast<int64_t>(workspace->element_count()), &problem, &plan);
+  Epilogue epilogue;
+  if (std::string error = Prepare(call, dy, w, args, kFused, *dx,
+                                  static_cast<int64_t>(workspace->element_count()),
+                                  &problem, &plan, &epilogue);
       !error.empty()) {
     return Invalid(error);
   }
   if (dx->element_count() == 0) return ffi::Error::Success();
   RunCpu(problem, plan, dy.untyped_data(), w.untyped_data(), dx->untyped_data(),
-         workspace->untyped_data(), std::max<int64_t>(1, pool.num_threads()),
+         workspace->untyped_data(), epilogue, std::max<int64_t>(1, pool.num_threads()),
          [&pool](int64_t count, const std::function<void(int64_t)>& task) {
            RunInPool(pool, count, task);
          });
@@ -289,43 +327,38 @@ ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer d
 
 #endif
 
-}  // namespace
-}  // namespace convgrad
-
 #ifdef CONVGRAD_EMULATED
-XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGradEmulated,
-                       ffi::Ffi::Bind()
-                           .Attrs<convgrad::CallAttributes>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::Buffer<ffi::U8>>());
-#elif defined(CONVGRAD_CUDA)
-XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGrad,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::PlatformStream<CUstream_st*>>()
-                           .Attrs<convgrad::CallAttributes>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::Buffer<ffi::U8>>(),
-                       {ffi::Traits::kCmdBufferCompatible});
+#define CONVGRAD_INPUT_GRAD InputGradEmulated
 #else
-XLA_FFI_DEFINE_HANDLER(kInputGrad, convgrad::InputGrad,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .Attrs<convgrad::CallAttributes>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .RemainingArgs()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::Buffer<ffi::U8>>());
+#define CONVGRAD_INPUT_GRAD InputGrad
 #endif
 
-namespace convgrad {
-namespace {
+auto Binding() {
+  return ffi::Ffi::Bind()
+#ifndef CONVGRAD_EMULATED
+#ifdef CONVGRAD_CUDA
+      .Ctx<ffi::PlatformStream<CUstream_st*>>()
+#else
+      .Ctx<ffi::ThreadPool>()
+#endif
+#endif
+      .Attrs<CallAttributes>()
+      .Arg<ffi::AnyBuffer>()
+      .Arg<ffi::AnyBuffer>()
+      .RemainingArgs()
+      .Ret<ffi::AnyBuffer>()
+      .Ret<ffi::Buffer<ffi::U8>>();
+}
+
+#if defined(CONVGRAD_CUDA) && !defined(CONVGRAD_EMULATED)
+#define kTraits {ffi::Traits::kCmdBufferCompatible}
+#else
+#define kTraits \
+  {             \
+  }
+#endif
+XLA_FFI_DEFINE_HANDLER(kInputGrad, CONVGRAD_INPUT_GRAD<false>, Binding(), kTraits);
+XLA_FFI_DEFINE_HANDLER(kInputGradFused, CONVGRAD_INPUT_GRAD<true>, Binding(), kTraits);
 
 namespace py = pybind11;
 
@@ -396,6 +429,8 @@ PYBIND11_MODULE(CONVGRAD_MODULE, m) {
   m.def("targets", [] {
     py::dict targets;
     targets["convgrad_input_grad"] = py::capsule(reinterpret_cast<void*>(kInputGrad));
+    targets["convgrad_input_grad_fused"] =
+        py::capsule(reinterpret_cast<void*>(kInputGradFused));
     return targets;
   });
   m.def("plan", &PlanByAttributes, py::arg("dtype"), py::arg("lhs_shape"),

@@ -17,6 +17,7 @@
 #include <cstring>
 
 #include "cuda/direct.cuh"
+#include "cuda/epilogue.cuh"
 #include "cuda/geometry.cuh"
 #include "cuda/planning.h"
 #include "cuda/platform.cuh"
@@ -266,11 +267,15 @@ Gpu CurrentGpu() {
 }
 
 const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& plan,
-                       const void* dy, const void* w, void* dx, void* workspace) {
+                       const void* dy, const void* w, void* dx, void* workspace,
+                       const Epilogue& epilogue) {
   for (const Rung& rung : kRungs) {
-    if (std::strcmp(plan.kernel, rung.name) == 0) {
-      return rung.launch(stream, problem, plan, dy, w, dx, workspace);
-    }
+    if (std::strcmp(plan.kernel, rung.name) != 0) continue;
+    const char* const error = rung.launch(stream, problem, plan, dy, w, dx, workspace);
+    if (error != nullptr || epilogue.IsNone()) return error;
+    return ByDType(problem, dy, w, dx, [&](auto*, auto*, auto* x) {
+      return EnqueueEpilogue(stream, problem, epilogue, x);
+    });
   }
   return "no such CUDA kernel";
 }

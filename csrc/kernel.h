@@ -74,6 +74,19 @@ struct Plan {
   double model_us;                 // the planner's estimate (cuda/rungs.h)
 };
 
+// What becomes of dX, element by element, once it is summed and rounded to its dtype:
+//
+//   dX + residual,  and then zero unless relu > 0
+//
+// Either array, of dX's dtype and strides, may be absent (null). Each step rounds to that
+// dtype, so that the bits are those of the steps one after the other.
+struct Epilogue {
+  const void* residual = nullptr;
+  const void* relu = nullptr;
+
+  bool IsNone() const { return residual == nullptr && relu == nullptr; }
+};
+
 // Runs task(0) .. task(count - 1), each exactly once, in any order and on any
 // threads, and returns when all have finished.
 using ParallelFor =
@@ -92,13 +105,14 @@ struct WorkspaceBound {
 };
 WorkspaceBound BoundCpuWorkspace(const Problem& problem);
 
-// Computes dX. `plan` comes from PlanCpu for the same problem; `workspace` holds
-// plan.workspace_bytes bytes, aligned to 64. All of dX is written, including the
-// zeros that no tap reaches. dX has at least one element; dY and W may be empty.
-// `threads` is how many `parallel_for` is likely to use: the result does not depend on
-// it.
+// Computes dX and its epilogue. `plan` comes from PlanCpu for the same problem;
+// `workspace` holds plan.workspace_bytes bytes, aligned to 64. All of dX is written,
+// including the zeros that no tap reaches. dX has at least one element; dY and W may be
+// empty. `threads` is how many `parallel_for` is likely to use: the result does not
+// depend on it.
 void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void* w,
-            void* dx, void* workspace, int64_t threads, const ParallelFor& parallel_for);
+            void* dx, void* workspace, const Epilogue& epilogue, int64_t threads,
+            const ParallelFor& parallel_for);
 
 // "amx", "avx512_bf16", "avx512", "avx2" or "portable": what RunCpu uses on this machine.
 const char* CpuIsa();
@@ -128,6 +142,7 @@ const char* const* CudaKernelNames();  // null-terminated
 // Enqueues the kernel on `stream` and returns null, or a static error text. `plan` comes
 // from PlanCuda for the same problem and the current device.
 const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& plan,
-                       const void* dy, const void* w, void* dx, void* workspace);
+                       const void* dy, const void* w, void* dx, void* workspace,
+                       const Epilogue& epilogue);
 
 }  // namespace convgrad

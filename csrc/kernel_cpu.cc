@@ -458,7 +458,8 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
 }
 
 void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void* w,
-            void* dx, void* workspace, int64_t threads, const ParallelFor& parallel_for) {
+            void* dx, void* workspace, const Epilogue& epilogue, int64_t threads,
+            const ParallelFor& parallel_for) {
   const char* name;
   Kernel kernel;
   if (!Choose(problem, plan.kernel, &name, &kernel)) return;
@@ -474,6 +475,7 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   args.dy = dy;
   args.w = w;
   args.dx = dx;
+  args.epilogue = epilogue;
   args.threads = threads;
   for (int x = 0; x < kAxes; ++x) {
     args.phase_count[x] = StoredPhases(args.problem.axis[x]);

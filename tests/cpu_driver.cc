@@ -135,7 +135,8 @@ int RunLine(const Line& line, const std::vector<int>& threads, const std::string
       const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8},
                             Lacks(fault, "workspace"));
       Stages run(threads[i], i == 0 ? "" : fault, stages);
-      RunCpu(problem, plan, dy.data(), w.data(), dx.data(), workspace.data(), threads[i],
+      RunCpu(problem, plan, dy.data(), w.data(), dx.data(), workspace.data(), {},
+             threads[i],
              [&run](int64_t count, const Task& task) { run.Run(count, task); });
       stages = run.stages();
       same = same && std::memcmp(dx.data(), first.data(), first.bytes()) == 0;

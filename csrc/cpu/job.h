@@ -28,6 +28,7 @@ struct CpuArgs {
   const void* dy;
   const void* w;
   void* dx;
+  Epilogue epilogue;
   int64_t threads;  // that will share the tasks, about
 
   // Along axis a: phase[a][0 .. phase_count[a]). Phases beyond the input are left

@@ -85,7 +85,7 @@ const char* LaunchFar(const Problem& problem, const Plan& plan, const Array& dy,
   const FarImages to(dx, problem.batch, problem.dx.batch * size);
   if (to.get() == nullptr) return "images that are far apart take the emulator";
   const char* const error = LaunchCuda(nullptr, problem, plan, from.get(), w.data(),
-                                       to.get(), workspace.data());
+                                       to.get(), workspace.data(), {});
   to.Fetch();
   return error;
 }
@@ -115,8 +115,9 @@ const char* LaunchShifted(const Problem& problem, const Plan& plan, const Array&
 #endif
   const int64_t size = SizeInBytes(problem.dtype);
   Shifted dy_there(dy, size), w_there(w, size), dx_there(dx, size);
-  const char* const error = LaunchCuda(nullptr, problem, plan, dy_there.get(),
-                                       w_there.get(), dx_there.get(), workspace.data());
+  const char* const error =
+      LaunchCuda(nullptr, problem, plan, dy_there.get(), w_there.get(), dx_there.get(),
+                 workspace.data(), {});
   dx_there.Fetch();
   return error;
 }
@@ -156,7 +157,7 @@ const char* Repeat(int repeats, const Problem& problem, const Plan& plan, const 
                                              {workspace[1].data(), workspace[1].bytes()}};
     for (int i = 0; i < 2; ++i) {
       const char* error = LaunchCuda(streams[i], problem, plan, dy, w, to_there[i].get(),
-                                     workspace_there[i].get());
+                                     workspace_there[i].get(), {});
       if (error != nullptr) return error;
     }
     for (int i = 0; i < 2; ++i) {
@@ -217,7 +218,7 @@ int RunLine(const Line& line, int repeats) {
         : line.apart < 0
             ? LaunchShifted(launched, plan, dy, w, dx, workspace)
             : LaunchCuda(nullptr, problem, plan, dy_there.get(), w_there.get(),
-                         dx_there.get(), workspace_there.get());
+                         dx_there.get(), workspace_there.get(), {});
     if (error == nullptr) error = ErrorText(dx_there.Fetch());
     if (error == nullptr) {
       error = Repeat(repeats, problem, plan, dy_there.get(), w_there.get(),
