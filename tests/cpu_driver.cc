@@ -7,8 +7,9 @@
 //   problem_lines.h
 //
 // Prints the instruction set, then a line for each kernel. The first number of threads is
-// compared with the literal sum, the others must give its bits. Exit status 1 on a
-// failure. A FAULT is there to be caught by a sanitizer:
+// compared with the literal sum, the others must give its bits. Once more with an
+// epilogue the bits must be its steps applied to those. Exit status 1 on a failure. A
+// FAULT is there to be caught by a sanitizer:
 //
 //   short_dy short_w short_dx short_workspace    the buffer lacks 64 bytes, the longest
 //                                                vector, at its end
@@ -141,11 +142,25 @@ int RunLine(const Line& line, const std::vector<int>& threads, const std::string
       stages = run.stages();
       same = same && std::memcmp(dx.data(), first.data(), first.bytes()) == 0;
     }
+    bool finished = true;
+    if (fault.empty()) {
+      const int which = 1 + static_cast<int>(random() % 3);
+      const EpilogueArrays arrays(which, problem.dtype, line.lhs_shape, line.special,
+                                  &random);
+      const Array dx(problem.dtype, line.lhs_shape);
+      const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8});
+      Stages run(threads.back(), "", 0);
+      RunCpu(problem, plan, dy.data(), w.data(), dx.data(), workspace.data(),
+             arrays.Pointers(), threads.back(),
+             [&run](int64_t count, const Task& task) { run.Run(count, task); });
+      finished = arrays.Holds(first, dx);
+    }
     const double off = fault.empty() ? Error(first, expected) : 0;
-    const bool passed = off <= line.tolerance && same;
-    std::printf("%s %s %s %s error %.2e of %.2e %s\n", passed ? "pass" : "FAIL",
+    const bool passed = off <= line.tolerance && same && finished;
+    std::printf("%s %s %s %s error %.2e of %.2e %s%s\n", passed ? "pass" : "FAIL",
                 line.name.c_str(), line.dtype.c_str(), *kernel, off, line.tolerance,
-                same ? "" : "other bits with other threads");
+                same ? "" : "other bits with other threads",
+                finished ? "" : "another epilogue than that of the bits without one");
     failures += passed ? 0 : 1;
   }
   return failures;

@@ -24,6 +24,7 @@
 
 #pragma once
 
+#include "epilogue.h"
 #include "job.h"
 #include "vec.h"
 
@@ -394,6 +395,10 @@ void ChannelsTask(const void* state, int64_t index) {
       c.next_dy = nullptr;
       for (int64_t r = 0; r < count; ++r) rows[r].filter -= f.r0 * tap_size;
     }
+    const int64_t first_group = FirstGroup(s, first);
+    const int64_t groups = FirstGroup(s, end - 1) + s.block_groups - first_group;
+    FinishBox<T>(a, dx - static_cast<T*>(a.dx) + first_group * p.dx.group, p.axis[2].in,
+                 p.dx.axis[2], groups * p.in_channels, 1);
   }
 }
 

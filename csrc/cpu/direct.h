@@ -8,6 +8,7 @@
 
 #pragma once
 
+#include "epilogue.h"
 #include "job.h"
 #include "vec.h"
 
@@ -80,6 +81,9 @@ void DirectTask(const void* state, int64_t index) {
       StoreOne(OutputAt<T>(a, n, g, c, h), DirectOne<T>(a, n, g, c, h));
     }
   }
+  h[2] = 0;
+  FinishBox<T>(a, OutputAt<T>(a, n, g, 0, h) - static_cast<T*>(a.dx), p.axis[2].in,
+               p.dx.axis[2], p.in_channels, p.dx.channel);
 }
 
 template <typename T>

@@ -21,6 +21,7 @@
 
 #pragma once
 
+#include "epilogue.h"
 #include "gemm_pack.h"
 #include "job.h"
 #include "reach.h"
@@ -60,7 +61,8 @@ struct DotsState {
   int64_t channel_step;     // elements of the packed filter from channel to channel
   int64_t rows, columns;    // of dX, of a task
   int64_t row_tasks, column_tasks;
-  void (*store)();  // a DotStore of the accumulation type
+  void (*store)();   // a DotStore of the accumulation type
+  void (*finish)();  // FinishBox of the element type
 };
 
 // The packed filter is [group][r0][r1][r2][c][k], k in whole vectors; the last of them
@@ -434,6 +436,9 @@ void DotsTask(const void* state, int64_t index) {
         out.at += kDotChannels<A> * p.dx.channel;
       }
     }
+    const auto finish = reinterpret_cast<decltype(&FinishBox<A>)>(s.finish);
+    finish(a, dx + h1 * p.dx.axis[1] + w_lo * p.dx.axis[2], w_hi - w_lo, p.dx.axis[2],
+           p.in_channels, p.dx.channel);
   }
 }
 
@@ -447,6 +452,7 @@ void PrepareDots(const CpuArgs& a, CpuJob* job) {
   DotsState s{};
   s.args = a;
   s.store = reinterpret_cast<void (*)()>(static_cast<DotStore<A>>(StoreDots<T>));
+  s.finish = reinterpret_cast<void (*)()>(&FinishBox<T>);
   const bool pack_dy = !ReadsDyInPlace<T>(a);
   s.dy = pack_dy ? a.packed_dy : a.dy;
   s.dy_at = DyOperandStrides<T>(a);

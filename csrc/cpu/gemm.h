@@ -212,6 +212,9 @@ void GemmTask(const void* state, int64_t index) {
     while (AddTapsOf(panel.vectors, s, rows, phase, dy, filter, sums))
       filter.exact = true;
     if (!direct) StoreTile<T>(rows, tile, width, panel.columns, column_dx, dx);
+    if (HasEpilogue(a)) {
+      FinishTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
+    }
     rows.first_time = false;
   }
 }
@@ -292,6 +295,8 @@ void NarrowGroupsTask(const void* state, int64_t index) {
                            exact, true, rows, m, sums);
     }
     if (!direct) StoreTile<T>(rows, tile, kWidth, panel.columns, a.column_dx, dx);
+    if (HasEpilogue(a))
+      FinishTile<T>(a, rows, panel.columns, a.column_dx, g * p.dx.group);
   }
 }
 

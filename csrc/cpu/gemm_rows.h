@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include "epilogue.h"
 #include "gemm_pack.h"
 
 namespace convgrad {
@@ -48,6 +49,17 @@ CONVGRAD_INLINE bool AreSumsOfDx(const Panel& panel, const int64_t* column_dx) {
   return column_dx[panel.columns - 1] - column_dx[0] == panel.columns - 1;
 }
 
+// Columns [run[i], run[i + 1]) are neighbours in memory, for i below the result.
+[[maybe_unused]] CONVGRAD_NOINLINE int FindRuns(const int64_t* column_dx, int64_t columns,
+                                                int64_t* run) {
+  int runs = 0;
+  for (int64_t c = 0; c < columns; ++c) {
+    if (c == 0 || column_dx[c] != column_dx[c - 1] + 1) run[runs++] = c;
+  }
+  run[runs] = columns;
+  return runs;
+}
+
 constexpr int64_t kShortRun = 4;  // neighbouring columns that are not worth a vector
 
 // Rounds the tile [rows][width] and stores `columns` of it: row m, column c goes to
@@ -56,13 +68,8 @@ template <typename T>
 CONVGRAD_NOINLINE void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64_t width,
                                  int64_t columns, const int64_t* column_dx, T* dx) {
   constexpr int L = kLanes<Acc<T>>;
-  // Columns [run[i], run[i + 1]) are neighbours in memory.
   int64_t run[kMaxPanelColumns + 1];
-  int runs = 0;
-  for (int64_t c = 0; c < columns; ++c) {
-    if (c == 0 || column_dx[c] != column_dx[c - 1] + 1) run[runs++] = c;
-  }
-  run[runs] = columns;
+  const int runs = FindRuns(column_dx, columns, run);
   int64_t transposed = 0;  // leading rows that are already stored
   if (runs == columns) {
     // Channels-first: transpose squares whose rows are neighbours in memory. Channels
@@ -105,6 +112,29 @@ CONVGRAD_NOINLINE void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64
     const Acc<T>* from = tile + m * width;
     for (int i = 0; i < runs; ++i) {
       StoreRun(dx + rows.dx[m] + column_dx[run[i]], from + run[i], run[i + 1] - run[i]);
+    }
+  }
+}
+
+// The epilogue of what StoreTile stores, `at` elements into dX.
+template <typename T>
+CONVGRAD_NOINLINE void FinishTile(const CpuArgs& a, const GemmRows& rows, int64_t columns,
+                                  const int64_t* column_dx, int64_t at) {
+  int64_t run[kMaxPanelColumns + 1];
+  const int runs = FindRuns(column_dx, columns, run);
+  if (runs < columns || runs == 1) {
+    for (int64_t m = 0; m < rows.count; ++m) {
+      for (int i = 0; i < runs; ++i) {
+        FinishRun<T>(a, at + rows.dx[m] + column_dx[run[i]], run[i + 1] - run[i]);
+      }
+    }
+    return;
+  }
+  for (int64_t first = 0, end; first < rows.count; first = end) {
+    end = first + 1;
+    while (end < rows.count && rows.dx[end] == rows.dx[end - 1] + 1) ++end;
+    for (int64_t c = 0; c < columns; ++c) {
+      FinishRun<T>(a, at + rows.dx[first] + column_dx[c], end - first);
     }
   }
 }

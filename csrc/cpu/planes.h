@@ -21,6 +21,7 @@
 #pragma once
 
 #include "direct.h"
+#include "epilogue.h"
 #include "job.h"
 #include "reach.h"
 #include "vec.h"
@@ -237,6 +238,11 @@ void PlanesTask(const void* state, int64_t index) {
   const int64_t w_hi =
       w_lo + s.tile.width < p.axis[2].in ? w_lo + s.tile.width : p.axis[2].in;
 
+  const auto finish_row = [&] {
+    h[2] = w_lo;
+    FinishBox<T>(a, OutputAt<T>(a, n, g, 0, h) - static_cast<T*>(a.dx), p.in_channels,
+                 p.dx.channel, w_hi - w_lo, p.dx.axis[2]);
+  };
   if (a.taint[g]) {
     for (h[1] = h1_lo; h[1] < h1_hi; ++h[1]) {
       for (h[2] = w_lo; h[2] < w_hi; ++h[2]) {
@@ -244,6 +250,7 @@ void PlanesTask(const void* state, int64_t index) {
           StoreOne(OutputAt<T>(a, n, g, c, h), DirectOne<T>(a, n, g, c, h));
         }
       }
+      finish_row();
     }
     return;
   }
@@ -316,6 +323,7 @@ void PlanesTask(const void* state, int64_t index) {
                     OutputAt<T>(a, n, g, c0 + c, h));
       }
     }
+    finish_row();
   }
 }
 

@@ -124,6 +124,7 @@ class Array {
     std::memset(memory, poison, bytes_);
   }
 
+  DType dtype() const { return dtype_; }
   int64_t count() const { return count_; }
   size_t bytes() const { return bytes_; }
   void* data() const { return memory_.get(); }
@@ -232,6 +233,47 @@ inline std::vector<double> LiteralSum(const Problem& p, const std::vector<double
   }
   return dx;
 }
+
+// The two arrays of an epilogue, of which `which` asks for the residual (1), for the
+// ReLU's (2) or for both (3).
+class EpilogueArrays {
+ public:
+  EpilogueArrays(int which, DType dtype, const Ints& shape, bool special,
+                 std::mt19937* random)
+      : which_(which), residual_(dtype, shape), relu_(dtype, shape) {
+    Fill(&residual_, special, random);
+    Fill(&relu_, special, random);
+    // As a ReLU's result has them: many zeros.
+    for (int64_t i = 0; i < relu_.count(); i += 3) relu_.Set(i, 0);
+  }
+
+  Epilogue Pointers() const {
+    return {residual() ? residual_.data() : nullptr, relu() ? relu_.data() : nullptr};
+  }
+
+  // Whether `out` is what kernel.h says becomes of `plain`, bit for bit.
+  bool Holds(const Array& plain, const Array& out) const {
+    for (int64_t i = 0; i < out.count(); ++i) {
+      Array expected(out.dtype(), {1});
+      expected.Set(0, plain.Get(i));
+      if (residual()) expected.Set(0, plain.Get(i) + residual_.Get(i));
+      if (relu() && !(relu_.Get(i) > 0)) expected.Set(0, 0);
+      const double is = out.Get(i), should = expected.Get(0);
+      if (std::isnan(should) ? !std::isnan(is)
+                             : is != should || std::signbit(is) != std::signbit(should)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  bool residual() const { return (which_ & 1) != 0; }
+  bool relu() const { return (which_ & 2) != 0; }
+
+  int which_;
+  Array residual_, relu_;
+};
 
 // The normwise error; infinite if some output is finite, NaN or infinite where it should
 // not be.
