@@ -422,6 +422,53 @@ py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
   return result;
 }
 
+#ifdef CONVGRAD_CUDA
+const char* NameOf(Operands operands) {
+  switch (operands) {
+    case Operands::kF64: return "f64";
+    case Operands::kF32: return "f32";
+    case Operands::kTf32: return "tf32";
+    case Operands::k16Bit: break;
+  }
+  return "16bit";
+}
+
+// What a plan's estimate is made of, for jax_convgrad/tools/calibrate.py.
+py::dict CostByAttributes(const std::string& dtype, const Ints& lhs_shape,
+                          const Ints& rhs_shape, const Ints& out_shape,
+                          const py::dict& call, int capability) {
+  const Problem problem =
+      ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call);
+  Plan plan{};
+  const std::string error =
+      PlanProblem(problem, call["kernel"].cast<std::string>(), GpuOf(capability), &plan);
+  if (!error.empty()) throw py::value_error(error);
+  py::dict result;
+  result["operands"] = NameOf(CorrectionOf(plan.kernel, problem).operands);
+  result["launches"] = plan.cost.launches;
+  result["fixed_us"] = plan.cost.fixed_us;
+  result["arithmetic_us"] = plan.cost.arithmetic_us;
+  result["memory_us"] = plan.cost.memory_us;
+  result["unhidden"] = plan.cost.unhidden;
+  return result;
+}
+
+py::dict RatesAsDict() {
+  py::list corrections;
+  for (const Correction& c : kCorrections) {
+    corrections.append(py::make_tuple(c.rung, NameOf(c.operands), c.arithmetic, c.memory,
+                                      c.arithmetic_rows, c.memory_rows));
+  }
+  py::dict result;
+  result["gpu"] = kRatesGpu;
+  result["source"] = kRatesSource;
+  result["launch_us"] = kRatesLaunchUs;
+  result["copy_bytes_per_us"] = kRatesCopyBytesPerUs;
+  result["corrections"] = corrections;
+  return result;
+}
+#endif
+
 PYBIND11_MODULE(CONVGRAD_MODULE, m) {
   m.doc() = "FFI handlers of jax_convgrad. Private: use the jax_convgrad package.";
   m.attr("version") = CONVGRAD_VERSION;
@@ -466,6 +513,10 @@ PYBIND11_MODULE(CONVGRAD_MODULE, m) {
         return result;
       },
       py::arg("dtype"), py::arg("allow_tf32"));
+  m.def("rates", &RatesAsDict);
+  m.def("cost", &CostByAttributes, py::arg("dtype"), py::arg("lhs_shape"),
+        py::arg("rhs_shape"), py::arg("out_shape"), py::arg("attributes"),
+        py::arg("capability") = 90);
 #else
   m.def("isa", &CpuIsa);
 #endif

@@ -119,10 +119,10 @@ bool PlanDirect(const Problem& problem, int64_t, Plan* plan) {
   double outputs = static_cast<double>(problem.batch * problem.groups) *
                    static_cast<double>(problem.in_channels);
   for (const Axis& a : problem.axis) outputs *= static_cast<double>(a.in);
-  plan->model_us =
-      ReferenceGpu::kLaunchUs +
-      std::max((8 * Products(problem) + 100 * outputs) / ReferenceGpu::kFmaF32PerUs,
-               2 * BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs);
+  plan->cost = {1, 0,
+                (8 * Products(problem) + 100 * outputs) / ReferenceGpu::kFmaF32PerUs,
+                2 * BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs, 0};
+  plan->model_us = ModelUs(plan->cost, CorrectionOf("direct", problem));
   return true;
 }
 
@@ -168,10 +168,10 @@ bool PlanTiled(const Problem& problem, int64_t, Plan* plan) {
   }
   constexpr int64_t kResident = 2 * ReferenceGpu::kMultiprocessors;
   const int64_t waves = (tiles + kResident - 1) / kResident;
-  plan->model_us = ReferenceGpu::kLaunchUs +
-                   std::max(static_cast<double>(waves * kResident) * products * 1.5 /
-                                FmaPerUs(problem),
-                            BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs);
+  plan->cost = {
+      1, 0, static_cast<double>(waves * kResident) * products * 1.5 / FmaPerUs(problem),
+      BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs, 0};
+  plan->model_us = ModelUs(plan->cost, CorrectionOf("tiled", problem));
   return true;
 }
 

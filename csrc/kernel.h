@@ -57,6 +57,16 @@ struct Problem {
   int64_t workspace_limit = INT64_MAX;
 };
 
+// What the planner's model of a CUDA kernel adds up, before a measurement corrects it
+// (cuda/rungs.h). Arithmetic, whatever unit of a multiprocessor it keeps busy, and the
+// traffic of device memory hide behind each other.
+struct Cost {
+  double launches;  // of kernels, one after the other
+  double fixed_us;  // what nothing hides: starts, sums of partial sums
+  double arithmetic_us, memory_us;
+  double unhidden;  // of the shorter of the two, the part that adds to the longer
+};
+
 // A kernel and the scratch bytes that it wants. The bytes depend on the problem
 // alone, never on the processor, so that an exported program runs elsewhere.
 struct Plan {
@@ -71,7 +81,8 @@ struct Plan {
   int64_t blocks, threads;         // of the grid, of a block
   int64_t resident;                // blocks that a multiprocessor holds at once
   int64_t shared_bytes;            // of a block
-  double model_us;                 // the planner's estimate (cuda/rungs.h)
+  Cost cost;
+  double model_us;  // the planner's estimate (cuda/rungs.h)
 };
 
 // What becomes of dX, element by element, once it is summed and rounded to its dtype:

@@ -101,10 +101,10 @@ constexpr double kWarpsToCopy = 12;
 constexpr double kWarpsToIssue = 8;
 constexpr double kStartUs = 1.0;
 
-// The time of blocks whose threads execute that many instructions each: as many start in
+// What blocks cost whose threads execute that many instructions each: as many start in
 // a microsecond as multiply-adds of float32 do.
-double ModelUs(const Problem& problem, int64_t blocks, int64_t threads, int64_t resident,
-               double instructions) {
+Cost CostOf(const Problem& problem, int64_t blocks, int64_t threads, int64_t resident,
+            double instructions) {
   const int64_t rounds = CeilDiv(blocks, ReferenceGpu::kMultiprocessors);
   const double warps = static_cast<double>(std::min(rounds, resident) * threads / 32);
   const double rate = ReferenceGpu::kFmaF32PerUs / ReferenceGpu::kMultiprocessors *
@@ -113,7 +113,7 @@ double ModelUs(const Problem& problem, int64_t blocks, int64_t threads, int64_t 
   const double copy_us =
       BytesMoved(problem) / (ReferenceGpu::kCopyBytesPerUs * kCopyEfficiency *
                              std::min(1.0, warps / kWarpsToCopy));
-  return ReferenceGpu::kLaunchUs + kStartUs + std::max(issue_us, copy_us);
+  return {1, kStartUs, issue_us, copy_us, 0};
 }
 
 // ---- configurations ---------------------------------------------------------------
@@ -127,7 +127,8 @@ struct Configuration {
   int64_t lanes, chunks, block_items, tap_rows, staged_rows;  // window
   int64_t items, blocks, threads, resident;
   int64_t static_bytes, dynamic_bytes;  // of shared memory
-  double us;
+  Cost cost;
+  double us;  // by the model
 };
 
 template <int kIndex, int kFilterRows, int kFilterCols, int kStepDown, int kStepAcross>
@@ -177,6 +178,7 @@ void ConfigureRing(const Problem& problem, int index, Configuration* best) {
                                         sizeof(RingPlace[kRingThreads]));
   const int64_t columns = problem.batch * Lattices(down) * Lattices(across);
   const int64_t spacing = down.rhs_dilation / Gcd(down.stride, down.rhs_dilation);
+  const Correction correction = CorrectionOf("depthwise", problem);
   constexpr int64_t kMostStrips = 64;
   for (int64_t parts = 1; parts <= std::min(rows, kMostStrips); ++parts) {
     c.strip = CeilDiv(rows, parts);
@@ -199,9 +201,10 @@ void ConfigureRing(const Problem& problem, int index, Configuration* best) {
     const double halo = S::kHaloH * (1 - 1 / static_cast<double>(parts));
     const double used = std::min(static_cast<double>(c.strip) + halo,
                                  static_cast<double>(CeilDiv(down.out, spacing)));
-    c.us =
-        ModelUs(problem, c.blocks, kRingThreads, S::kMinBlocks,
-                kOnce + kRow * used + kStore * static_cast<double>(c.strip * S::kStepH));
+    c.cost =
+        CostOf(problem, c.blocks, kRingThreads, S::kMinBlocks,
+               kOnce + kRow * used + kStore * static_cast<double>(c.strip * S::kStepH));
+    c.us = ModelUs(c.cost, correction);
     if (c.us < best->us) *best = c;
   }
 }
@@ -261,8 +264,9 @@ void ConfigureWindow(const Problem& problem, int vector, int run, Configuration*
       once + 25 * static_cast<double>(c.tap_rows) +
       live_rows * (30 + run * (4 + vector + load) +
                    live_taps * (run * vector + vector + 5 + load));
-  c.us = ModelUs(problem, c.blocks, kWindowThreads, kWindowMinBlocks,
-                 instructions * (problem.dtype == DType::kF64 ? 2 : 1));
+  c.cost = CostOf(problem, c.blocks, kWindowThreads, kWindowMinBlocks,
+                  instructions * (problem.dtype == DType::kF64 ? 2 : 1));
+  c.us = ModelUs(c.cost, CorrectionOf("depthwise", problem));
   if (c.us < best->us) *best = c;
 }
 
@@ -430,7 +434,8 @@ bool PlanDepthwise(const Problem& given, int64_t, Plan* plan) {
   plan->threads = c.threads;
   plan->resident = c.resident;
   plan->shared_bytes = c.static_bytes + c.dynamic_bytes;
-  plan->model_us = c.us * static_cast<double>(parts);
+  plan->cost = Repeated(c.cost, parts);
+  plan->model_us = ModelUs(plan->cost, CorrectionOf("depthwise", problem));
   return true;
 }
 

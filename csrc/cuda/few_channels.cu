@@ -167,8 +167,8 @@ constexpr double kTensorEfficiency = 0.85;
 constexpr double kStripUs = 1.5;  // until the first row is there
 constexpr double kBlockUs = 2.0;  // until the filter is in registers
 
-double ModelUs(const Problem& problem, const FewProblem& few, const FewLayout& layout,
-               int64_t rows, double products_per_us) {
+Cost CostOf(const Problem& problem, const FewProblem& few, const FewLayout& layout,
+            int64_t rows, double products_per_us) {
   const auto real = [](int64_t v) { return static_cast<double>(v); };
   const double size = real(SizeInBytes(problem.dtype));
   const Axis& last = problem.axis[2];
@@ -211,14 +211,15 @@ double ModelUs(const Problem& problem, const FewProblem& few, const FewLayout& l
   const double steps =
       real(std::min(rows, CeilDiv(few.u_count, few.apart)) + few.taps - 1);
   const double us = real(rounds) * (steps * step_us + kStripUs) + kBlockUs;
-  return ReferenceGpu::kLaunchUs +
-         std::max(us, BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs);
+  return {1, 0, us, BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs, 0};
 }
 
 bool PlanFew(const Problem& problem, bool three_products, double products_per_us,
              int64_t shared_bytes, Plan* plan) {
   const FewProblem few = Analyse(problem, three_products);
   if (!few.taken || ImagesIn32Bits(problem, kFewSlack) == 0) return false;
+  const Correction correction =
+      CorrectionOf(three_products ? "few_channels_3xtf32" : "few_channels", problem);
   bool found = false;
   for (int64_t groups = 1; groups <= few.phases; ++groups) {
     const int64_t phases = CeilDiv(few.phases, groups);
@@ -233,7 +234,8 @@ bool PlanFew(const Problem& problem, bool three_products, double products_per_us
         const int64_t rows = CeilDiv(most_rows, cuts);
         const int64_t strips = CountStrips(few, layout, rows);
         if (strips * layout.phase_groups > kMaxBlocks) break;
-        const double us = ModelUs(problem, few, layout, rows, products_per_us);
+        const Cost cost = CostOf(problem, few, layout, rows, products_per_us);
+        const double us = ModelUs(cost, correction);
         if (found && us >= plan->model_us) continue;
         found = true;
         const int64_t at_once =
@@ -250,6 +252,7 @@ bool PlanFew(const Problem& problem, bool three_products, double products_per_us
         plan->threads = layout.warps * 32;
         plan->resident = ResidentBlocks(few, layout);
         plan->shared_bytes = layout.shared_bytes;
+        plan->cost = cost;
         plan->model_us = us;
       }
     }

@@ -196,6 +196,7 @@ struct Cut {
   int64_t rows, row_groups, tiles[kAxes], tile_count, dy_size[kAxes];
   int64_t pitch[kAxes], image_pitch, stage_bytes, fragment_bytes;
   int64_t slabs, parts, stages, resident, shared_bytes;
+  Cost cost;
   double model_us;
 };
 
@@ -266,16 +267,16 @@ bool FinishCut(const Problem& problem, const Work& work, Cut* cut) {
   return cut->resident > 0 && cut->slabs * cut->parts <= kMaxBlocks;
 }
 
-// The time of a problem cut up like this. All numbers of instructions are counts of the
+// What a problem cut up like this costs. All numbers of instructions are counts of the
 // source, all efficiencies guesses.
-double ModelUs(const Problem& problem, const Work& work, const Cut& cut) {
+Cost CostOf(const Problem& problem, const Work& work, const Cut& cut) {
   constexpr double kStartUs = 1.5;      // the first loads of a kernel, the last stores
   constexpr double kWarpsWhenFull = 8;  // of a multiprocessor
   constexpr double kEfficiency = 0.75;  // of whatever unit a tile keeps busiest
   constexpr double kTileUs = 0.15;      // its ends, where warps wait for each other
   constexpr double kLatencyUs = 1;      // of the copies of the next tile
   constexpr double kL2BytesPerUs = 5.5e6;
-  constexpr double kInterference = 0.1;  // of what should hide behind the slowest
+  constexpr double kUnhidden = 0.1;  // of what should hide behind the slowest
   const auto real = [](int64_t v) { return static_cast<double>(v); };
   const double size = real(SizeInBytes(problem.dtype));
   double dx_bytes = size * real(problem.batch * problem.groups * problem.in_channels);
@@ -339,9 +340,9 @@ double ModelUs(const Problem& problem, const Work& work, const Cut& cut) {
   const double load = real(cut.stage_bytes * ReferenceGpu::kMultiprocessors) /
                       ReferenceGpu::kCopyBytesPerUs;
   const double once_us = real(CeilDiv(blocks, ReferenceGpu::kMultiprocessors)) * fill;
-  const double limit = std::max({dram_us, l2_us, walk_us});
-  return ReferenceGpu::kLaunchUs + kStartUs + once_us + real(beside) * load / 2 + limit +
-         (dram_us + l2_us + walk_us - limit) * kInterference + real(rounds) * kTileUs;
+  const double fixed_us = kStartUs + once_us + real(beside) * load / 2 +
+                          std::min(dram_us, l2_us) * kUnhidden + real(rounds) * kTileUs;
+  return {1, fixed_us, walk_us, std::max(dram_us, l2_us), kUnhidden};
 }
 
 // The largest size up to `most` that cuts `all` into equal parts.
@@ -351,6 +352,7 @@ int64_t Balanced(int64_t all, int64_t most) {
 
 bool ChooseCut(const Problem& problem, const Work& work, Cut* best) {
   constexpr int64_t kRows[] = {64, 128, 192, 256, 384, kGroupedMaxRows};
+  const Correction correction = CorrectionOf("grouped", problem);
   bool found = false;
   for (int64_t strips = 1; strips <= 4; strips *= 2) {
     if (strips > 1 && strips / 2 * work.strip.tiles >= work.tiles_n) break;
@@ -368,7 +370,8 @@ bool ChooseCut(const Problem& problem, const Work& work, Cut* best) {
         const bool whole = std::equal(cut.size, cut.size + kAxes, work.most_positions);
         cut.images = whole ? Balanced(problem.batch, rows / volume) : 1;
         if (!FinishCut(problem, work, &cut)) continue;
-        cut.model_us = ModelUs(problem, work, cut);
+        cut.cost = CostOf(problem, work, cut);
+        cut.model_us = ModelUs(cut.cost, correction);
         if (found && cut.model_us >= best->model_us) continue;
         *best = cut;
         found = true;
@@ -485,7 +488,8 @@ bool PlanGrouped(const Problem& problem, int64_t shared_bytes, Plan* plan) {
   plan->threads = kGroupedThreads;
   plan->resident = cut.resident;
   plan->shared_bytes = cut.shared_bytes;
-  plan->model_us = cut.model_us * static_cast<double>(CeilDiv(problem.batch, part.batch));
+  plan->cost = Repeated(cut.cost, CeilDiv(problem.batch, part.batch));
+  plan->model_us = ModelUs(plan->cost, CorrectionOf("grouped", problem));
   return true;
 }
 

@@ -163,11 +163,11 @@ double CopyPenalty(int width) {
   return width >= 16 ? 1.0 : width == 8 ? 1.1 : width == 4 ? 1.3 : 1.8;
 }
 
-// The time of a problem cut up like this. Blocks are dealt out to multiprocessors; each
+// What a problem cut up like this costs. Blocks are dealt out to multiprocessors; each
 // shares the tensor cores of one with as many as fit beside it, and they take that many
 // warps to keep busy.
-double ModelUs(const Problem& problem, const TileChoice& tile, int64_t tiles,
-               int64_t parts, const TapCounts& taps, double products_per_us, int width) {
+Cost CostOf(const Problem& problem, const TileChoice& tile, int64_t tiles, int64_t parts,
+            const TapCounts& taps, double products_per_us, int width) {
   constexpr double kStartUs = 1.0;  // of a block, until the first slice is there
   const int64_t rounds = CeilDiv(tiles * parts, ReferenceGpu::kMultiprocessors);
   const int64_t beside = std::min(rounds, tile.resident);
@@ -183,12 +183,13 @@ double ModelUs(const Problem& problem, const TileChoice& tile, int64_t tiles,
       std::max(static_cast<double>(rounds) * average, longest) / (rate * busy) +
       kStartUs * static_cast<double>(CeilDiv(rounds, tile.resident));
   const double copy_us = BytesMoved(problem) / ReferenceGpu::kCopyBytesPerUs;
-  double us = ReferenceGpu::kLaunchUs + std::max(multiply_us, copy_us);
+  Cost cost{1, 0, multiply_us, copy_us, 0};
   if (parts > 1) {
     const double partial_bytes = static_cast<double>(tiles * parts * tile.m * tile.n) * 4;
-    us += ReferenceGpu::kLaunchUs + 2 * partial_bytes / ReferenceGpu::kCopyBytesPerUs;
+    cost.launches += 1;
+    cost.fixed_us += 2 * partial_bytes / ReferenceGpu::kCopyBytesPerUs;
   }
-  return us;
+  return cost;
 }
 
 template <typename T, bool kThreeProducts>
@@ -201,6 +202,8 @@ bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
   const bool whole = images == problem.batch;
   const int width = std::min(WidthOfDy(problem, nullptr), WidthOfW(problem, nullptr));
   const TapCounts taps = CountTaps(problem);
+  const Correction correction =
+      CorrectionOf(kThreeProducts ? "mma_3xtf32" : "mma", problem);
   bool found = false;
   for (const TileChoice& tile : kChoices<T, kThreeProducts>) {
     if (tile.n == 128 && (kThreeProducts || !IsWide(problem, nullptr, nullptr))) continue;
@@ -215,8 +218,8 @@ bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
         break;
       }
       if (tiles * parts > kMaxBlocks) break;
-      const double us =
-          ModelUs(problem, tile, tiles, parts, taps, products_per_us, width);
+      const Cost cost = CostOf(problem, tile, tiles, parts, taps, products_per_us, width);
+      const double us = ModelUs(cost, correction);
       if (found && us >= plan->model_us) continue;
       found = true;
       plan->workspace_bytes = bytes;
@@ -229,6 +232,7 @@ bool PlanTyped(const Problem& given, double products_per_us, Plan* plan) {
       plan->threads = tile.threads;
       plan->resident = tile.resident;
       plan->shared_bytes = tile.shared_bytes;
+      plan->cost = cost;
       plan->model_us = us;
     }
   }

@@ -3,25 +3,29 @@
 // which the host compiler or nvcc reads; this header needs no CUDA.
 //
 // A plan function returns false if its kernel does not take the problem. Otherwise it
-// fills in the whole plan, `model_us` included, from its arguments alone: not from the
-// GPU that is there, which may not be the one that runs the program.
+// fills in the whole plan but for the kernel's name, from its arguments and rates.h
+// alone: not from the GPU that is there, which may not be the one that runs the program.
 
 #pragma once
 
+#include <algorithm>
+#include <cstring>
+
 #include "../kernel.h"
+#include "rates.h"
 
 namespace convgrad {
 
-// The GPU that plans are made for, an H200 SXM: what the models count with. Another one
-// computes the same results, with tiles that suit it less.
+// The GPU that plans are made for: what the models count with. Another one computes the
+// same results, with tiles that suit it less.
 struct ReferenceGpu {
-  static constexpr const char* kName = "H200 SXM";
+  static constexpr const char* kName = kRatesGpu;
   static constexpr int64_t kMultiprocessors = 132;
   static constexpr double kCyclesPerUs = 1755;
   static constexpr int64_t kSharedBytes = 227 * 1024;  // of a multiprocessor, for blocks
-  static constexpr double kCopyBytesPerUs = 4.3e6;     // read and written
-  static constexpr double kLaunchUs = 2.5;             // a kernel that does nothing
-  // Products (a multiply and an add) per microsecond, all multiprocessors.
+  static constexpr double kCopyBytesPerUs = kRatesCopyBytesPerUs;
+  // Products (a multiply and an add) per microsecond, all multiprocessors: nominal, what
+  // the corrections of rates.h are relative to.
   static constexpr double kFmaF32PerUs = 30e6;  // on the FP32 units
   static constexpr double kFmaF64PerUs = 15e6;  // on the FP64 units
   static constexpr double kMma16PerUs = 300e6;  // mma.sync, bf16 and f16
@@ -46,6 +50,49 @@ struct ReferenceGpu {
     return kPeak16PerUs;
   }
 };
+
+inline Operands OperandsOf(const Problem& problem) {
+  switch (problem.dtype) {
+    case DType::kF64: return Operands::kF64;
+    case DType::kF32: return problem.allow_tf32 ? Operands::kTf32 : Operands::kF32;
+    case DType::kBF16: break;
+    case DType::kF16: break;
+  }
+  return Operands::k16Bit;
+}
+
+// Of a rung by name. Where it might round to TF32 and has no row for that, it does not.
+inline Correction CorrectionOf(const char* rung, const Problem& problem) {
+  const auto row = [rung](Operands operands) {
+    return std::find_if(std::begin(kCorrections), std::end(kCorrections),
+                        [=](const Correction& c) {
+                          return c.operands == operands && std::strcmp(c.rung, rung) == 0;
+                        });
+  };
+  const Operands operands = OperandsOf(problem);
+  const Correction* found = row(operands);
+  if (found == std::end(kCorrections) && operands == Operands::kTf32) {
+    found = row(Operands::kF32);
+  }
+  return found == std::end(kCorrections) ? Correction{rung, operands, 1, 1, 0, 0}
+                                         : *found;
+}
+
+// Of so many launches of the same.
+inline Cost Repeated(const Cost& cost, int64_t times) {
+  const double n = static_cast<double>(times);
+  return {n * cost.launches, n * cost.fixed_us, n * cost.arithmetic_us,
+          n * cost.memory_us, cost.unhidden};
+}
+
+// The estimate that plans are compared by, of a rung's tiles and between rungs.
+inline double ModelUs(const Cost& cost, const Correction& correction) {
+  const double arithmetic_us = correction.arithmetic * cost.arithmetic_us;
+  const double memory_us = correction.memory * cost.memory_us;
+  return kRatesLaunchUs * cost.launches + cost.fixed_us +
+         std::max(arithmetic_us, memory_us) +
+         cost.unhidden * std::min(arithmetic_us, memory_us);
+}
 
 // Blocks of a grid's first dimension; the other two end at 65535.
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;

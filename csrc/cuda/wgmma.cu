@@ -232,11 +232,11 @@ cudaError_t WithTile(int64_t m, int64_t n, Launch launch) {
 
 // ---- plans ------------------------------------------------------------------------
 
-// The time of a problem cut up like this: items are dealt out to blocks, one on each
+// What a problem cut up like this costs: items are dealt out to blocks, one on each
 // multiprocessor. What an item costs besides its products is its way out, during which
 // the tensor cores wait.
-double ModelUs(const Problem& problem, const TileChoice& tile, int64_t tiles,
-               int64_t parts, const TapCounts& taps, double products_per_us) {
+Cost CostOf(const Problem& problem, const TileChoice& tile, int64_t tiles, int64_t parts,
+            const TapCounts& taps, double products_per_us) {
   constexpr double kStartUs = 1.5;  // until the first products
   // What a multiprocessor writes to the L2 cache, which goes on from there meanwhile: 64
   // bytes a cycle, an estimate.
@@ -256,16 +256,17 @@ double ModelUs(const Problem& problem, const TileChoice& tile, int64_t tiles,
       (parts > 1 ? 4.0 : static_cast<double>(SizeInBytes(problem.dtype)));
   const double copy_rate = ReferenceGpu::kCopyBytesPerUs;
   const double store_us = rounds * item_bytes / kStoreBytesPerUs;
-  double us = ReferenceGpu::kLaunchUs + kStartUs +
-              std::max(multiply_us + store_us, BytesMoved(problem) / copy_rate);
+  Cost cost{1, kStartUs, multiply_us + store_us, BytesMoved(problem) / copy_rate, 0};
   if (parts > 1) {
     const double partial_bytes = static_cast<double>(tiles * parts * tile.m * tile.n) * 4;
-    us += ReferenceGpu::kLaunchUs + 2 * partial_bytes / copy_rate;
+    cost.launches += 1;
+    cost.fixed_us += 2 * partial_bytes / copy_rate;
   }
   if (const double repacked = static_cast<double>(RepackedBytes(problem)); repacked > 0) {
-    us += ReferenceGpu::kLaunchUs + 2 * repacked / copy_rate;
+    cost.launches += 1;
+    cost.fixed_us += 2 * repacked / copy_rate;
   }
-  return us;
+  return cost;
 }
 
 template <typename T>
@@ -280,6 +281,7 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
   const bool whole = images == problem.batch;
   const TapCounts taps = CountTaps(problem);
   const int64_t repacked = RepackedBytes(problem);
+  const Correction correction = CorrectionOf("wgmma", problem);
   bool found = false;
   for (const TileChoice& tile : kChoices<T>) {
     if (tile.shared_bytes > shared_bytes) continue;
@@ -294,7 +296,8 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
         break;
       }
       if (tiles * parts > kMaxBlocks) break;
-      const double us = ModelUs(problem, tile, tiles, parts, taps, products_per_us);
+      const Cost cost = CostOf(problem, tile, tiles, parts, taps, products_per_us);
+      const double us = ModelUs(cost, correction);
       if (found && us >= plan->model_us) continue;
       found = true;
       plan->workspace_bytes = bytes + repacked;
@@ -307,6 +310,7 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
       plan->threads = kWgmmaThreads;
       plan->resident = 1;
       plan->shared_bytes = tile.shared_bytes;
+      plan->cost = cost;
       plan->model_us = us;
     }
   }
