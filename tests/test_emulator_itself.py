@@ -48,7 +48,10 @@ PLANTED_HOPPER = {
     "TooSmallCount": ("1", "1", "deadlock; from thread 0 on in MbarrierWait at"),
     "OtherRows": ("1", "0", "the warps' operands differ"),
     "LeftCopy": ("0", "0", "the block ended with a barrier that lacks 8192 bytes"),
-    "NoProxyFence": ("1", "0", "wrong: element 0 is"),
+    "NoProxyFence": ("1", "0", "a store that no FenceProxyAsync has shown it"),
+    "NoProxyFenceAfterCopy": ("1", "0", "a store that no FenceProxyAsync has shown it"),
+    "ProxyFenceBeforeWait": ("0", "1", "a store that no FenceProxyAsync has shown it"),
+    "OneThreadFences": ("0", "0", "a store that no FenceProxyAsync has shown it"),
 }
 
 
@@ -111,7 +114,7 @@ def test_planted_bug_of_sm_90a_is_reported(program, name):
 @pytest.mark.parametrize("variant", build.VARIANTS)
 def test_correct_twin_for_sm_90a_is_silent(program, variant):
     path = program("planted_hopper_bugs.cu", variant)
-    for name in ("TooFewBytes", "NoProxyFence"):  # there are two twins
+    for name in ("TooFewBytes", "NoProxyFence", "ProxyFenceBeforeWait"):  # all twins
         for eager, order in (("0", "0"), ("1", "1"), ("0", "5"), ("1", "9")):
             assert run(path, name, "correct", eager=eager, order=order) == (0, ""), name
 

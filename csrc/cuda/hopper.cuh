@@ -72,8 +72,16 @@ __device__ __forceinline__ void MbarrierWait(uint64_t* barrier, unsigned parity)
 
 // ---- copies of a tensor map's box -------------------------------------------------
 
+// Stores to shared memory what the copy engine or the tensor cores will read. `to` is
+// aligned to the value's size.
+template <typename T>
+__device__ __forceinline__ void StoreShared(void* to, const T& value) {
+  *reinterpret_cast<T*>(to) = value;
+}
+
 // Shows this thread's stores to shared memory to the copy engine and the tensor cores;
-// their readers need a barrier after it.
+// their readers need a barrier after it. Copies of cp.async, unlike those of the copy
+// engine, are such stores too, once they have been waited for (PTX ISA, "Async proxy").
 __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -292,6 +300,7 @@ using cuda_emulator::MbarrierFenceInit;
 using cuda_emulator::MbarrierInit;
 using cuda_emulator::MbarrierWait;
 using cuda_emulator::SharedAddress;
+using cuda_emulator::StoreShared;
 using cuda_emulator::TakeRegisters;
 using cuda_emulator::TmaLoad;
 using cuda_emulator::TmaLoadIm2col;

@@ -14,8 +14,8 @@
 //   - tensor maps that the driver would not encode; copies of the copy engine that nobody
 //     waited for, bytes that a barrier was told of and that never came; products of a
 //     warpgroup without their fence, or of operands that differ between its warps;
-//   - what threads store in shared memory reaches the copy engine and the tensor cores
-//     through a fence only: without one these read what was there before;
+//   - products of a warpgroup that read what a thread stored in shared memory, by itself
+//     or by cp.async, without that thread's fence for the async proxy in between;
 //   - a read of shared memory that was never written gives NaN;
 //   - out-of-bounds accesses under AddressSanitizer (dynamic shared memory has its exact
 //     size), misaligned vectors under UndefinedBehaviorSanitizer, and missing barriers

@@ -305,7 +305,7 @@ __global__ void WgmmaKernel(const uint32_t* operands, uint32_t words, uint32_t a
 #ifdef CONVGRAD_HOPPER
   CU_DYNAMIC_SHARED_ALIGNED(matrices, kSwizzleAtomBytes);
   for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) {
-    reinterpret_cast<uint32_t*>(matrices)[i] = operands[i];
+    StoreShared(matrices + 4 * i, operands[i]);
   }
   FenceProxyAsync();
   __syncthreads();

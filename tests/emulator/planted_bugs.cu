@@ -1,15 +1,8 @@
 // Kernels with one mistake each, and the same kernels without it: what the emulator and
 // the sanitizers have to report, and what they must not.
-//
-//   planted_bugs NAME planted|correct
-//
-// Exit status 0 if the result is right, 1 if it is wrong, 2 if the launch returned an
-// error (printed).
+// Run as planted.h says.
 
-#include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -18,6 +11,7 @@
 
 #include "cuda/platform.cuh"
 #include "cuda/primitives.cuh"
+#include "planted.h"
 
 namespace convgrad {
 namespace {
@@ -249,15 +243,9 @@ int Main(const std::string& name, bool planted) {
     status =
         Launch(ReadOutOfBounds<false>, c.block, c.shared_bytes, from.get(), to.get());
   }
-  if (const char* error = ErrorText(status); error != nullptr) {
-    std::printf("error: %s\n", error);
-    return 2;
-  }
+  if (HasFailed(status)) return 2;
   for (int i = 0; i < kThreads; ++i) {
-    if (to[i] != from[kThreads - 1 - i]) {
-      std::printf("wrong: element %d is %g\n", i, std::fabs(to[i]));
-      return 1;
-    }
+    if (IsWrong(i, to[i], from[kThreads - 1 - i])) return 1;
   }
   return 0;
 }
@@ -266,6 +254,5 @@ int Main(const std::string& name, bool planted) {
 }  // namespace convgrad
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 64;
-  return convgrad::Main(argv[1], std::strcmp(argv[2], "planted") == 0);
+  return convgrad::RunPlanted(argc, argv, convgrad::Main);
 }

@@ -1,21 +1,15 @@
 // A small matrix product as sm_90a computes one, with one mistake at a time and without:
 // what the emulator has to report, and what it must not.
-//
-//   planted_hopper_bugs NAME planted|correct
-//
-// Exit status 0 if the result is right, 1 if it is wrong, 2 if the launch returned an
-// error (printed).
+// Run as planted.h says.
 
-#include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <string>
 
 #include "cuda/hopper.cuh"
 #include "cuda/tensor_map.cuh"
+#include "planted.h"
 
 namespace convgrad {
 namespace {
@@ -46,21 +40,37 @@ enum class Bug {
   kOtherRows,
   kLeftCopy,
   kNoProxyFence,
+  kNoProxyFenceAfterCopy,
+  kProxyFenceBeforeWait,
+  kOneThreadFences,
 };
 
-// The threads themselves store the product's operands, permuted as the engine does.
+// How the last slice of B comes: by the copy engine, by the threads' own stores, by their
+// cp.async.
+enum class By { kEngine, kStores, kCopies };
+
+// The threads themselves store an operand, permuted as the engine does.
 __device__ void StoreOperand(unsigned char* to, const __nv_bfloat16* from, int k0) {
   for (int i = static_cast<int>(threadIdx.x); i < kSize * kSlice;
        i += kWarpgroupThreads) {
     const int row = i / kSlice, k = i % kSlice;
     const int at = row * kSwizzleBytes + ((k / 8) ^ (row % 8)) * 16 + k % 8 * 2;
-    std::memcpy(to + at, &from[row * kDepth + k0 + k], 2);
+    StoreShared(to + at, from[row * kDepth + k0 + k]);
   }
 }
 
-// One warp fills a ring of stages, a warpgroup multiplies. A is copied by the engine, the
-// last slice of B by threads if kStored.
-template <Bug kBug, bool kStored>
+__device__ void CopyOperand(unsigned char* to, const __nv_bfloat16* from, int k0) {
+  for (int i = static_cast<int>(threadIdx.x); i < kSize * kSlice / 8;
+       i += kWarpgroupThreads) {
+    const int row = i / (kSlice / 8), chunk = i % (kSlice / 8);
+    CopyAsync<16>(to + row * kSwizzleBytes + (chunk ^ (row % 8)) * 16,
+                  from + row * kDepth + k0 + chunk * 8, 16);
+  }
+  CopyAsyncCommit();
+}
+
+// One warp fills a ring of stages, a warpgroup multiplies. A is copied by the engine.
+template <Bug kBug, By kBy>
 __global__ void Multiply(const __grid_constant__ CUtensorMap map_a,
                          const __grid_constant__ CUtensorMap map_b,
                          const __nv_bfloat16* b, float* c) {
@@ -84,7 +94,7 @@ __global__ void Multiply(const __grid_constant__ CUtensorMap map_a,
     for (int slice = 0; slice < kSlices; ++slice) {
       const int stage = slice % kStages;
       const unsigned round = static_cast<unsigned>(slice / kStages);
-      const bool stored = kStored && slice == kSlices - 1;
+      const bool stored = kBy != By::kEngine && slice == kSlices - 1;
       if (kBug != Bug::kNoWaitForSpace) MbarrierWait(empty + stage, ~round & 1);
       unsigned bytes = stored ? kTileBytes : kStageBytes;
       if (kBug == Bug::kTooFewBytes) bytes -= kTileBytes;
@@ -112,9 +122,18 @@ __global__ void Multiply(const __grid_constant__ CUtensorMap map_a,
       MbarrierWait(full + stage, (kBug == Bug::kWrongParity ? ~round : round) & 1);
     }
     unsigned char* const at = ring + stage * kStageBytes;
-    if (kStored && slice == kSlices - 1) {
-      StoreOperand(at + kTileBytes, b, slice * kSlice);
-      if (kBug != Bug::kNoProxyFence) FenceProxyAsync();
+    if (kBy != By::kEngine && slice == kSlices - 1) {
+      if constexpr (kBy == By::kStores) {
+        StoreOperand(at + kTileBytes, b, slice * kSlice);
+      } else {
+        CopyOperand(at + kTileBytes, b, slice * kSlice);
+        if (kBug == Bug::kProxyFenceBeforeWait) FenceProxyAsync();
+        CopyAsyncWait<0>();
+      }
+      constexpr bool kFences = kBug != Bug::kNoProxyFence &&
+                               kBug != Bug::kNoProxyFenceAfterCopy &&
+                               kBug != Bug::kProxyFenceBeforeWait;
+      if (kFences && (kBug != Bug::kOneThreadFences || thread == 0)) FenceProxyAsync();
       MbarrierArrive(stored_all);
       MbarrierWait(stored_all, 0);
     }
@@ -142,10 +161,11 @@ using Kernel = void(CUtensorMap, CUtensorMap, const __nv_bfloat16*, float*);
 struct Pair {
   Kernel *planted, *correct;
 };
-#define PAIR(bug)                                                       \
-  {                                                                     \
-    #bug, { Multiply<Bug::k##bug, false>, Multiply<Bug::kNone, false> } \
+#define PAIR_BY(bug, by)                                                        \
+  {                                                                             \
+    #bug, { Multiply<Bug::k##bug, By::k##by>, Multiply<Bug::kNone, By::k##by> } \
   }
+#define PAIR(bug) PAIR_BY(bug, Engine)
 const std::map<std::string, Pair> kKernels = {
     PAIR(TooFewBytes),
     PAIR(TooManyBytes),
@@ -161,7 +181,10 @@ const std::map<std::string, Pair> kKernels = {
     PAIR(TooSmallCount),
     PAIR(OtherRows),
     PAIR(LeftCopy),
-    {"NoProxyFence", {Multiply<Bug::kNoProxyFence, true>, Multiply<Bug::kNone, true>}},
+    PAIR_BY(NoProxyFence, Stores),
+    PAIR_BY(NoProxyFenceAfterCopy, Copies),
+    PAIR_BY(ProxyFenceBeforeWait, Copies),
+    PAIR_BY(OneThreadFences, Stores),
 };
 
 int Main(const std::string& name, bool planted) {
@@ -191,20 +214,13 @@ int Main(const std::string& name, bool planted) {
                   kSharedBytes, cudaStream_t{}, map_a, map_b,
                   static_cast<const __nv_bfloat16*>(&memory->b[0][0]), &memory->c[0][0]);
   }
-  if (const char* error = ErrorText(status); error != nullptr) {
-    std::printf("error: %s\n", error);
-    return 2;
-  }
+  if (HasFailed(status)) return 2;
   for (int i = 0; i < kSize; ++i) {
     for (int j = 0; j < kSize; ++j) {
       float expected = 0;
       for (int k = 0; k < kDepth; ++k)
         expected += value(i * 5 + k * 3) * value(j * 7 + k);
-      if (memory->c[i][j] != expected) {
-        std::printf("wrong: element %d is %g, not %g\n", i * kSize + j,
-                    std::fabs(memory->c[i][j]), expected);
-        return 1;
-      }
+      if (IsWrong(i * kSize + j, memory->c[i][j], expected)) return 1;
     }
   }
   return 0;
@@ -214,6 +230,5 @@ int Main(const std::string& name, bool planted) {
 }  // namespace convgrad
 
 int main(int argc, char** argv) {
-  if (argc != 3) return 64;
-  return convgrad::Main(argv[1], std::strcmp(argv[2], "planted") == 0);
+  return convgrad::RunPlanted(argc, argv, convgrad::Main);
 }

@@ -52,7 +52,8 @@ struct WarpProducts {
 };
 
 // Copies and tensor cores see shared memory through the async proxy: what threads have
-// stored there by ordinary instructions appears to them only after a fence.
+// stored there by ordinary instructions, or by cp.async, appears to them only after that
+// thread's fence.
 struct AsyncState {
   std::map<void*, Mbarrier> barriers;
   std::deque<std::function<void()>> copies;  // issued and not yet performed

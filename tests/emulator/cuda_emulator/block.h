@@ -38,6 +38,11 @@ struct PendingCopy {
   int bytes, size;
 };
 
+struct StoredBytes {
+  unsigned char* at;
+  size_t count;
+};
+
 struct Thread {
   enum State { kReady, kWaiting, kExited };
 
@@ -49,6 +54,7 @@ struct Thread {
   Place place;
   std::vector<PendingCopy> open_group;
   std::deque<std::vector<PendingCopy>> groups;
+  std::vector<StoredBytes> stored;  // in shared memory since the last proxy fence
 };
 
 // Where a number of threads meet. Threads order themselves through a token for TSan: one
@@ -129,6 +135,7 @@ class Block {
       thread.state = Thread::kReady;
       thread.open_group.clear();
       thread.groups.clear();
+      thread.stored.clear();
       PrepareContext(&thread.fiber.context, thread.fiber.stack, thread.fiber.stack_bytes,
                      ThreadMain);
     }
@@ -210,6 +217,12 @@ class Block {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(shared);
     const uintptr_t from = reinterpret_cast<uintptr_t>(at);
     return begin <= from && from + bytes <= begin + shared_bytes;
+  }
+
+  // Remembers what the running thread has stored in shared memory, until it fences it.
+  CUDA_EMULATOR_UNWATCHED void Stored(void* at, size_t bytes) {
+    const Unwatched unwatched;
+    thread->stored.push_back({static_cast<unsigned char*>(at), bytes});
   }
 
   Warp& warp() { return warps_[thread->number / kWarpSize]; }

@@ -32,12 +32,31 @@ inline uint32_t SharedAddress(const void* p) {
                                current_block->shared);
 }
 
-// Shows this thread's stores to shared memory, and here everybody's, to the copy engine
-// and the tensor cores.
+// A store that the async proxy is to see. One that does not come this way never does.
+template <typename T>
+void StoreShared(void* to, const T& value, Place place = Place::Here()) {
+  Block& block = *current_block;
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0 ||
+      !block.IsShared(to, sizeof(T))) {
+    block.Fail("StoreShared at %s:%d: %zu bytes at %p", place.file, place.line, sizeof(T),
+               to);
+  }
+  unsigned char bytes[sizeof(T)];
+  std::memcpy(bytes, &value, sizeof(T));
+  for (size_t i = 0; i < sizeof(T); ++i) static_cast<unsigned char*>(to)[i] = bytes[i];
+  block.Stored(to, sizeof(T));
+}
+
+// Shows this thread's stores to shared memory to the copy engine and the tensor cores:
+// those of StoreShared, and copies of cp.async that have been waited for.
 CUDA_EMULATOR_UNWATCHED inline void FenceProxyAsync() {
   const Unwatched unwatched;
+  Block& block = *current_block;
   auto& view = AsyncView();
-  std::memcpy(view.data(), current_block->shared, view.size());
+  for (const StoredBytes& stored : block.thread->stored) {
+    std::memcpy(&view[SharedAddress(stored.at)], stored.at, stored.count);
+  }
+  block.thread->stored.clear();
 }
 
 // The permutation of 16-byte chunks: 0 none, then within rows of 32, 64, 128 bytes.

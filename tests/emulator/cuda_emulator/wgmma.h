@@ -38,6 +38,10 @@ class WgmmaOperand {
       current_block->Fail("wgmma reads at %u of %zu bytes of shared memory", at,
                           view.size());
     }
+    if (std::memcmp(view.data() + at, current_block->shared + at, size) != 0) {
+      current_block->Fail(
+          "wgmma reads at %u a store that no FenceProxyAsync has shown it", at);
+    }
     uint32_t bits = 0;
     std::memcpy(&bits, view.data() + at, size);
     switch (kind_) {
