@@ -72,8 +72,11 @@ _BITS_16 = "(__half|__nv_bfloat16)"
 _MMA_16 = ("HMMA.16816", "LDGSTS.128", "LDSM", "LDSM.MT88", "STG.128")
 _MMA_32 = ("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.128", "STG.64")
 
-# Both operands from shared memory, put there by the copy engine, dY in im2col mode.
-_WGMMA = ("HGMMA", "UTMALDG.IM2COL", "USETMAXREG", "SYNCS")
+# Both operands from shared memory, put there by the copy engine, dY in im2col mode, or by
+# threads.
+_WGMMA = ("HGMMA", "USETMAXREG", "SYNCS", "STG.128")
+_WGMMA_ENGINE = (*_WGMMA, "UTMALDG.IM2COL")
+_WGMMA_COPIES = (*_WGMMA, "LDGSTS.128", "LDGSTS.64", "FENCE.ASYNC")
 
 ROWS = (
     Row("DirectKernel<.*, int>", 256, 4, never=NO_TENSOR_CORES),
@@ -110,14 +113,19 @@ ROWS = (
     Row("FewChannelsKernel<float, true, .*>", 256, 1, planned_shared=True,
         needs=("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.128")),
     Row("MmaReduceKernel<float>", 128, 4, needs=("LDG.128", "STG.64"), never=NO_TENSOR_CORES),
-    Row("WgmmaKernel<__nv_bfloat16, .*>", 384, 1, planned_shared=True, only=("sm_90a",),
-        needs=(*_WGMMA, "HGMMA.BF16", "UTMALDG.5D", "STG.128"),
+    Row("WgmmaKernel<__nv_bfloat16, .*, false>", 384, 1, planned_shared=True, only=("sm_90a",),
+        needs=(*_WGMMA_ENGINE, "HGMMA.BF16", "UTMALDG.5D"), never=("HMMA", "LDGSTS", "LDSM")),
+    Row("WgmmaKernel<__half, .*, false>", 384, 1, planned_shared=True, only=("sm_90a",),
+        needs=(*_WGMMA_ENGINE, "UTMALDG.5D"), never=("HMMA", "LDGSTS", "LDSM")),
+    Row("WgmmaKernel<float, .*, false>", 384, 1, planned_shared=True, only=("sm_90a",),
+        needs=(*_WGMMA_ENGINE, "HGMMA.TF32", "UTMALDG.3D", "STG.64"),
         never=("HMMA", "LDGSTS", "LDSM")),
-    Row("WgmmaKernel<__half, .*>", 384, 1, planned_shared=True, only=("sm_90a",),
-        needs=(*_WGMMA, "UTMALDG.5D", "STG.128"), never=("HMMA", "LDGSTS", "LDSM")),
-    Row("WgmmaKernel<float, .*>", 384, 1, planned_shared=True, only=("sm_90a",),
-        needs=(*_WGMMA, "HGMMA.TF32", "UTMALDG.3D", "STG.64"),
-        never=("HMMA", "LDGSTS", "LDSM")),
+    Row("WgmmaKernel<__nv_bfloat16, .*, true>", 384, 1, planned_shared=True, only=("sm_90a",),
+        needs=(*_WGMMA_COPIES, "HGMMA.BF16"), never=("HMMA", "UTMALDG", "LDSM")),
+    Row("WgmmaKernel<__half, .*, true>", 384, 1, planned_shared=True, only=("sm_90a",),
+        needs=_WGMMA_COPIES, never=("HMMA", "UTMALDG", "LDSM")),
+    Row("WgmmaKernel<float, .*, true>", 384, 1, planned_shared=True, only=("sm_90a",),
+        needs=(*_WGMMA_COPIES, "HGMMA.TF32", "STG.64"), never=("HMMA", "UTMALDG", "LDSM")),
     Row("WgmmaRepackKernel", 256, 4, only=("sm_90a",), never=NO_TENSOR_CORES),
 )  # fmt: skip
 

@@ -26,10 +26,7 @@ def test_kernels_against_the_literal_sum(tmp_path, mode):
 @pytest.mark.parametrize("mode", cases.MODES, ids="eager{0[0]}-order{0[1]}".format)
 def test_wgmma_against_the_literal_sum(tmp_path, mode):
     # As above: the named cases, random ones, and the layers of the table made small.
-    sweep = [
-        *cases.hopper_cases(), *cases.hopper_random_cases(24, SEED), *cases.layer_cases()
-    ]  # fmt: skip
-    problems = list(cases.hopper_lines(sweep))
+    problems = list(cases.hopper_lines(cases.hopper_sweep(24, SEED)))
     first = (cases.MODES.index(mode) + SEED) % len(cases.MODES)
     check(build.core(), problems[first :: len(cases.MODES)], mode, tmp_path)
 
@@ -38,7 +35,7 @@ def test_wgmma_against_the_literal_sum(tmp_path, mode):
 def test_every_tile_against_the_literal_sum(tmp_path, kernel):
     small = list(cases.small_cases(0, SEED, 1 << 17))[SEED % 2 :: 2]
     if kernel == "wgmma":
-        small = cases.hopper_cases()[SEED % 2 :: 2]
+        small = [*cases.hopper_cases(), *cases.copied_cases()][SEED % 2 :: 2]
     check(build.core(), cases.tile_lines(kernel, small), cases.MODES[SEED % 6], tmp_path)
 
 
@@ -80,7 +77,7 @@ def test_kernels_under_a_sanitizer(tmp_path, variant, most_products, mode):
         cases.line(case, cases.DTYPES[index % 4], special=index % 5 == 4, allow_tf32=index % 2 == 0)
         for index, case in enumerate(small)
     ]
-    hopper = list(cases.hopper_lines(cases.hopper_cases()))
+    hopper = list(cases.hopper_lines([*cases.hopper_cases(), *cases.copied_cases()]))
     problems += hopper[SEED % 3 :: 3] if variant == "address" else hopper[SEED % 9 :: 9]
     check(build.core(variant), problems, mode, tmp_path)
 

@@ -66,20 +66,14 @@ bool AxisFitsMaps(const Axis& a, int64_t phases, int axes) {
 
 // Whether dX is stored in whole vectors, the rows of dY and W are whole chunks, and every
 // phase can have a map. Arrays may be null, which is as good as aligned.
-bool IsTaken(const Rewritten& rewritten, const void* dy, const void* w, const void* dx) {
+bool FitsEngine(const Rewritten& rewritten, const void* dy, const void* w,
+                const void* dx) {
   const Problem& problem = rewritten.problem;
-  if (problem.groups != 1) return false;
   const int vector = VectorBytes(problem.dtype);
   if (problem.in_channels * SizeInBytes(problem.dtype) % vector != 0) return false;
   if (WidthOfRuns(rewritten, dx) < vector) return false;
-  if (problem.dy.channel != 1 && problem.out_channels > 1) return false;
-  if (problem.w.in_channel != 1 && problem.in_channels > 1) return false;
   if (WidthOfDy(problem, dy) != kWidestCopy) return false;
-  if (problem.dtype == DType::kF32) {  // W is repacked, with rows of its out channels
-    if (problem.out_channels % 4 != 0) return false;
-  } else if (WidthOfW(problem, w) != kWidestCopy) {
-    return false;
-  }
+  if (problem.dtype != DType::kF32 && WidthOfW(problem, w) != kWidestCopy) return false;
   const int axes = MapAxes(problem);
   int64_t phases = 1;
   for (int i = 0; i < kAxes; ++i) {
@@ -149,12 +143,16 @@ cudaError_t EncodeFilter(const Problem& problem, const T* w, CUtensorMap* map) {
   return EncodeTiled<T>(w, shape, box, map);
 }
 
-// Of W repacked as [tap][C][K].
+// Of W repacked as [tap][C][K], rows of K in whole chunks.
+int64_t RepackedRow(const Problem& problem) {
+  return RoundUp(problem.out_channels, kWidestCopy / SizeInBytes(DType::kF32));
+}
+
 cudaError_t EncodeRepacked(const Problem& problem, const float* w, int64_t tile_n,
                            CUtensorMap* map) {
   constexpr int64_t kSize = sizeof(float);
   TensorShape shape{1, {static_cast<uint64_t>(problem.out_channels)}, {}};
-  const int64_t row = problem.out_channels * kSize;
+  const int64_t row = RepackedRow(problem) * kSize;
   Append(&shape, problem.in_channels, row);
   int64_t taps = 1;
   for (const Axis& a : problem.axis) taps *= a.win;
@@ -165,7 +163,7 @@ cudaError_t EncodeRepacked(const Problem& problem, const float* w, int64_t tile_
 
 int64_t RepackedBytes(const Problem& problem) {
   if (problem.dtype != DType::kF32) return 0;
-  int64_t elements = problem.in_channels * problem.out_channels;
+  int64_t elements = problem.in_channels * RepackedRow(problem);
   for (const Axis& a : problem.axis) elements *= a.win;
   return elements * SizeInBytes(DType::kF32);
 }
@@ -177,6 +175,7 @@ cudaError_t EnqueueRepack(cudaStream_t stream, const Problem& problem, const flo
   params.out_channels = static_cast<int32_t>(problem.out_channels);
   params.w_out_channel = static_cast<int32_t>(problem.w.out_channel);
   params.w_in_channel = static_cast<int32_t>(problem.w.in_channel);
+  params.row = static_cast<int32_t>(RepackedRow(problem));
   unsigned taps = 1;
   for (int i = 0; i < kAxes; ++i) {
     params.win[i] = static_cast<int32_t>(problem.axis[i].win);
@@ -191,10 +190,14 @@ cudaError_t EnqueueRepack(cudaStream_t stream, const Problem& problem, const flo
                    dim3(kRepackTile * kRepackRows), 0, stream, params, w, to);
 }
 
-bool FitsRepackGrid(const Problem& problem) {
+// Whether a grid and 32-bit offsets are enough for a repacked W.
+bool FitsRepack(const Problem& problem) {
+  if (problem.dtype != DType::kF32) return true;
   int64_t taps = 1;
   for (const Axis& a : problem.axis) taps *= a.win;
-  return taps <= 65535 && CeilDiv(problem.out_channels, kRepackTile) <= 65535;
+  const int64_t beyond = kWgmmaSlack * RepackedRow(problem) * SizeInBytes(problem.dtype);
+  return taps <= 65535 && CeilDiv(problem.out_channels, kRepackTile) <= 65535 &&
+         (RepackedBytes(problem) + beyond) / SizeInBytes(problem.dtype) <= INT32_MAX;
 }
 
 // ---- tiles ------------------------------------------------------------------------
@@ -231,6 +234,13 @@ cudaError_t WithTile(int64_t m, int64_t n, Launch launch) {
 }
 
 // ---- plans ------------------------------------------------------------------------
+
+// The part of the rate that is left where threads copy instead of the engine, by the
+// bytes of a copy: an estimate, by the number of instructions. Values that go through
+// registers are waited for in every slice.
+double RateOfCopies(int width) {
+  return width >= 16 ? 0.9 : width == 8 ? 0.85 : width == 4 ? 0.75 : 0.2;
+}
 
 // What a problem cut up like this costs: items are dealt out to blocks, one on each
 // multiprocessor. What an item costs besides its products is its way out, during which
@@ -274,8 +284,13 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
                Plan* plan) {
   const Rewritten rewritten = AsPatches(given);
   const Problem& problem = rewritten.problem;
-  if (!IsTaken(rewritten, nullptr, nullptr, nullptr)) return false;
-  if (!FitsRepackGrid(problem)) return false;
+  if (problem.groups != 1 || !FitsRepack(problem)) return false;
+  if (problem.dy.channel != 1 && problem.out_channels > 1) return false;
+  if (problem.w.in_channel != 1 && problem.in_channels > 1) return false;
+  if (!FitsEngine(rewritten, nullptr, nullptr, nullptr)) {
+    const int w_width = sizeof(T) == 4 ? kWidestCopy : WidthOfW(problem, nullptr);
+    products_per_us *= RateOfCopies(std::min(WidthOfDy(problem, nullptr), w_width));
+  }
   const int64_t images = ImagesIn32Bits(problem, kWgmmaSlack);
   if (images == 0) return false;
   const bool whole = images == problem.batch;
@@ -325,7 +340,7 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
                         const T* dy, const T* w, T* dx, const float* repacked,
                         float4* partial) {
   const Problem& problem = rewritten.problem;
-  const cudaError_t status = WithTile<T>(plan.tile_m, plan.tile_n, [&](auto tile) {
+  return WithTile<T>(plan.tile_m, plan.tile_n, [&](auto tile) {
     using S = decltype(tile);
     static_assert(sizeof(WgmmaParams) + 4 * sizeof(void*) <= kMaxParameterBytes,
                   "the kernel's parameters must fit in constant memory's 4 KiB");
@@ -333,23 +348,32 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
     params.mma = MakeMmaParams(rewritten, S::kM, S::kN, plan.split_k, dy, w, dx);
     params.items = params.mma.grid.total * params.mma.parts;
     for (int i = 0; i < kAxes; ++i) params.win[i] = static_cast<int>(problem.axis[i].win);
-    cudaError_t encoded = EncodeDy<T>(problem, dy, S::kM, &params);
-    if (encoded != cudaSuccess) return encoded;
-    if constexpr (sizeof(T) == 4) {
-      encoded = EncodeRepacked(problem, repacked, S::kN, &params.w);
+    params.repacked = repacked;
+    params.repacked_row = static_cast<int32_t>(RepackedRow(problem));
+    const auto launch = [&](auto kernel) {
+      const unsigned blocks =
+          std::min(params.items, static_cast<unsigned>(ReferenceGpu::kMultiprocessors));
+      return CU_LAUNCH(kernel, dim3(blocks), dim3(kWgmmaThreads), S::kSharedBytes, stream,
+                       params, dy, w, dx, partial);
+    };
+    cudaError_t status;
+    // A plan assumes aligned arrays. These may not be.
+    if (FitsEngine(rewritten, dy, w, dx)) {
+      status = EncodeDy<T>(problem, dy, S::kM, &params);
+      if (status != cudaSuccess) return status;
+      if constexpr (sizeof(T) == 4) {
+        status = EncodeRepacked(problem, repacked, S::kN, &params.w);
+      } else {
+        status = EncodeFilter<T>(problem, w, &params.w);
+      }
+      if (status != cudaSuccess) return status;
+      status = launch(&WgmmaKernel<T, S::kM, S::kN, S::kGroupsN, false>);
     } else {
-      encoded = EncodeFilter<T>(problem, w, &params.w);
+      status = launch(&WgmmaKernel<T, S::kM, S::kN, S::kGroupsN, true>);
     }
-    if (encoded != cudaSuccess) return encoded;
-    const unsigned blocks =
-        std::min(params.items, static_cast<unsigned>(ReferenceGpu::kMultiprocessors));
-    const cudaError_t launched = CU_LAUNCH(
-        (WgmmaKernel<T, S::kM, S::kN, S::kGroupsN>), dim3(blocks), dim3(kWgmmaThreads),
-        S::kSharedBytes, stream, params, dy, w, dx, partial);
-    if (launched != cudaSuccess || plan.split_k == 1) return launched;
+    if (status != cudaSuccess || plan.split_k == 1) return status;
     return EnqueueMmaReduce<T>(stream, params.mma, dy, w, dx, partial);
   });
-  return status;
 }
 
 template <typename T>
@@ -357,14 +381,6 @@ const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan&
                         const void* dy, const void* w, void* dx, void* workspace) {
   Rewritten rewritten = AsPatches(problem);
   const Problem whole = rewritten.problem;
-  if (!IsTaken(rewritten, dy, w, dx)) {
-    // A plan assumes aligned arrays. These are not: the other kernel takes them, and
-    // needs no workspace for a sum that it does not split.
-    Plan other{};
-    if (!PlanMma(problem, plan.shared_bytes, &other)) return "wgmma: misaligned arrays";
-    other.split_k = 1;
-    return LaunchMma(stream, problem, other, dy, w, dx, workspace);
-  }
   float* repacked = nullptr;
   if constexpr (sizeof(T) == 4) {
     const int64_t partial_bytes = plan.workspace_bytes - RepackedBytes(whole);

@@ -1,12 +1,14 @@
-// "wgmma": implicit GEMM on the tensor cores of sm_90a, fed by the copy engine.
+// "wgmma": implicit GEMM on the tensor cores of sm_90a, fed by the copy engine, or by
+// threads where that cannot fetch.
 //
 // The product is that of mma.cuh. What differs is how it is done. A block has three
-// warpgroups: one thread of the third, the producer, has the copy engine fetch slices of
-// both operands into a ring of kStages in shared memory; the other two, the consumers,
-// multiply them there by wgmma. The ring goes on from tile to tile, so that the next
+// warpgroups: the third, the producer, fetches slices of both operands into a ring of
+// kStages in shared memory; the other two, the consumers, multiply them there by wgmma.
+// The ring goes on from tile to tile, so that the next
 // one's slices come while a tile's sums are stored. Blocks stay and take tile after tile.
 //
-// Operand A, kM rows by 128 bytes of channels of dY, is one copy in im2col mode. For one
+// The copy engine is told by one thread (wgmma_producers.cuh). Operand A, kM rows by 128
+// bytes of channels of dY, is one copy in im2col mode. For one
 // phase (phase.h), position i reads, at tap t, the pixel p0 + i*p_per_h - t*p_per_r of dY
 // on each axis; p_per_h is 1 unless dX was dilated (lhs_dilation), whatever the stride.
 // With T taps and H positions it is
@@ -29,230 +31,34 @@
 //   256 x  64  two of rows    8 of 64 x  64                         5
 //    64 x 128  two of columns 4 of 64 x  64                         6
 //
+// Threads put the same bytes into the same places by cp.async, 16, 8 or 4 at once: each
+// warp its share of the rows, whose offsets in dY it works out once a tap. 16-bit values
+// at odd places go through registers. What does not exist becomes zero there too.
+//
 // Sums leave from registers: the lanes of a quad exchange theirs, and each stores 16
-// bytes (8 of f32), whole sectors of 32. Split K, phases without taps, patches, and
-// results that are not finite are as in mma.cuh; tiles, live taps and parts are numbered
-// as there.
+// bytes (8 of f32), whole sectors of 32, or what dX is aligned to. Split K, phases
+// without taps, patches, and results that are not finite are as in mma.cuh; tiles, live
+// taps and parts are numbered as there.
 //
 // Block b takes, in round j, the tile at j*grid + (b + j*channel_tiles) % grid: were it
 // always at b, blocks would keep to one phase of a strided gradient, and some phases have
 // more taps than others.
 //
-// Limits: those of mma.cuh, and one group; input channels that are whole vectors of 16
-// bytes (8 of f32); rows of dY that are whole chunks of 16 bytes, as are W's of 16-bit
-// types; at most kWgmmaPhases phases; taps, padding and lhs_dilation within the corners,
-// offsets and steps of the copy engine (tensor_map.cuh). "mma" takes what this kernel
-// does not.
+// Limits: those of mma.cuh, and one group. The copy engine is used for input channels
+// that are whole vectors of 16 bytes (8 of f32); rows of dY that are whole chunks of 16
+// bytes, as are W's of 16-bit types; at most kWgmmaPhases phases; taps, padding and
+// lhs_dilation within its corners, offsets and steps (tensor_map.cuh).
 
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "hopper.cuh"
 #include "mma.cuh"
-#include "tensor_map.cuh"
+#include "wgmma_producers.cuh"
+#include "wgmma_work.cuh"
 
 namespace convgrad {
-
-constexpr int kWgmmaPhases = 16;  // as many maps as the parameters have room for
-constexpr int kWgmmaConsumers = 2;
-constexpr int kWgmmaThreads = (kWgmmaConsumers + 1) * kWarpgroupThreads;
-constexpr int kWgmmaConsumerWarps = kWgmmaConsumers * kWarpgroupThreads / 32;
-constexpr int kWgmmaRows = 64;        // of an instruction
-constexpr int kWgmmaDepthBytes = 32;  // of its K
-constexpr int kWgmmaMostStages = 6;
-constexpr int kWgmmaSlack = 256;  // as kMmaSlack
-// A block starts with 168 registers a thread, all that a multiprocessor has.
-constexpr int kWgmmaProducerRegisters = 56, kWgmmaConsumerRegisters = 224;
-static_assert(kWgmmaProducerRegisters + kWgmmaConsumers * kWgmmaConsumerRegisters <=
-                  (kWgmmaConsumers + 1) * 168,
-              "registers that are taken must have been given");
-
-template <typename T, int kTileM, int kTileN, int kGroups>
-struct WgmmaTile {
-  static constexpr int kM = kTileM, kN = kTileN;
-  static constexpr int kGroupsN = kGroups;  // consumers side by side
-  static constexpr int kGroupsM = kWgmmaConsumers / kGroupsN;
-  static constexpr int kK = kSwizzleBytes / static_cast<int>(sizeof(T));
-  static constexpr int kRowsOfGroup = kM / kGroupsM;
-  static constexpr int kProducts = kRowsOfGroup / kWgmmaRows;
-  static constexpr int kColumns = kN / kGroupsN;  // of a product
-  static constexpr int kStrips = kColumns / kMmaWarpN;
-
-  static constexpr int kBytesA = kM * kSwizzleBytes;
-  static constexpr int kBytesB = kN * kSwizzleBytes;
-  static constexpr int kStageBytes = kBytesA + kBytesB;
-  // Operand B of 16-bit types is in panels of 64 columns.
-  static constexpr int kPanel = 64, kPanelBytes = kK * kSwizzleBytes;
-  static constexpr int kRoom = 227 * 1024 - 2 * kWgmmaMostStages * 8;
-  static constexpr int kStages =
-      kRoom / kStageBytes < kWgmmaMostStages ? kRoom / kStageBytes : kWgmmaMostStages;
-  static constexpr int kBarriersAt = kStages * kStageBytes;
-  static constexpr int kSharedBytes = kBarriersAt + 2 * kStages * 8;
-
-  static_assert(kM % (kGroupsM * kWgmmaRows) == 0 && kN % (kGroupsN * 64) == 0,
-                "consumers share the tile evenly");
-  static_assert(kStages >= 3, "copies need a head start");
-  static_assert(kProducts * kColumns / 2 <= 128,
-                "sums must leave registers for the rest");
-};
-
-struct WgmmaParams {
-  MmaParams mma;
-  unsigned items;  // parts of tiles
-  int axes;        // of dY's maps: the last ones, without leading axes of size one
-  int win[kAxes];  // taps of the filter
-  CUtensorMap w;
-  CUtensorMap dy[kWgmmaPhases];  // by the number of the phase
-};
-
-// ---- what a tile needs ------------------------------------------------------------
-
-// Taps and slices of one part of one tile.
-struct WgmmaWork {
-  RowPlace<int32_t> first;  // its first row
-  TapSpan<int32_t> spans[kAxes];
-  int32_t first_slice, slices, slices_per_tap;
-};
-
-template <typename S>
-__device__ __forceinline__ WgmmaWork PlanWork(const MmaParams& params,
-                                              const TilePlace<int32_t>& at,
-                                              unsigned part) {
-  const Geometry<int32_t>& g = params.geometry;
-  const int32_t m_end = at.m0 + S::kM < at.row_count ? at.m0 + S::kM : at.row_count;
-  WgmmaWork work;
-  work.first = PlaceRow(g, at, at.m0);
-  const RowPlace<int32_t> last = PlaceRow(g, at, m_end - 1);
-  const int32_t taps = LiveTapsBetween(g, at, work.first.n == last.n, work.first.p,
-                                       last.p, true, work.spans);
-  work.slices_per_tap = (g.out_channels + S::kK - 1) / S::kK;
-  const PartOfSlices share = ShareSlices(taps * work.slices_per_tap, part, params.parts);
-  work.first_slice = share.first;
-  work.slices = share.count;
-  return work;
-}
-
-// The tile that a block takes in a round, as a part's and a tile's number.
-__device__ __forceinline__ unsigned ItemOfRound(const WgmmaParams& params,
-                                                unsigned round) {
-  const unsigned turn = blockIdx.x + round * params.mma.grid.channel_tiles;
-  return round * gridDim.x + turn % gridDim.x;
-}
-
-__device__ __forceinline__ unsigned Rounds(const WgmmaParams& params) {
-  return (params.items + gridDim.x - 1) / gridDim.x;
-}
-
-// A stage of the ring, and the parity of the phase that its barriers are in.
-template <int kStages>
-struct RingPlace {
-  int stage = 0;
-  unsigned parity = 0;
-
-  __device__ __forceinline__ void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
-// ---- the producer -----------------------------------------------------------------
-
-// One copy of dY: channels k0.. of the rows from `pixel` on, `offset` beyond each.
-__device__ __forceinline__ void CopyRows(const WgmmaParams& params,
-                                         const CUtensorMap* map, void* to,
-                                         uint64_t* barrier, int k0, int image,
-                                         const int (&pixel)[kAxes],
-                                         const uint16_t (&offset)[kAxes]) {
-  if (params.axes == 2) {
-    const int at[4] = {k0, pixel[2], pixel[1], image};
-    const uint16_t beyond[2] = {offset[2], offset[1]};
-    TmaLoadIm2col<4>(to, map, barrier, at, beyond);
-  } else if (params.axes == 1) {
-    const int at[3] = {k0, pixel[2], image};
-    const uint16_t beyond[1] = {offset[2]};
-    TmaLoadIm2col<3>(to, map, barrier, at, beyond);
-  } else {
-    const int at[5] = {k0, pixel[2], pixel[1], pixel[0], image};
-    const uint16_t beyond[3] = {offset[2], offset[1], offset[0]};
-    TmaLoadIm2col<5>(to, map, barrier, at, beyond);
-  }
-}
-
-// Fills stages with the slices of all of the block's tiles.
-template <typename T, typename S>
-__device__ __forceinline__ void Produce(const WgmmaParams& params, unsigned char* ring,
-                                        uint64_t* full, uint64_t* empty) {
-  const Geometry<int32_t>& g = params.mma.geometry;
-  const TileGrid& grid = params.mma.grid;
-  RingPlace<S::kStages> place;
-  for (unsigned round = 0; round < Rounds(params); ++round) {
-    const unsigned item = ItemOfRound(params, round);
-    if (item >= params.items) continue;
-    const unsigned part = item / grid.total, tile = item - part * grid.total;
-    const TilePlace<int32_t> at = PlaceTile(g, grid, tile);
-    if (at.m0 >= at.row_count || IsDead(at)) continue;
-    const WgmmaWork work = PlanWork<S>(params.mma, at, part);
-    if (work.slices == 0) continue;
-    unsigned phase = 0;
-    int pixel[kAxes], furthest[kAxes];
-    int32_t t[kAxes], tap = work.first_slice / work.slices_per_tap;
-    int32_t k0 = (work.first_slice - tap * work.slices_per_tap) * S::kK;
-#pragma unroll
-    for (int a = 0; a < kAxes; ++a) {
-      phase = phase * grid.phases[a] + static_cast<unsigned>(at.h0[a]);
-      furthest[a] = (at.phase[a].r_count - 1) * g.axis[a].p_per_r.divisor;
-      pixel[a] = work.first.p[a] - furthest[a];
-    }
-#pragma unroll
-    for (int a = kAxes - 1; a >= 0; --a) {
-      t[a] = tap % work.spans[a].count;
-      tap /= work.spans[a].count;
-    }
-    for (int32_t slice = 0; slice < work.slices; ++slice) {
-      MbarrierWait(empty + place.stage, place.parity ^ 1);
-      uint64_t* const barrier = full + place.stage;
-      unsigned char* const to = ring + place.stage * S::kStageBytes;
-      MbarrierArriveExpect(barrier, S::kStageBytes);
-      uint16_t offset[kAxes];
-      int r[kAxes];
-#pragma unroll
-      for (int a = 0; a < kAxes; ++a) {
-        const int32_t shift = work.spans[a].shift + t[a] * g.axis[a].p_per_r.divisor;
-        offset[a] = static_cast<uint16_t>(furthest[a] - shift);
-        r[a] = work.spans[a].r + t[a] * g.axis[a].r_step;
-      }
-      CopyRows(params, params.dy + phase, to, barrier, k0, work.first.n, pixel, offset);
-      if constexpr (sizeof(T) == 2) {
-#pragma unroll 1
-        for (int panel = 0; panel < S::kN / S::kPanel; ++panel) {
-          const int from[5] = {at.c0 + panel * S::kPanel, k0, r[2], r[1], r[0]};
-          TmaLoad<5>(to + S::kBytesA + panel * S::kPanelBytes, &params.w, barrier, from);
-        }
-      } else {
-        const int filter_tap = (r[0] * params.win[1] + r[1]) * params.win[2] + r[2];
-        const int from[3] = {k0, at.c0, filter_tap};
-        TmaLoad<3>(to + S::kBytesA, &params.w, barrier, from);
-      }
-      place.Advance();
-      k0 += S::kK;
-      if (k0 < g.out_channels) continue;
-      k0 = 0;
-      ++t[2];
-      if (t[2] == work.spans[2].count) {
-        t[2] = 0;
-        ++t[1];
-      }
-      if (t[1] == work.spans[1].count) {
-        t[1] = 0;
-        ++t[0];
-      }
-    }
-  }
-}
 
 // ---- the consumers ----------------------------------------------------------------
 
@@ -325,7 +131,7 @@ __device__ __forceinline__ void CopyStrip(const float* sum, int strip,
 
 // Stores a consumer's sums, or its part of them to the workspace. `row` and `column` are
 // those of its first warp within the tile.
-template <typename T, typename S>
+template <bool kVectorsOnly, typename T, typename S>
 __device__ __forceinline__ void StoreSums(const MmaParams& params, unsigned item,
                                           unsigned tile, int row, int column, int lane,
                                           const WgmmaSums<S>& sum,
@@ -371,8 +177,8 @@ __device__ __forceinline__ void StoreSums(const MmaParams& params, unsigned item
     for (int s = 0; s < S::kStrips; ++s) {
       float v[kMmaStripTiles][4];
       CopyStrip(sum[i], s, v);
-      const unsigned found =
-          StoreStrip<true>(params, v, row_at, row_exists, c0 + s * kMmaWarpN, lane, dx);
+      const unsigned found = StoreStrip<kVectorsOnly>(params, v, row_at, row_exists,
+                                                      c0 + s * kMmaWarpN, lane, dx);
       special[s / 4] |= static_cast<uint64_t>(found) << (16 * (s % 4));
     }
     // One copy of its code; an array must not be indexed by what only the run knows.
@@ -384,7 +190,7 @@ __device__ __forceinline__ void StoreSums(const MmaParams& params, unsigned item
   }
 }
 
-template <typename T, typename S>
+template <bool kVectorsOnly, typename T, typename S>
 __device__ __forceinline__ void Consume(const WgmmaParams& params,
                                         const unsigned char* ring, uint64_t* full,
                                         uint64_t* empty, const T* __restrict__ dy,
@@ -436,15 +242,15 @@ __device__ __forceinline__ void Consume(const WgmmaParams& params,
     PinSums<S>(sum);
     if (slices > 0 && lane == 0) MbarrierArrive(empty + behind);
     const int warp = thread / 32 % 4;
-    StoreSums<T, S>(params.mma, item, tile,
-                    group_m * S::kRowsOfGroup + warp * kMmaStripRows,
-                    group_n * S::kColumns, lane, sum, dy, w, dx, partial);
+    StoreSums<kVectorsOnly, T, S>(params.mma, item, tile,
+                                  group_m * S::kRowsOfGroup + warp * kMmaStripRows,
+                                  group_n * S::kColumns, lane, sum, dy, w, dx, partial);
   }
 }
 
 // ---- the kernels ------------------------------------------------------------------
 
-template <typename T, int kTileM, int kTileN, int kGroupsN>
+template <typename T, int kTileM, int kTileN, int kGroupsN, bool kCopies>
 __global__ void __launch_bounds__(kWgmmaThreads, 1)
     WgmmaKernel(const __grid_constant__ WgmmaParams params, const T* __restrict__ dy,
                 const T* __restrict__ w, T* __restrict__ dx,
@@ -456,20 +262,23 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
   uint64_t* const empty = full + S::kStages;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < S::kStages; ++stage) {
-      MbarrierInit(full + stage, 1);
+      MbarrierInit(full + stage, kCopies ? kWarpsOfGroup : 1);
       MbarrierInit(empty + stage, kWgmmaConsumerWarps);
     }
     MbarrierFenceInit();
   }
   __syncthreads();
+  using Registers = WgmmaRegisters<kCopies>;
   if (threadIdx.x >= kWgmmaConsumers * kWarpgroupThreads) {
-    GiveRegisters<kWgmmaProducerRegisters>();
-    if (threadIdx.x == kWgmmaConsumers * kWarpgroupThreads) {
-      Produce<T, S>(params, ring, full, empty);
+    GiveRegisters<Registers::kProducer>();
+    if constexpr (kCopies) {
+      ProduceByCopies<T, S>(params, ring, full, empty, dy, w);
+    } else if (threadIdx.x == kWgmmaConsumers * kWarpgroupThreads) {
+      ProduceByEngine<T, S>(params, ring, full, empty);
     }
   } else {
-    TakeRegisters<kWgmmaConsumerRegisters>();
-    Consume<T, S>(params, ring, full, empty, dy, w, dx, partial);
+    TakeRegisters<Registers::kConsumer>();
+    Consume<!kCopies, T, S>(params, ring, full, empty, dy, w, dx, partial);
   }
 #endif
 }
@@ -480,6 +289,7 @@ struct RepackParams {
   int32_t in_channels, out_channels;
   int32_t win[kAxes], w_axis[kAxes];
   int32_t w_out_channel, w_in_channel;
+  int32_t row;  // how far apart rows of K are
 };
 
 constexpr int kRepackTile = 32, kRepackRows = 8;
@@ -508,7 +318,7 @@ __global__ void __launch_bounds__(kRepackTile* kRepackRows)
   for (int row = y; row < kRepackTile; row += kRepackRows) {
     const int32_t k = k0 + x, c = c0 + row;
     if (k < params.out_channels && c < params.in_channels) {
-      to[(tap * params.in_channels + c) * params.out_channels + k] =
+      to[(tap * params.in_channels + c) * params.row + k] =
           FromBits(RoundToTf32(values[x][row]));
     }
   }

@@ -148,15 +148,52 @@ def hopper_cases() -> list[Case]:
     return [Case(name, geometry) for name, geometry in table.items()]
 
 
+def copied_cases() -> list[Case]:
+    """Geometries that the kernel for sm_90a takes without the copy engine, for every path."""
+    g = make_geometry
+    table = {
+        # Rows of dY, of W and of dX in pieces of 16, 8, 4 and, of 16-bit types, 2 bytes.
+        "copied_4": g((7, 6), (3, 3), (12, 20), padding=1),
+        "copied_2": g((7, 6), (3, 3), (10, 6), padding=1),
+        "copied_odd": g((5, 6), (3, 3), (9, 11), padding=1),
+        "copied_odd_out": g((5, 5), (3, 3), (16, 7), batch=3, padding=((1, 0), (1, 1))),
+        "copied_odd_in": g((5, 5), (3, 3), (7, 16), batch=3, padding=((0, 1), (1, 1))),
+        "copied_few": g((9, 8), (3, 3), (5, 3), stride=2, padding=1),
+        "copied_one": g((6, 5), (2, 2), (1, 1), padding=1),
+        # Several tiles of rows and of channels, K that ends within a slice.
+        "copied_wide": g((9, 9), (3, 3), (270, 77), batch=1, padding=1),
+        "copied_rows": g((12, 12), (3, 3), (66, 66), batch=3, padding=1),
+        "copied_strided": g((11, 9), (3, 3), (9, 5), stride=2, padding=((1, 2), (0, 1))),
+        "copied_pointwise": g((5, 4), (1, 1), (74, 9), stride=2),  # phases without taps
+        "copied_1d": g((31,), (10,), (17, 15), stride=5, padding=2),
+        "copied_3d": g((4, 5, 6), (3, 2, 3), (15, 22), stride=(1, 2, 1),
+                       padding=((1, 1), (0, 1), (2, 1))),
+        "copied_dilated": g((9, 8), (3, 3), (17, 70), rhs_dilation=(2, 3), padding=3),
+        "copied_cropped": g((9, 8), (3, 3), (14, 18), padding=((-2, 1), (0, -3))),
+        "copied_patches": g((8, 12), (4, 4), (3, 17), batch=1, stride=4),
+        "copied_long_sum": g((4, 4), (3, 3), (7, 267), batch=1, padding=1),  # in parts
+        "copied_long_strided_sum": g((5, 5), (3, 3), (18, 522), batch=1, stride=2, padding=1),
+        # Beyond the copy engine: its steps, its corners, its offsets, one map for each phase.
+        "copied_lhs_dilated": g((4, 5), (3, 3), (16, 16), lhs_dilation=(9, 11), padding=3),
+        "copied_far_padding": g((6, 5), (3, 3), (16, 16), padding=((130, 2), (1, 140))),
+        "copied_3d_dilated": g((3, 3, 20), (1, 1, 3), (16, 8), rhs_dilation=(1, 1, 17),
+                               padding=((0, 0), (0, 0), (18, 18))),
+        "copied_25_phases": g((11, 10), (6, 5), (16, 16), stride=5, padding=2),
+        "copied_32_phases": g((70,), (33,), (16, 16), stride=32, padding=((3, 1),)),
+    }  # fmt: skip
+    return [Case(name, geometry) for name, geometry in table.items()]
+
+
 def hopper_random_cases(count: int, seed: int) -> Iterator[Case]:
-    """Random dense geometries with whole rows, which the copy engine can fetch."""
+    """Random dense geometries: with whole rows, for the copy engine, and as they are."""
     for case in random_cases(count, seed):
         g = case.geometry
         if g.groups == 1 and 0 not in (*g.lhs_shape, *g.rhs_shape, *g.out_shape):
-            channels = tuple(-(-size // 8) * 8 for size in _channels(g))
+            whole = tuple(-(-size // 8) * 8 for size in _channels(g))
             spatial = tuple(g.lhs_shape[d] for d in g.dimension_numbers.lhs_spec[2:])
             batch = g.lhs_shape[g.dimension_numbers.lhs_spec[0]]
-            yield Case(f"hopper_{case.name}", rescaled(g, spatial, channels, batch))
+            yield Case(f"hopper_{case.name}", rescaled(g, spatial, whole, batch))
+            yield Case(f"copied_{case.name}", rescaled(g, spatial, _channels(g), batch))
 
 
 def layer_cases() -> Iterator[Case]:
@@ -182,9 +219,21 @@ def layer_cases() -> Iterator[Case]:
                    rescaled(g, spatial, channels, 2))  # fmt: skip
 
 
-def hopper_walking_case() -> Case:
+def hopper_sweep(random_count: int, seed: int) -> list[Case]:
+    """All of them: named, random, and the layers of the table."""
+    return [
+        *hopper_cases(), *copied_cases(), *hopper_random_cases(random_count, seed),
+        *layer_cases(),
+    ]  # fmt: skip
+
+
+def hopper_walking_cases() -> list[Case]:
     """More tiles than there are multiprocessors, of phases with more and fewer taps."""
-    return Case("hopper_walking", make_geometry((21, 21), (3, 3), (8, 16), batch=90, stride=2))
+    g = make_geometry
+    return [
+        Case("hopper_walking", g((21, 21), (3, 3), (8, 16), batch=90, stride=2)),
+        Case("copied_walking", g((21, 21), (3, 3), (7, 10), batch=90, stride=2)),
+    ]
 
 
 def hopper_lines(all_cases: Iterable[Case]) -> Iterator[str]:

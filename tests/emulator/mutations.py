@@ -46,6 +46,7 @@ _FRAGMENTS = "csrc/cuda/fragments.cuh"
 _GROUPED = "csrc/cuda/grouped.cuh"
 _FEW = "csrc/cuda/few_channels.cuh"
 _WGMMA, _WGMMA_HOST = "csrc/cuda/wgmma.cuh", "csrc/cuda/wgmma.cu"
+_WGMMA_WORK, _WGMMA_FEED = "csrc/cuda/wgmma_work.cuh", "csrc/cuda/wgmma_producers.cuh"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -247,27 +248,30 @@ MUTATIONS = [
              "const bool finite = sum[e] - sum[e] == 0.0f;", "const bool finite = true;",
              check="special"),
     # ---- wgmma. Finite poison, as above.
-    Mutation("wgmma fills a stage that is being read", _WGMMA,
-             "MbarrierWait(empty + place.stage, place.parity ^ 1);", ""),
+    Mutation("wgmma fills a stage that is being read", _WGMMA_FEED,
+             "MbarrierWait(empty + place.stage, place.parity ^ 1);\n      uint64_t*",
+             "uint64_t*"),
     Mutation("wgmma multiplies what has not come", _WGMMA,
              "MbarrierWait(full + place.stage, place.parity);", "", mode=("0", "1")),
     Mutation("wgmma gives a stage back too early", _WGMMA,
              "      WgmmaWait<1>();", "      WgmmaWait<2>();", mode=("0", "1")),
     Mutation("wgmma stores sums that are not finished", _WGMMA,
              "    WgmmaWait<0>();", "    WgmmaWait<1>();"),
-    Mutation("wgmma expects one operand only", _WGMMA,
+    Mutation("wgmma expects one operand only", _WGMMA_FEED,
              "MbarrierArriveExpect(barrier, S::kStageBytes);",
              "MbarrierArriveExpect(barrier, S::kBytesA);"),
-    Mutation("wgmma never turns the parity", _WGMMA, "parity ^= 1;", ""),
+    Mutation("wgmma never turns the parity", _WGMMA_WORK, "parity ^= 1;", ""),
     Mutation("wgmma without the fence before products", _WGMMA, "  WgmmaFence();\n", ""),
-    Mutation("wgmma walks the taps of dY backwards", _WGMMA, "furthest[a] - shift", "shift"),
-    Mutation("wgmma takes the taps of W for adjacent", _WGMMA,
-             "work.spans[a].r + t[a] * g.axis[a].r_step", "work.spans[a].r + t[a]"),
-    Mutation("wgmma takes another phase's map", _WGMMA,
-             "phase * grid.phases[a] +", "phase +"),
-    Mutation("wgmma copies the first panel of W again", _WGMMA,
-             "at.c0 + panel * S::kPanel", "at.c0"),
-    Mutation("wgmma drops slices that its parts do not share evenly", _WGMMA,
+    Mutation("wgmma walks the taps of dY backwards", _WGMMA_FEED,
+             "furthest[a] - shift[a]", "shift[a]"),
+    Mutation("wgmma takes the taps of W for adjacent", _WGMMA_WORK,
+             "work.spans[a].r + slice.t[a] * g.axis[a].r_step",
+             "work.spans[a].r + slice.t[a]"),
+    Mutation("wgmma takes another phase's map", _WGMMA_FEED,
+             "phase * params.mma.grid.phases[a] +", "phase +"),
+    Mutation("wgmma copies the first panel of W again", _WGMMA_FEED,
+             "{at.c0 + panel * S::kPanel", "{at.c0"),
+    Mutation("wgmma drops slices that its parts do not share evenly", _WGMMA_WORK,
              "work.first_slice - tap * work.slices_per_tap", "0"),
     Mutation("wgmma reads the same k of B for every step", _WGMMA,
              "step * kDepth * kSwizzleBytes", "0"),
@@ -278,7 +282,7 @@ MUTATIONS = [
              "          StoreZeros<T, S::kM, S::kN, kWgmmaConsumers * kWarpgroupThreads>("
              "params.mma, at,\n"
              f"{'':75}thread, dx);\n", ""),
-    Mutation("wgmma takes the first round's tiles only", _WGMMA,
+    Mutation("wgmma takes the first round's tiles only", _WGMMA_WORK,
              "return round * gridDim.x + turn % gridDim.x;", "return turn % gridDim.x;",
              check="walking"),
     Mutation("wgmma repairs the first four strips only", _WGMMA,
@@ -292,6 +296,38 @@ MUTATIONS = [
              "- (a.out - 1)", "- (a.out - 2)"),
     Mutation("wgmma takes every pixel of a dilated gradient", _WGMMA_HOST,
              "static_cast<int>(f.p_per_h)", "1"),
+    Mutation("wgmma asks the copy engine for steps that it has not", _WGMMA_HOST,
+             "if (f.p_per_h > kMostStep) return false;", ""),
+    Mutation("wgmma's threads fill a stage that is being read", _WGMMA_FEED,
+             "MbarrierWait(empty + place.stage, place.parity ^ 1);\n      unsigned",
+             "unsigned"),
+    Mutation("wgmma's threads lag until nobody goes on", _WGMMA_FEED,
+             "kLag = S::kStages - 2;", "kLag = S::kStages - 1;"),
+    Mutation("wgmma's threads announce what has not come", _WGMMA_FEED,
+             "CopyAsyncWait<kLag>();", "CopyAsyncWait<kLag + 1>();", mode=("0", "1")),
+    Mutation("wgmma's threads do not fence what they copied", _WGMMA_FEED,
+             "    FenceProxyAsync();\n", "", mode=("1", "1")),
+    Mutation("wgmma's threads fence what one lane copied", _WGMMA_FEED,
+             "    FenceProxyAsync();\n", "    if (lane == 0) FenceProxyAsync();\n"),
+    Mutation("wgmma announces a stage for lanes that are not there", _WGMMA_FEED,
+             "    FenceProxyAsync();\n    __syncwarp();\n", "    FenceProxyAsync();\n",
+             mode=("0", "7")),
+    Mutation("wgmma's threads take padding for dY", _WGMMA_FEED,
+             "Reaches(g, rows[i], shift) ? rows[i].dy + dy_tap : -1", "rows[i].dy + dy_tap"),
+    Mutation("wgmma's threads copy rows that nobody has written", _WGMMA_FEED,
+             "dy_tap : -1;\n        }\n        __syncwarp();", "dy_tap : -1;\n        }"),
+    Mutation("wgmma's threads keep the rows of the first tap", _WGMMA_FEED,
+             "if (other_tap) {", "if (slice == 0) {"),
+    Mutation("wgmma's threads put chunks where they were", _WGMMA_FEED,
+             "(byte / 16 ^ row % 8)", "(byte / 16)"),
+    Mutation("wgmma's threads copy beyond the last channel", _WGMMA_FEED,
+             "const int rest = left - byte < kBytes ? left - byte : kBytes;",
+             "const int rest = kBytes;", variant="address"),
+    Mutation("wgmma stores whole vectors of any channels", _WGMMA,
+             "Consume<!kCopies, T, S>", "Consume<true, T, S>"),
+    Mutation("wgmma repacks rows without their padding", _WGMMA_HOST,
+             "params.row = static_cast<int32_t>(RepackedRow(problem));",
+             "params.row = params.out_channels;"),
     Mutation("wgmma repacks W as it was", _WGMMA, "values[x][row]", "values[row][x]"),
     # ---- parts of the batch
     Mutation("all parts of the batch are written to the first", _GEOMETRY,
@@ -312,7 +348,10 @@ def problems(check: str) -> list[str]:
     if check == "walking":
         return [
             cases.line(cases.walking_case(), "bfloat16", kernel="grouped"),
-            cases.line(cases.hopper_walking_case(), "bfloat16", kernel="wgmma"),
+            *(
+                cases.line(case, "bfloat16", kernel="wgmma")
+                for case in cases.hopper_walking_cases()
+            ),
         ]
     if check == "far":
         return list(cases.far_lines())
@@ -364,7 +403,7 @@ def problems(check: str) -> list[str]:
                         platform=platform,
                     )
                 )
-    for case in cases.hopper_cases():
+    for case in [*cases.hopper_cases(), *cases.copied_cases()]:
         for dtype in ("bfloat16", "float32"):
             special = check == "special"
             lines.append(cases.line(case, dtype, kernel="wgmma", special=special))
@@ -377,7 +416,7 @@ def problems(check: str) -> list[str]:
 
 
 _COPIES = {"0": "copies late", "1": "copies at once"}
-_ORDERS = {"0": "natural order", "1": "reversed order"}
+_ORDERS = {"0": "natural order", "1": "reversed order", "7": "shuffled order"}
 _VARIANTS = {"plain": "", "address": ", ASan", "thread": ", TSan"}
 
 

@@ -41,11 +41,11 @@ def all_problems(kernel: str) -> list[str]:
     """Lines for core.cc, of which the kernel skips what it does not take."""
     small = list(cases.small_cases(10, 0, 1 << 18))
     if kernel == "wgmma":
-        hopper = [
-            *cases.hopper_cases(), *cases.hopper_random_cases(40, 0), *cases.layer_cases()
-        ]  # fmt: skip
-        walking = cases.line(cases.hopper_walking_case(), "bfloat16", kernel=kernel)
-        return [walking, *cases.hopper_lines(hopper), *cases.tile_lines(kernel, hopper)]
+        hopper = cases.hopper_sweep(40, 0)
+        walking = [
+            cases.line(case, "bfloat16", kernel=kernel) for case in cases.hopper_walking_cases()
+        ]
+        return [*walking, *cases.hopper_lines(hopper), *cases.tile_lines(kernel, hopper)]
     return [
         cases.line(case, dtype, kernel=kernel, special=special, allow_tf32=allow_tf32)
         for index, case in enumerate(small)
@@ -58,7 +58,11 @@ def all_problems(kernel: str) -> list[str]:
 def few_problems(kernel: str) -> list[str]:
     """Lines for core.cc, spread over what the kernel takes."""
     if kernel == "wgmma":
-        return spread(list(cases.hopper_lines(cases.hopper_cases())))
+        engine, copied = cases.hopper_cases(), cases.copied_cases()
+        return [
+            *spread(list(cases.hopper_lines(engine))),
+            *spread(list(cases.hopper_lines(copied))),
+        ]
     taken = []
     for index, case in enumerate(cases.small_cases(0, 0, 1 << 16)):
         turn = index % len(cases.DTYPES)
