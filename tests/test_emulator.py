@@ -40,7 +40,7 @@ CASES = list(cases.small_cases(8, SEED))
 def emulated():
     """The emulated CUDA module, its handler registered for the CPU."""
     module = build.module()
-    (handler,) = module.targets().values()
+    handler = module.targets()[native.TARGET]
     jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
     return module
 
@@ -285,43 +285,54 @@ def test_planner_takes_the_grouped_kernel_where_groups_have_few_channels(emulate
         assert plan["kernel"] == ("mma" if g is wide else "grouped"), g
 
 
+def uses_copy_engine(emulated, g, dtype):
+    """Whether a plan of wgmma has no room for the rows that copying threads keep."""
+    attributes = custom_call.attributes(g, "cuda", None, "wgmma")
+    plan = emulated.plan(dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
+    m, n, _ = plan["tile"]
+    ring_and_barriers = plan["stages"] * (128 * (m + n) + 2 * 8)
+    assert plan["shared_bytes"] in (ring_and_barriers, ring_and_barriers + 4 * m)
+    return plan["shared_bytes"] == ring_and_barriers
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_wgmma_takes_the_cases_that_are_meant_for_it(emulated, dtype):
-    # core.cc skips what a kernel declines, which must not go unnoticed.
-    walking = cases.hopper_walking_case()
-    declined = [
+def test_wgmma_copies_the_cases_that_are_meant_for_it(emulated, dtype):
+    # core.cc skips what a kernel declines, and either producer may do what the other can,
+    # neither of which must go unnoticed.
+    engine = [*cases.hopper_cases(), *cases.hopper_walking_cases()[:1]]
+    threads = [*cases.copied_cases(), *cases.hopper_walking_cases()[1:]]
+    other = {
         case.name
-        for case in (*cases.hopper_cases(), walking)
-        if "wgmma" not in plans(emulated, case.geometry, dtype)
-    ]
-    assert declined == ([] if dtype == "float32" else ["hopper_f32_only"])
+        for case in (*engine, *threads)
+        if uses_copy_engine(emulated, case.geometry, dtype) != (case in engine)
+    }
+    assert other == ({"copied_4"} if dtype == "float32" else {"hopper_f32_only"})
 
 
-def test_wgmma_walks_where_the_tests_mean_it(emulated):
-    g = cases.hopper_walking_case().geometry
+@pytest.mark.parametrize("case", cases.hopper_walking_cases(), ids=lambda case: case.name)
+def test_wgmma_walks_where_the_tests_mean_it(emulated, case):
+    g = case.geometry
     attributes = custom_call.attributes(g, "cuda", None, "wgmma")
     plan = emulated.plan("bfloat16", g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
     least_rows = g.lhs_shape[0] * 10 * 10  # of a phase, of which there are four
     assert 4 * (least_rows // plan["tile"][0]) > plan["blocks"] + 4
 
 
-WGMMA_DECLINES = {
-    "groups": make_geometry((7, 7), (3, 3), (64, 64), padding=1, feature_groups=2),
-    "out_channels": make_geometry((7, 7), (3, 3), (64, 66), padding=1),
-    "in_channels": make_geometry((7, 7), (3, 3), (63, 64), padding=1),
-    "steps": make_geometry((7, 7), (3, 3), (64, 64), padding=2, lhs_dilation=9),
-    "phases": make_geometry((40,), (20,), (64, 64), stride=17, padding=4),
-    "corners": make_geometry((7, 7), (3, 3), (64, 64), padding=((200, 0), (0, 0))),
-    "offsets": make_geometry((7, 600), (1, 3), (64, 64), rhs_dilation=(1, 140)),
-}
-
-
-@pytest.mark.parametrize("name", WGMMA_DECLINES)
-def test_wgmma_leaves_to_mma_what_the_copy_engine_cannot_fetch(emulated, name):
+def test_wgmma_takes_one_group(emulated):
+    g = make_geometry((7, 7), (3, 3), (64, 64), padding=1, feature_groups=2)
     for dtype in ("bfloat16", "float32"):
-        found = plans(emulated, WGMMA_DECLINES[name], dtype)
+        found = plans(emulated, g, dtype)
         assert "wgmma" not in found, dtype
         assert "mma" in found, dtype
+
+
+def test_planner_takes_mma_where_copies_are_of_single_values(emulated):
+    for channels in (256, 255):
+        g = make_geometry((56, 56), (3, 3), (channels, channels), batch=32, padding=1)
+        attributes = custom_call.attributes(g, "cuda", None)
+        shapes = (g.lhs_shape, g.rhs_shape, g.out_shape)
+        planned = emulated.plan("bfloat16", *shapes, attributes, 90)["kernel"]
+        assert planned == ("wgmma" if channels == 256 else "mma"), channels
 
 
 def test_wgmma_is_for_one_compute_capability(emulated):

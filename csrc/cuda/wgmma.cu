@@ -203,14 +203,15 @@ bool FitsRepack(const Problem& problem) {
 // ---- tiles ------------------------------------------------------------------------
 
 struct TileChoice {
-  int64_t m, n, k, stages, shared_bytes;
+  int64_t m, n, k, stages, shared_bytes, copies_shared_bytes;
   double efficiency;  // the part of the tensor cores' rate that it reaches: an estimate
 };
 
 template <typename T, int kM, int kN, int kGroupsN>
 constexpr TileChoice ChoiceOf(double efficiency) {
   using S = WgmmaTile<T, kM, kN, kGroupsN>;
-  return {S::kM, S::kN, S::kK, S::kStages, S::kSharedBytes, efficiency};
+  return {S::kM,     S::kN, S::kK, S::kStages, S::kSharedBytes, S::kCopiesSharedBytes,
+          efficiency};
 }
 
 // By the bytes of operands that a product reads from shared memory: 64 columns need as
@@ -287,7 +288,8 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
   if (problem.groups != 1 || !FitsRepack(problem)) return false;
   if (problem.dy.channel != 1 && problem.out_channels > 1) return false;
   if (problem.w.in_channel != 1 && problem.in_channels > 1) return false;
-  if (!FitsEngine(rewritten, nullptr, nullptr, nullptr)) {
+  const bool copies = !FitsEngine(rewritten, nullptr, nullptr, nullptr);
+  if (copies) {
     const int w_width = sizeof(T) == 4 ? kWidestCopy : WidthOfW(problem, nullptr);
     products_per_us *= RateOfCopies(std::min(WidthOfDy(problem, nullptr), w_width));
   }
@@ -299,7 +301,7 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
   const Correction correction = CorrectionOf("wgmma", problem);
   bool found = false;
   for (const TileChoice& tile : kChoices<T>) {
-    if (tile.shared_bytes > shared_bytes) continue;
+    if (tile.copies_shared_bytes > shared_bytes) continue;
     const int64_t tiles = CountTiles(problem, tile.m, tile.n);
     const double slices =
         taps.most * static_cast<double>(CeilDiv(problem.out_channels, tile.k));
@@ -324,7 +326,7 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
       plan->blocks = std::min<int64_t>(tiles * parts, ReferenceGpu::kMultiprocessors);
       plan->threads = kWgmmaThreads;
       plan->resident = 1;
-      plan->shared_bytes = tile.shared_bytes;
+      plan->shared_bytes = copies ? tile.copies_shared_bytes : tile.shared_bytes;
       plan->cost = cost;
       plan->model_us = us;
     }
@@ -350,10 +352,10 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
     for (int i = 0; i < kAxes; ++i) params.win[i] = static_cast<int>(problem.axis[i].win);
     params.repacked = repacked;
     params.repacked_row = static_cast<int32_t>(RepackedRow(problem));
-    const auto launch = [&](auto kernel) {
+    const auto launch = [&](auto kernel, int shared_bytes) {
       const unsigned blocks =
           std::min(params.items, static_cast<unsigned>(ReferenceGpu::kMultiprocessors));
-      return CU_LAUNCH(kernel, dim3(blocks), dim3(kWgmmaThreads), S::kSharedBytes, stream,
+      return CU_LAUNCH(kernel, dim3(blocks), dim3(kWgmmaThreads), shared_bytes, stream,
                        params, dy, w, dx, partial);
     };
     cudaError_t status;
@@ -367,9 +369,10 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
         status = EncodeFilter<T>(problem, w, &params.w);
       }
       if (status != cudaSuccess) return status;
-      status = launch(&WgmmaKernel<T, S::kM, S::kN, S::kGroupsN, false>);
+      status = launch(&WgmmaKernel<T, S::kM, S::kN, S::kGroupsN, false>, S::kSharedBytes);
     } else {
-      status = launch(&WgmmaKernel<T, S::kM, S::kN, S::kGroupsN, true>);
+      status =
+          launch(&WgmmaKernel<T, S::kM, S::kN, S::kGroupsN, true>, S::kCopiesSharedBytes);
     }
     if (status != cudaSuccess || plan.split_k == 1) return status;
     return EnqueueMmaReduce<T>(stream, params.mma, dy, w, dx, partial);

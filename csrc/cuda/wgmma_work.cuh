@@ -48,9 +48,11 @@ struct WgmmaTile {
   static constexpr int kStages =
       kRoom / kStageBytes < kWgmmaMostStages ? kRoom / kStageBytes : kWgmmaMostStages;
   static constexpr int kBarriersAt = kStages * kStageBytes;
-  // Where each row of A lies in dY, for threads that copy.
+  // Threads that copy keep here where each row of A lies in dY.
   static constexpr int kRowsAt = kBarriersAt + 2 * kStages * 8;
-  static constexpr int kSharedBytes = kRowsAt + kM * static_cast<int>(sizeof(int32_t));
+  static constexpr int kSharedBytes = kRowsAt;
+  static constexpr int kCopiesSharedBytes =
+      kRowsAt + kM * static_cast<int>(sizeof(int32_t));
 
   static_assert(kM % (kGroupsM * kWgmmaRows) == 0 && kN % (kGroupsN * 64) == 0,
                 "consumers share the tile evenly");
