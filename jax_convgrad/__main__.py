@@ -1,4 +1,4 @@
-"""The command line: `python -m jax_convgrad {info,check,demo,bench,step,overhead}`."""
+"""The command line: `python -m jax_convgrad {info,check,demo,bench,step,overhead,calibrate}`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,28 @@ def _parser() -> argparse.ArgumentParser:
     overhead.add_argument(
         "--json", type=pathlib.Path, dest="json_path", help="write the results here"
     )
+    calibrate = commands.add_parser(
+        "calibrate", help="measure the CUDA kernels and correct the planner's model of them"
+    )
+    _add_calibrate_options(calibrate)
     return parser
+
+
+def _add_calibrate_options(calibrate: argparse.ArgumentParser) -> None:
+    add = calibrate.add_argument
+    add("--write", type=pathlib.Path, dest="write_path", metavar="PATH",
+        help="write the table here, csrc/cuda/rates.h (default: print it)")  # fmt: skip
+    add("--json", type=pathlib.Path, dest="json_path", help="write the measurements here")
+    add("--measurements", type=pathlib.Path, dest="measurements_path", metavar="PATH",
+        help="fit the table to this JSON of an earlier run; needs no GPU")  # fmt: skip
+    add("--seconds", type=_positive, default=600.0,
+        help="begin no problem after this time (default 600)")  # fmt: skip
+    add("--per-bound", type=_count, default=6, metavar="COUNT",
+        help="problems for each row of the table that arithmetic bounds, and as many that "
+        "memory does (default 6)")  # fmt: skip
+    add("--row-seconds", type=_positive, default=0.2,
+        help="time to measure one problem (default 0.2)")  # fmt: skip
+    add("--seed", type=_natural, default=0)
 
 
 def _add_step_options(step: argparse.ArgumentParser) -> None:
@@ -170,6 +191,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .tools import overhead
 
             return overhead.main(**options)
+        if command == "calibrate":
+            from .tools import calibrate
+
+            return calibrate.main(**options)
         return _run_demo(argv[1:])
     except ToolError as e:
         print(f"python -m jax_convgrad {command}: error: {e}", file=sys.stderr)

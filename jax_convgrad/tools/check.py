@@ -57,7 +57,9 @@ def input_grad_params(geometry: ConvGeometry) -> dict[str, Any]:
     return {"lhs_shape": geometry.lhs_shape, **geometry.conv_params()}
 
 
-def _forced(geometry: ConvGeometry, dtype: str, platform: str, kernel: str, precision: Any) -> Any:
+def forced_kernel(
+    geometry: ConvGeometry, dtype: str, platform: str, kernel: str, precision: Any
+) -> Any:
     """The custom call with one kernel by name, or None if that kernel does not take it."""
     module = native.module_for(platform)
     if module is None:
@@ -101,7 +103,9 @@ def _run_case(
         name: str | None = kernel
         function: Callable[..., Any] | None
         if kernel is not None:
-            function = _forced(geometry, dtype, platform, kernel, canonicalize_precision(precision))
+            function = forced_kernel(
+                geometry, dtype, platform, kernel, canonicalize_precision(precision)
+            )
             if function is None:
                 continue
         else:

@@ -224,6 +224,33 @@ def core(
     return program(core_sources(root), variant, root, flags)
 
 
+def planner(root: pathlib.Path) -> pathlib.Path:
+    """The program of planner.cc, every plan function and no kernel; some twenty seconds.
+
+    Args:
+        root: a copy of `csrc` and `tests/emulator`, which is changed: launches become
+            nothing, so that no kernel is instantiated.
+
+    Returns:
+        The executable's path.
+
+    Raises:
+        BuildError: something does not compile.
+    """
+    with (root / EMULATOR / "cuda_emulator.h").open("a") as header:
+        header.write("\n#undef CU_LAUNCH\n#define CU_LAUNCH(...) cudaSuccess\n")
+    sources = [EMULATOR / "planner.cc", pathlib.Path("csrc/problem.cc"), *kernel_sources(root)]
+    flags = ("-O0", "-w")
+    return _link("planner", _objects(sources, flags, root), flags, root)
+
+
+def copy_sources(folder: pathlib.Path) -> pathlib.Path:
+    """Copies what the programs of this file are built from, for a test to change."""
+    for part in ("csrc", str(EMULATOR)):
+        shutil.copytree(ROOT / part, folder / part)
+    return folder
+
+
 def _handlers(
     name: str,
     sources: list[pathlib.Path],

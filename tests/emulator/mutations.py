@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-import shutil
 import subprocess
 from collections.abc import Iterable
 
@@ -431,9 +430,7 @@ def table() -> list[str]:
 
 def apply(mutation: Mutation, folder: pathlib.Path) -> pathlib.Path:
     """A copy of the sources with the mistake in it."""
-    for part in ("csrc", str(build.EMULATOR)):
-        shutil.copytree(build.ROOT / part, folder / part)
-    path = folder / mutation.file
+    path = build.copy_sources(folder) / mutation.file
     text = path.read_text()
     if text.count(mutation.old) != mutation.count:
         raise AssertionError(

@@ -1,0 +1,415 @@
+"""`calibrate`: measures the CUDA kernels and corrects the planner's model of them.
+
+On a GPU it runs kernels by name on problems that it picks by the model itself: for every row
+of the table (`rates`), some that arithmetic bounds and some that memory does, from the layers
+of real nets and from constructed problems, each beside the other kernels that might be planned
+for it. Results are compared with the kernel "direct" before they are timed, in turns, as
+`bench` does it. `rate_fit` turns that into a table.
+
+The JSON is what `machine.describe` gives, `options`, `complete`, and
+
+    rates              the table that the measured plans were made with, as `rates.Rates`
+    multiprocessors    {gpu, model}: of the GPU, None if JAX does not say; and those that the
+                       models count with
+    copy_bytes_per_us  of a large copy, read and written
+    problems           one object each: name, geometry (text), dtype, precision, bytes (least
+                       traffic), launch (true: so small that only the launch counts), planned
+                       (the planner's kernel), and rungs, one object for each measured kernel:
+      rung, operands   which is its row of the table
+      cost             of its plan, as `rates.Cost`
+      error            normwise distance from the result of "direct", None for that one
+      time_us          {median, q1, q3, rounds, instances, calls}, None after a failure
+      failure          what went wrong, or None
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from .. import custom_call, native, roofline
+from ..compat import canonicalize_precision
+from ..geometry import ConvGeometry
+from . import ToolError, layers, machine, rate_fit, rates, results, timing
+from .check import forced_kernel
+from .console import Console
+from .geometries import make_geometry
+from .layers import Layer
+from .rates import Bound, Cost, Rates
+from .workloads import JaxPeer, Workload, distance, make_pool
+
+# How the operands of a row come about: dtype and precision.
+_REQUESTS = {
+    "f64": ("float64", "default"),
+    "f32": ("float32", "highest"),
+    "tf32": ("float32", "default"),
+    "16bit": ("bfloat16", "default"),
+}
+# A problem stands for a bound that is so many times the other time, or at least as many
+# where too few are; arithmetic and memory are most of its model; and it takes this long.
+_CLEAR, _LEAST_CLEAR = 2.0, 1.25
+_SHARE = 0.6
+_RANGE_US = (12.0, 2000.0)
+_MOST_BYTES = 3e8
+# Kernels that are measured beside one: the fastest by the model, within this of the best.
+_BESIDE, _WITHIN = 3, 1.5
+# Operand sets: more than an L2 cache holds.
+_POOL, _POOL_BYTES = 16, 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A kernel's plan for a problem: the table's row it belongs to, and what it costs."""
+
+    rung: str
+    operands: str
+    cost: Cost
+
+
+def _layer(name: str, geometry: ConvGeometry) -> Layer:
+    batch = geometry.lhs_shape[geometry.dimension_numbers.lhs_spec[0]]
+    return Layer(-1, name, "constructed", "", geometry, batch, batch)
+
+
+def constructed() -> Iterator[Layer]:
+    """Problems that the table of layers lacks: extremes of every kernel's arithmetic."""
+    widths = (1, 2, 3, 8, 16, 32, 64, 128, 256, 1024)
+    for c, k in itertools.product(widths, widths):
+        for window, size, batch in ((1, 56, 32), (1, 112, 32), (3, 28, 32), (7, 28, 32)):
+            if window == 1 or min(c, k) <= 64:
+                g = make_geometry((size, size), (window,) * 2, (c, k), batch=batch, padding="SAME")
+                yield _layer(f"c{c} k{k}", g)
+    for channels, window in itertools.product((32, 128, 512), (1, 3, 5, 7, 13, 31)):
+        for size, stride in ((14, 1), (28, 1), (56, 1), (112, 1), (56, 2), (112, 2), (112, 4)):
+            g = make_geometry((size, size), (window,) * 2, (channels,) * 2, batch=32,
+                              stride=stride, padding="SAME", feature_groups=channels)  # fmt: skip
+            yield _layer("depthwise", g)
+    for each, groups in itertools.product((4, 8, 16, 32, 64), (4, 16, 32)):
+        for window, size in ((1, 56), (3, 28), (7, 28)):
+            g = make_geometry((size, size), (window,) * 2, (each * groups,) * 2, batch=32,
+                              padding="SAME", feature_groups=groups)  # fmt: skip
+            yield _layer("grouped", g)
+
+
+def launches() -> Iterator[Layer]:
+    """Problems of nearly no arithmetic and no bytes."""
+    for size in (2, 4, 6):
+        yield _layer("launch", make_geometry((size, size), (1, 1), (8, 8), batch=1))
+
+
+def plans(workload: Workload, capability: int) -> dict[str, Planned]:
+    """Every kernel that takes a problem, by name."""
+    precision = canonicalize_precision(workload.precision)
+    g, module = workload.geometry, native.cuda
+    assert module is not None
+    found = {}
+    for rung in module.kernel_names():
+        attributes = custom_call.attributes(g, "cuda", precision, rung)
+        try:
+            cost = module.cost(
+                workload.dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes, capability
+            )
+        except ValueError:
+            continue
+        found[rung] = Planned(rung, cost.pop("operands"), Cost(**cost))
+    return found
+
+
+Candidate = tuple[Workload, str, dict[str, Planned]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """A candidate for one row and bound: how clear that is, how far from being planned."""
+
+    index: int
+    planned: Planned
+    clearness: float
+    away: int
+
+
+def select(
+    candidates: Sequence[Candidate], table: Rates, per_bound: int
+) -> list[tuple[Workload, list[Planned]]]:
+    """Picks what to measure.
+
+    Args:
+        candidates: problems, each with its kind of operands and the kernels that take it.
+        table: the model's present corrections.
+        per_bound: problems for each row of the table and each of its bounds.
+
+    Returns:
+        Problems with the kernels to measure: first one for every row and bound, then a second
+        one, and so on, so that a run that is stopped has some of each.
+    """
+    queues: dict[tuple[str, str, Bound], list[_Entry]] = {}
+    beside: list[list[Planned]] = []
+    for index, (workload, operands, found) in enumerate(candidates):
+        model = {
+            rung: table.model_us(p.cost, table.correction(rung, p.operands))
+            for rung, p in found.items()
+        }
+        order = sorted(model, key=lambda rung, model=model: model[rung])  # type: ignore[misc]
+        least_us = model[order[0]]
+        near = [found[rung] for rung in order if model[rung] <= _WITHIN * least_us]
+        beside.append(near[:_BESIDE])
+        for rung, p in found.items():
+            bound, clearness = table.correction(rung, p.operands).bound(p.cost)
+            hidden_us = model[rung] - table.launch_us * p.cost.launches - p.cost.fixed_us
+            if (
+                p.operands == operands
+                and clearness >= _LEAST_CLEAR
+                and workload.bytes_moved <= _MOST_BYTES
+                and hidden_us >= _SHARE * model[rung]
+                and _RANGE_US[0] <= model[rung] <= _RANGE_US[1]
+            ):
+                away = math.floor(math.log2(model[rung] / least_us))
+                entry = _Entry(index, p, clearness, away)
+                queues.setdefault((rung, operands, bound), []).append(entry)
+    chosen: dict[int, dict[str, Planned]] = {}
+    for turn in itertools.zip_longest(*(_spread(queue, per_bound) for queue in queues.values())):
+        for entry in filter(None, turn):
+            rungs = chosen.setdefault(entry.index, {})
+            for each in (entry.planned, *beside[entry.index]):
+                rungs.setdefault(each.rung, each)
+    return [(candidates[index][0], list(rungs.values())) for index, rungs in chosen.items()]
+
+
+def _spread(queue: list[_Entry], count: int) -> list[_Entry]:
+    """Some where the kernel comes nearest to being planned, from the whole list."""
+    clear = [entry for entry in queue if entry.clearness >= _CLEAR]
+    if len(clear) < count:
+        return sorted(queue, key=lambda entry: -entry.clearness)[:count]
+    ordered = sorted(clear, key=lambda entry: entry.away)
+    near = [entry for entry in ordered if entry.away == ordered[0].away]
+    pool = near if len(near) >= count else ordered[:count]
+    return [pool[i * len(pool) // count] for i in range(count)]
+
+
+def _candidates(capability: int) -> list[Candidate]:
+    listed = layers.load(machine.ROOT / "benchmarks" / "layers.json", "NHWC")
+    found = []
+    for layer in (*listed, *constructed()):
+        for operands, request in _REQUESTS.items():
+            workload = Workload(layer, "dx", *request)
+            found.append((workload, operands, plans(workload, capability)))
+    return found
+
+
+def _problem(workload: Workload, table: Rates, found: dict[str, Planned]) -> dict[str, Any]:
+    planned = min(
+        found.values(),
+        key=lambda p: table.model_us(p.cost, table.correction(p.rung, p.operands)),
+    )
+    return {
+        "name": workload.name,
+        "geometry": layers.short(workload.geometry),
+        "dtype": workload.dtype,
+        "precision": workload.precision,
+        "bytes": workload.bytes_moved,
+        "planned": planned.rung,
+    }
+
+
+def measure(
+    workload: Workload, chosen: Sequence[Planned], *, seed: int, row_seconds: float
+) -> list[dict[str, Any]]:
+    """Checks and times some kernels on one problem, in turns.
+
+    Args:
+        workload: the problem.
+        chosen: the kernels.
+        seed: of the operands.
+        row_seconds: time to spend on timing.
+
+    Returns:
+        The `rungs` of the JSON. Failures are recorded, not raised.
+    """
+    precision = canonicalize_precision(workload.precision)
+    count = max(2, min(_POOL, _POOL_BYTES // max(1, workload.bytes_moved)))
+    pool = [tuple(map(jax.device_put, pair)) for pair in make_pool(workload, seed, count)]
+
+    def peer(rung: str) -> JaxPeer:
+        function = forced_kernel(workload.geometry, workload.dtype, "cuda", rung, precision)
+        return JaxPeer(rung, function, pool)
+
+    expected = peer("direct").result()
+    rows, ready = [], []
+    for planned in chosen:
+        row: dict[str, Any] = {
+            "rung": planned.rung,
+            "operands": planned.operands,
+            "cost": dataclasses.asdict(planned.cost),
+            "error": None,
+            "time_us": None,
+            "failure": None,
+        }
+        rows.append(row)
+        try:
+            candidate = peer(planned.rung)
+            out = candidate.result()
+            if planned.rung != "direct":
+                row["error"] = error = float(distance(out, expected))
+                if not error <= 2 * workload.bound:
+                    row["failure"] = f"{error:.3e} away from direct, above {2 * workload.bound:.3e}"
+                    continue
+            ready.append(candidate)
+        except Exception as e:  # a kernel that breaks must not hide the others
+            row["failure"] = f"{type(e).__name__}: {e}".splitlines()[0]
+    if ready:
+        timings = timing.measure(ready, pool=count, batched=True, row_seconds=row_seconds)
+        for row in rows:
+            if row["rung"] in timings:
+                row["time_us"] = results.time_entry(timings[row["rung"]])
+    return rows
+
+
+def _require_gpu() -> tuple[Any, Any]:
+    """The GPU and the module for it, or a ToolError."""
+    without = "--measurements FILE fits a table to what a GPU has measured before"
+    if not machine.is_gpu():
+        raise ToolError(f"calibrate needs a GPU, got {jax.devices()[0].device_kind}; {without}")
+    if native.cuda is None:
+        raise ToolError(f"calibrate needs the CUDA module, which was not built; {without}")
+    return jax.devices()[0], native.cuda
+
+
+def _measure_all(
+    console: Console,
+    *,
+    seconds: float,
+    per_bound: int,
+    row_seconds: float,
+    seed: int,
+    json_path: pathlib.Path | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """The JSON, complete or not; saved after every problem."""
+    device, module = _require_gpu()
+    deadline = time.perf_counter() + seconds
+    capability = round(10 * float(device.compute_capability))
+    table = Rates.from_json(module.rates())
+    report = machine.describe() | {
+        "options": options,
+        "complete": False,
+        "rates": dataclasses.asdict(table),
+        "multiprocessors": {
+            "gpu": getattr(device, "core_count", None),
+            "model": module.reference_gpu("float32", False)["multiprocessors"],
+        },
+        "copy_bytes_per_us": roofline.measure("float32").bytes_per_s / 1e6,
+        "problems": [],
+    }
+    problems: list[dict[str, Any]] = report["problems"]
+    with jax.enable_x64(True):
+        everything = _candidates(capability)
+        todo = select(everything, table, per_bound)
+        tiny = []
+        for layer in launches():
+            workload = Workload(layer, "dx", *_REQUESTS["f32"])
+            tiny.append((workload, [plans(workload, capability)["direct"]]))
+        console.line(
+            f"calibrate: {len(todo)} of {len(everything)} problems on {device.device_kind}, at "
+            f"most {seconds:.0f} s"
+        )
+        with console.progress(len(tiny) + len(todo), "calibrate"):
+            for index, (workload, chosen) in enumerate((*tiny, *todo)):
+                if time.perf_counter() > deadline:
+                    break
+                entry = _problem(workload, table, plans(workload, capability))
+                entry["launch"] = index < len(tiny)
+                entry["rungs"] = measure(workload, chosen, seed=seed, row_seconds=row_seconds)
+                problems.append(entry)
+                report["complete"] = len(problems) == len(tiny) + len(todo)
+                if json_path is not None:
+                    json_path.write_text(json.dumps(report, indent=1) + "\n")
+                console.advance(workload.name)
+    return report
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        report = json.loads(path.read_text())
+    except OSError as e:
+        raise ToolError(f"cannot read measurements from {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise ToolError(f"{path} is not JSON: {e}") from None
+    if not isinstance(report, dict):
+        raise ToolError(f"{path} must hold an object, got {type(report).__name__}")
+    return report
+
+
+def main(
+    *,
+    write_path: pathlib.Path | None,
+    json_path: pathlib.Path | None,
+    measurements_path: pathlib.Path | None,
+    seconds: float,
+    per_bound: int,
+    row_seconds: float,
+    seed: int,
+) -> int:
+    """Runs the calibration; the arguments are the command's options.
+
+    Returns:
+        The exit status: 1 if a kernel failed or was wrong.
+    """
+    options = results.portable_options(locals())
+    if measurements_path is not None and json_path is not None:
+        raise ToolError("--json keeps new measurements, and --measurements takes old ones")
+    console = Console()
+    if measurements_path is not None:
+        report = _read(measurements_path)
+    else:
+        results.check_writable(json_path, write_path)
+        report = _measure_all(
+            console,
+            seconds=seconds,
+            per_bound=per_bound,
+            row_seconds=row_seconds,
+            seed=seed,
+            json_path=json_path,
+            options=options,
+        )
+    fitted = rate_fit.fit(report)
+    text = rates.render(fitted.after)
+    for line in rate_fit.describe(fitted):
+        console.line(line)
+    failures = [
+        f"FAIL {row['rung']} {row['operands']} {problem['name']} {problem['geometry']}: "
+        f"{row['failure']}"
+        for problem in report["problems"]
+        for row in problem["rungs"]
+        if row["failure"] is not None
+    ]
+    for failure in failures:
+        console.line(failure, "red")
+    if write_path is None:
+        console.line(f"\n{text}")
+    else:
+        _write(write_path, text, report)
+        console.line(f"wrote {write_path}")
+    return 1 if failures else 0
+
+
+def _write(path: pathlib.Path, text: str, report: dict[str, Any]) -> None:
+    """Writes the table, unless the models count with another kind of GPU."""
+    found = report["multiprocessors"]
+    if found["gpu"] not in (None, found["model"]):
+        raise ToolError(
+            f"--write: the planner's models count with {found['model']} multiprocessors "
+            f"(csrc/cuda/rungs.h), the measurements are from a GPU of {found['gpu']}"
+        )
+    results.check_writable(path)
+    try:
+        path.write_text(text)
+    except OSError as e:
+        raise ToolError(f"cannot write {path}: {e.strerror}") from None
