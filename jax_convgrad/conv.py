@@ -15,7 +15,8 @@ from jax.lax import conv_transpose as lax_conv_transpose
 from . import compat, dispatch, lax_maps
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
-from .input_grad import as_array, bind_input_grad
+from .input_grad import as_array
+from .primitive import bind_input_grad
 from .transposed import transposed_geometry
 
 

@@ -1,4 +1,4 @@
-"""What `jax.export` has to be told about the custom call."""
+"""What `jax.export` has to be told about the custom calls."""
 
 from __future__ import annotations
 
@@ -27,4 +27,5 @@ def export_checks() -> list[export.DisabledSafetyCheck]:
         >>> export.export(jax.jit(jax.grad(loss)), disabled_checks=checks)(x).out_avals
         (ShapedArray(float32[8,3,32,32]),)
     """
-    return [export.DisabledSafetyCheck.custom_call(native.TARGET)]
+    targets = (native.TARGET, native.FUSED_TARGET)
+    return [export.DisabledSafetyCheck.custom_call(target) for target in targets]

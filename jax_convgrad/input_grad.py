@@ -1,32 +1,18 @@
-"""The input gradient as a JAX primitive, and its public function.
-
-`conv_input_grad_p` is bilinear in dy and rhs, the map dX = dT/dx of
-docs/mathematics.md. Its transposes are the other two maps of the same form, its
-batching rules fold every mapped axis into the batch, the channels or the groups of one
-call.
-"""
+"""The input gradient as a public function."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.export import is_symbolic_dim
-from jax.extend import core as jex_core
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
 
-from . import compat, dispatch, lax_maps, lowering, partition
+from . import compat, dispatch
 from .dispatch import Implementation
-from .folding import fold, folded_sharding, unfold, unmapped
+from .fused import bind_fused
 from .geometry import ConvGeometry, DimensionNumbers, Padding, sequence_of, shape_of
-
-conv_input_grad_p = jex_core.Primitive("conv_input_grad")
-_PARAMETERS = ("geometry", "precision", "implementation", "out_sharding")
 
 
 def conv_input_grad(
@@ -44,6 +30,8 @@ def conv_input_grad(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
     *,
+    residual: jax.Array | None = None,
+    relu_mask: jax.Array | None = None,
     implementation: Implementation = None,
 ) -> jax.Array:
     """Gradient of a convolution with respect to its input, dE/dX.
@@ -52,6 +40,14 @@ def conv_input_grad(
     dE/dX: the sum over output channels k and taps r of dy[n, k, p] * w[k, c, r], where
     h * lhs_dilation = p * stride - pad_low + r * rhs_dilation on every spatial axis.
     Differentiable in dy and w to any order, forward and reverse.
+
+    Two steps that often follow in a backward pass can be done on the way, where the kernel
+    runs without another trip through memory: with dX for the sum above,
+
+        dX + residual, and then zero where relu_mask <= 0,
+
+    each rounded to the result's dtype, bit for bit as if written out. In programs that are
+    split over devices, under `vmap`, and in derivatives they are written out.
 
     Args:
         dy: cotangent of the convolution's result, of that result's shape.
@@ -69,6 +65,11 @@ def conv_input_grad(
         precision: as in `jax.lax.conv_general_dilated`.
         preferred_element_type: dtype of the result; None means dy's.
         out_sharding: sharding of the result, for meshes with explicit axes.
+        residual: a cotangent that x has from elsewhere, as past a skip connection; of
+            shape `lhs_shape` and the result's dtype.
+        relu_mask: x, if x is the result of a ReLU whose argument's cotangent is wanted, or
+            a boolean mask; of shape `lhs_shape`. What is positive lets the gradient pass,
+            and the result is not differentiable in it.
         implementation: "native" for the kernel, "xla" for lax, None for the kernel where
             it is no slower.
 
@@ -87,6 +88,14 @@ def conv_input_grad(
         Array([[[1., 2., 1.],
                 [2., 4., 2.],
                 [1., 2., 1.]]], dtype=float32)
+
+        The rest of the way back through y = conv(x) + z with x = relu(z):
+
+        >>> x = jnp.array([[[1., 0., 1.], [0., 1., 0.], [1., 0., 1.]]])
+        >>> conv_input_grad(dy, w, (1, 3, 3), residual=-x, relu_mask=x)
+        Array([[[0., 0., 0.],
+                [0., 3., 0.],
+                [0., 0., 0.]]], dtype=float32)
     """
     function = "conv_input_grad"
     dispatch.check_implementation(implementation, function)
@@ -122,10 +131,35 @@ def conv_input_grad(
             f"lhs_shape {lhs_shape[1:] if batchless else lhs_shape} and w {w_shape}, got "
             f"{dy_shape[1:] if batchless else dy_shape}."
         )
-    dx = bind_input_grad(
+    dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, function)
+    arrays = {}
+    for name, value in (("residual", residual), ("relu_mask", relu_mask)):
+        if value is None:
+            continue
+        shape = shape_of(value, name, function)
+        if batchless:
+            shape = (1, *shape)
+        array = as_array(value, name, function)
+        if shape != lhs_shape:
+            raise ValueError(
+                f"{function} {name} must have the shape of the result, "
+                f"{lhs_shape[1:] if batchless else lhs_shape}, got {array.shape}."
+            )
+        arrays[name] = array[None] if batchless else array
+    if residual is not None and arrays["residual"].dtype != dtype:
+        raise TypeError(
+            f"{function} residual must have the result's dtype {dtype}, got "
+            f"{arrays['residual'].dtype}."
+        )
+    if relu_mask is not None and jnp.issubdtype(arrays["relu_mask"].dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{function} relu_mask must be real or boolean, got {arrays['relu_mask'].dtype}."
+        )
+    dx = bind_fused(
         dy[None] if batchless else dy,
         w,
         geometry,
+        **arrays,
         precision=compat.canonicalize_precision(precision),
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
@@ -154,192 +188,3 @@ def _with_batch(dimension_numbers: Any, rank: int, function: str) -> Any:
     if not strings or [len(spec) for spec in specs] != [rank, rank + 1, rank]:
         raise TypeError(f"{function} dimension_numbers must be {what}, got {dimension_numbers!r}.")
     return ("N" + specs[0], specs[1], "N" + specs[2])
-
-
-def bind_input_grad(
-    dy: jax.Array,
-    rhs: jax.Array,
-    geometry: ConvGeometry,
-    *,
-    precision: Any = None,
-    preferred_element_type: Any = None,
-    out_sharding: Any = None,
-    implementation: Implementation = None,
-    function: str = "conv_input_grad",
-) -> jax.Array:
-    """Binds the primitive for operands that already fit the geometry.
-
-    A kernel has one dtype for dy, rhs and dX; a result of another dtype is computed in
-    that dtype, as the transpose of a convolution with `preferred_element_type` is in lax.
-    """
-    if preferred_element_type is not None:
-        dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, function)
-        if dispatch.unsupported_dtype(dtype) is None:
-            dy, rhs = lax_maps.convert(dy, dtype), lax_maps.convert(rhs, dtype)
-            preferred_element_type = None
-    reason = dispatch.unsupported(geometry, dy.dtype)
-    if reason is not None:
-        # Not a case for the primitive: lax has rules for every dtype.
-        dispatch.require_not_native(implementation, reason)
-        return lax_maps.input_grad(
-            dy,
-            rhs,
-            geometry,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            out_sharding=out_sharding,
-        )
-    if out_sharding is not None:
-        if not compat.has_explicit_sharding(jax.typeof(dy), jax.typeof(rhs)):
-            raise ValueError(
-                f"{function} out_sharding is for meshes with explicit axes, which the operands "
-                f"are not on, got {out_sharding!r}."
-            )
-        out_sharding = compat.canonicalize_sharding(out_sharding, function)
-    return _bind(
-        dy,
-        rhs,
-        geometry=geometry,
-        precision=precision,
-        implementation=implementation,
-        out_sharding=out_sharding,
-    )
-
-
-# --- the primitive's rules. Each takes (dy, rhs) and the same four parameters.
-
-
-def _bind(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    dy, rhs = compat.match_varying_axes(dy, rhs)
-    return conv_input_grad_p.bind(dy, rhs, **params)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("geometry", "precision", "implementation", "out_sharding")
-)
-def _compiled(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    return conv_input_grad_p.bind(dy, rhs, **params)
-
-
-def _evaluate(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    # A primitive is compiled also where jit is disabled: it would come back here for ever.
-    with jax.disable_jit(False):
-        return _compiled(dy, rhs, **params)
-
-
-def _abstract_eval(
-    dy: Any, rhs: Any, *, geometry: ConvGeometry, out_sharding: Any, **_: Any
-) -> Any:
-    assert dy.shape == geometry.out_shape, (dy.shape, geometry)
-    assert rhs.shape == geometry.rhs_shape, (rhs.shape, geometry)
-    assert dy.dtype == rhs.dtype, (dy.dtype, rhs.dtype)
-    return jax.core.ShapedArray(
-        geometry.lhs_shape,
-        dy.dtype,
-        weak_type=dy.weak_type and rhs.weak_type,
-        sharding=_sharding_in_type(dy, rhs, geometry) if out_sharding is None else out_sharding,
-        manual_axis_type=dy.manual_axis_type,
-    )
-
-
-def _sharding_in_type(dy: Any, rhs: Any, geometry: ConvGeometry) -> NamedSharding:
-    """The sharding in dX's type. Without explicit axes it says nothing but its mesh."""
-    mesh = rhs.sharding.mesh if dy.sharding.mesh.empty else dy.sharding.mesh
-    spec: PartitionSpec | None = PartitionSpec()
-    if compat.has_explicit_sharding(dy, rhs):
-        spec = partition.inferred(geometry, dy, rhs, mesh.shape)
-    if spec is None:
-        raise compat.ShardingTypeError(
-            "Please specify the output sharding via `out_sharding` parameter of "
-            f"`conv_input_grad`: got dy {dy.str_short(True)} and w {rhs.str_short(True)}."
-        )
-    return NamedSharding(mesh, spec)
-
-
-def _transpose_dy(
-    ct: jax.Array, dy: Any, rhs: jax.Array, *, geometry: ConvGeometry, precision: Any, **_: Any
-) -> jax.Array:
-    """The map is linear in dy with the forward convolution for its transpose."""
-    sharding = compat.explicit_sharding(dy.aval)
-    return lax_maps.forward(
-        ct, rhs, geometry, precision=precision, out_sharding=sharding, differentiated=True
-    )
-
-
-def _transpose_rhs(
-    ct: jax.Array, dy: jax.Array, rhs: Any, *, geometry: ConvGeometry, precision: Any, **_: Any
-) -> jax.Array:
-    """The map is linear in rhs with the filter gradient, ct in the place of x."""
-    sharding = compat.explicit_sharding(rhs.aval)
-    return lax_maps.filter_grad(ct, dy, geometry, precision=precision, out_sharding=sharding)
-
-
-def _batch(
-    operands: tuple[jax.Array, jax.Array],
-    dims: tuple[int | None, int | None],
-    *,
-    geometry: ConvGeometry,
-    out_sharding: Any,
-    **params: Any,
-) -> tuple[jax.Array, int]:
-    """One call for all examples: dy alone joins the batch, rhs alone the input channels,
-    both together are groups.
-    """
-    dy, rhs = operands
-    dy_dim, rhs_dim = dims
-    whole = geometry
-    lhs_spec, rhs_spec, out_spec = geometry.dimension_numbers
-    sizes = [x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None]
-    size = sizes[0]
-    if is_symbolic_dim(size) and dy_dim is not None and rhs_dim is not None:
-        # As many groups as that, which neither a custom call nor lax can say.
-        dy, rhs = jnp.moveaxis(dy, dy_dim, 0), jnp.moveaxis(rhs, rhs_dim, 0)
-        one = functools.partial(_bind, geometry=geometry, out_sharding=out_sharding, **params)
-        return lax.map(lambda both: one(*both), (dy, rhs)), 0
-    if size == 0:
-        return jnp.zeros_like(dy, shape=(0, *geometry.lhs_shape)), 0
-
-    if dy_dim is None:
-        assert rhs_dim is not None  # a rule is called for mapped operands only
-        dim, groups = lhs_spec[1], geometry.feature_group_count
-        rhs = fold(rhs, rhs_dim, rhs_spec[1])
-    elif rhs_dim is None:
-        dim, groups = lhs_spec[0], geometry.batch_group_count
-        dy = fold(dy, dy_dim, out_spec[0])
-    else:
-        kind = "batch_group_count" if geometry.batch_group_count > 1 else "feature_group_count"
-        dim, groups = lhs_spec[0 if kind == "batch_group_count" else 1], 1
-        dy, rhs = fold(dy, dy_dim, out_spec[1]), fold(rhs, rhs_dim, rhs_spec[0])
-        geometry = geometry.replace(**{kind: getattr(geometry, kind) * size})
-    by_size: tuple[str, ...] = ()
-    if compat.has_explicit_sharding(*map(jax.typeof, operands)):
-        # That of the mapped function's result; in the folded one it need not be inferable.
-        dy_type, by_dy = unmapped(jax.typeof(operands[0]), dy_dim)
-        rhs_type, by_rhs = unmapped(jax.typeof(operands[1]), rhs_dim)
-        by_size = by_rhs if dy_dim is None else by_dy
-        if out_sharding is None:
-            out_sharding = _sharding_in_type(dy_type, rhs_type, whole)
-        out_sharding = folded_sharding(out_sharding, dim, by_size)
-    lhs_shape = list(geometry.lhs_shape)
-    lhs_shape[dim] *= size
-    geometry = geometry.replace(lhs_shape=tuple(lhs_shape), rhs_shape=rhs.shape)
-    dx = _bind(dy, rhs, geometry=geometry, out_sharding=out_sharding, **params)
-    return unfold(dx, size, dim, groups, by_size), 0
-
-
-def _bind_shard(dy: jax.Array, rhs: jax.Array, geometry: ConvGeometry, **params: Any) -> jax.Array:
-    return conv_input_grad_p.bind(dy, rhs, geometry=geometry, out_sharding=None, **params)
-
-
-_lower = functools.partial(lowering.lower, bind=_bind_shard)
-
-conv_input_grad_p.def_impl(_evaluate)
-conv_input_grad_p.def_abstract_eval(_abstract_eval)
-ad.defbilinear(conv_input_grad_p, _transpose_dy, _transpose_rhs)
-batching.primitive_batchers[conv_input_grad_p] = _batch
-compat.requires_devices_during_lowering(conv_input_grad_p)
-mlir.register_lowering(conv_input_grad_p, functools.partial(_lower, platform="other"))
-for _platform in ("cpu", "cuda"):
-    mlir.register_lowering(
-        conv_input_grad_p, functools.partial(_lower, platform=_platform), platform=_platform
-    )

@@ -19,7 +19,7 @@ from jax.interpreters import ad
 
 from . import compat, dispatch, lax_lowering, lax_maps
 from .geometry import ConvGeometry, is_static
-from .input_grad import bind_input_grad
+from .primitive import bind_input_grad
 
 
 def install() -> None:

@@ -23,8 +23,8 @@ from jax.interpreters import mlir
 
 from . import compat, dispatch, lax_maps
 from .geometry import ConvGeometry, is_static
-from .input_grad import bind_input_grad
 from .lowering import choice_in
+from .primitive import bind_input_grad
 from .transposed import forward_as_input_grad
 
 

@@ -7,7 +7,7 @@ the program over devices, the program of one of them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,10 +41,8 @@ def lower(
     *,
     bind: Callable[..., jax.Array],
     platform: str,
-    geometry: ConvGeometry,
-    precision: Any,
-    implementation: Implementation,
     out_sharding: Any,
+    **params: Any,
 ) -> Any:
     """The lowering rule of the primitive on one platform.
 
@@ -54,34 +52,37 @@ def lower(
         rhs: lowered operand.
         bind: binds the primitive for the shards of one device.
         platform: "cpu", "cuda" or another.
-        geometry: the primitive's parameter, as those that follow.
-        precision: see there.
-        implementation: see there.
-        out_sharding: see there.
+        out_sharding: the primitive's parameter.
+        **params: its others.
 
     Returns:
         The lowered dX, in a list.
     """
     del out_sharding  # which is that of the result's type
     (out,) = ctx.avals_out
-    if compat.has_explicit_sharding(out):
-        # The code is XLA's to partition; of the types only the result's remains, as a constraint.
-        auto = ctx.replace(
-            avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in],
-            avals_out=[jax.core.ShapedArray(out.shape, out.dtype)],
-        )
-        (dx,) = lower(
-            auto,
-            dy,
-            rhs,
-            bind=bind,
-            platform=platform,
-            geometry=geometry,
-            precision=precision,
-            implementation=implementation,
-            out_sharding=None,
-        )
-        return [compat.constrain(ctx, dx, out)]
+    if not compat.has_explicit_sharding(out):
+        return _lower(ctx, dy, rhs, bind, platform, **params)
+    # The code is XLA's to partition; of the types only the result's remains, as a constraint.
+    auto = ctx.replace(
+        avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in],
+        avals_out=[jax.core.ShapedArray(out.shape, out.dtype)],
+    )
+    (dx,) = _lower(auto, dy, rhs, bind, platform, **params)
+    return [compat.constrain(ctx, dx, out)]
+
+
+def _lower(
+    ctx: Any,
+    dy: Any,
+    rhs: Any,
+    bind: Callable[..., jax.Array],
+    platform: str,
+    *,
+    geometry: ConvGeometry,
+    precision: Any,
+    implementation: Implementation,
+) -> Any:
+    (out,) = ctx.avals_out
     choice = choice_in(ctx, geometry, out.dtype, platform, implementation, precision)
     if choice.implementation == "xla" or 0 in geometry.lhs_shape:
         rule = mlir.lower_fun(
@@ -101,23 +102,69 @@ def lower(
         text = f"{geometry} precision={precision} implementation={implementation}"
         compat.annotate(result[0], "convgrad_input_grad", text)
         return result
+    return call_kernel(
+        ctx,
+        native.TARGET,
+        dy,
+        rhs,
+        geometry=geometry,
+        platform=platform,
+        precision=precision,
+        choice=choice,
+    )
+
+
+def call_kernel(
+    ctx: Any,
+    target: str,
+    dy: Any,
+    rhs: Any,
+    *arrays: Any,
+    geometry: ConvGeometry,
+    platform: str,
+    precision: Any,
+    choice: dispatch.Choice,
+) -> list[Any]:
+    """The custom call.
+
+    Args:
+        ctx: JAX's lowering context, of which the types of dy, rhs and dX are used.
+        target: the call's name.
+        dy: lowered operand.
+        rhs: lowered operand.
+        *arrays: more of them, each of dX's shape, or None for an array without elements.
+        geometry: of the convolution.
+        platform: "cpu" or "cuda".
+        precision: a canonical precision.
+        choice: what dispatch says about it.
+
+    Returns:
+        The lowered dX, in a list.
+    """
+    (out,) = ctx.avals_out
     if choice.plan is None:
         shape = symbolic.workspace_shape(geometry, out.dtype, platform, precision)
     else:
         shape = (choice.workspace_bytes,)
     workspace = jax.core.ShapedArray(shape, np.dtype(np.uint8))
-    more, more_avals = _padding_operand(ctx, geometry)
     lhs, filter_, cotangent = (layout[::-1] for layout in custom_call.layouts(geometry, platform))
+    operands, avals, layouts = [dy, rhs], [*ctx.avals_in[:2]], [cotangent, filter_]
+    for array in arrays:
+        empty = jax.core.ShapedArray((0,), out.dtype)
+        operands.append(_without_elements(ctx, empty) if array is None else array)
+        avals.append(empty if array is None else out)
+        layouts.append(_row_major(empty) if array is None else lhs)
+    if (padding := custom_call.padding_operand(geometry)) is not None:
+        aval = jax.core.ShapedArray(padding, np.dtype(np.uint8))
+        operands.append(_without_elements(ctx, aval))
+        avals.append(aval)
+        layouts.append(_row_major(aval))
     call = jax.ffi.ffi_lowering(
-        native.TARGET,
-        operand_layouts=[cotangent, filter_, *map(_row_major, more_avals)],
-        result_layouts=[lhs, _row_major(workspace)],
+        target, operand_layouts=layouts, result_layouts=[lhs, _row_major(workspace)]
     )
     dx, _ = call(
-        ctx.replace(avals_in=[*ctx.avals_in, *more_avals], avals_out=[out, workspace]),
-        dy,
-        rhs,
-        *more,
+        ctx.replace(avals_in=avals, avals_out=[out, workspace]),
+        *operands,
         **custom_call.attributes(geometry, platform, precision),
     )
     return [dx]
@@ -128,11 +175,7 @@ def _row_major(aval: Any) -> tuple[int, ...]:
     return tuple(reversed(range(aval.ndim)))
 
 
-def _padding_operand(ctx: Any, geometry: ConvGeometry) -> tuple[Sequence[Any], list[Any]]:
-    """The empty array that carries symbolic padding, lowered, and its type; nothing if static."""
-    shape = custom_call.padding_operand(geometry)
-    if shape is None:
-        return (), []
-    aval = jax.core.ShapedArray(shape, np.dtype(np.uint8))
-    rule = mlir.lower_fun(lambda: jnp.zeros(shape, aval.dtype), multiple_results=False)
-    return rule(ctx.replace(avals_in=[], avals_out=[aval])), [aval]
+def _without_elements(ctx: Any, aval: Any) -> Any:
+    """An array of that type, which has no element, lowered."""
+    rule = mlir.lower_fun(lambda: jnp.zeros(aval.shape, aval.dtype), multiple_results=False)
+    return rule(ctx.replace(avals_in=[], avals_out=[aval]))[0]

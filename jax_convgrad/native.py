@@ -17,6 +17,7 @@ import types
 import jax
 
 TARGET = "convgrad_input_grad"
+FUSED_TARGET = "convgrad_input_grad_fused"
 
 try:
     __version__ = importlib.metadata.version("jax-convgrad")

@@ -22,11 +22,15 @@ import pytest  # noqa: E402
 
 import jax_convgrad  # noqa: E402
 from jax_convgrad import native  # noqa: E402
+from jax_convgrad.tools.machine import usable_cores  # noqa: E402
 
 hypothesis.settings.register_profile(
     "convgrad", database=None, deadline=None, print_blob=True, max_examples=60
 )
 hypothesis.settings.load_profile("convgrad")
+
+# Of a run of the whole suite: each takes up to 3 GB.
+MOST_PROCESSES = 4
 
 # marker: the variable that turns its skips into failures
 MODULES = {
@@ -51,7 +55,25 @@ def missing(marker):
     return None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Spreads a run of the whole suite over processes, where pytest-xdist is there to do it.
+
+    By files, whose tests share compiled programs. `-n` says otherwise, `-n 0` for one process.
+    """
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
+    apart = ("cuda", "static")  # one memory; a table is printed
+    free = not config.option.usepdb and not any(m in config.option.markexpr for m in apart)
+    processes = min(MOST_PROCESSES, usable_cores())
+    if whole and free and processes > 1 and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = processes
+        config.option.dist = "loadfile"
+
+
 def pytest_configure(config):
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Each process would else take most of a GPU's memory.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # Not on import, which the programs of run_python do too: each device has a pool of threads.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
     config.addinivalue_line("markers", "native: needs the compiled CPU module")

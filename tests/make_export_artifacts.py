@@ -17,7 +17,8 @@ from jax import export
 
 import jax_convgrad
 
-# What each file computes: dX for (x, dy, w), x for its shape alone.
+# What each file computes: dX for (x, dy, w), x for its shape alone, or with the epilogue in
+# which x is the residual and the ReLU's result.
 SAME = {"window_strides": (2, 2), "padding": "SAME"}
 PROGRAMS = {
     "static": ((2, 6, 9, 8), (4, 3, 3, 2), "float32", {**SAME, "feature_group_count": 2}),
@@ -25,6 +26,7 @@ PROGRAMS = {
     "symbolic_bfloat16": ("n, h, w, 3", (3, 3, 3, 16), "bfloat16", {
         **SAME, "dimension_numbers": ("NHWC", "HWIO", "NHWC")
     }),
+    "fused": ("n, 3, h, w", (4, 3, 3, 3), "float32", SAME),
 }  # fmt: skip
 
 
@@ -36,7 +38,10 @@ def make(name: str) -> export.Exported:
     dy = jax.eval_shape(lambda x, w: jax.lax.conv_general_dilated(x, w, **params), x, w)
 
     def input_gradient(x, dy, w):
-        return jax_convgrad.conv_input_grad(dy, w, x.shape, **params, implementation="native")
+        epilogue = {"residual": x, "relu_mask": x} if name == "fused" else {}
+        return jax_convgrad.conv_input_grad(
+            dy, w, x.shape, **params, **epilogue, implementation="native"
+        )
 
     return export.export(
         jax.jit(input_gradient), platforms=("cpu",), disabled_checks=jax_convgrad.export_checks()

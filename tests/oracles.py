@@ -13,6 +13,7 @@ from jax_convgrad import ConvGeometry, custom_call, dispatch, native
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TARGET = f"@{native.TARGET}("
+FUSED_TARGET = f"@{native.FUSED_TARGET}("
 
 
 def connected(g):
@@ -164,8 +165,11 @@ def kernels_for(g, dtype, platform="cpu", precision=None):
     return [name for name in names if plan(g, dtype, name, platform, precision) is not None]
 
 
-def _call(dy, w, g, planned, platform, precision):
-    """The dX and the workspace of a plan (kernel, workspace bytes), as the kernel leaves them."""
+def _call(dy, w, g, planned, platform, precision, arrays=()):
+    """The dX and the workspace of a plan (kernel, workspace bytes), as the kernel leaves them.
+
+    With `arrays` the fused call: (residual, relu), of which either may have the shape (0,).
+    """
     kernel, workspace_bytes = planned
     lhs, filter_, cotangent = custom_call.layouts(g, platform)
     results = (
@@ -173,16 +177,26 @@ def _call(dy, w, g, planned, platform, precision):
         jax.ShapeDtypeStruct((workspace_bytes,), np.uint8),
     )
     call = jax.ffi.ffi_call(
-        native.TARGET, results, input_layouts=[cotangent, filter_], output_layouts=[lhs, (0,)]
+        native.FUSED_TARGET if arrays else native.TARGET,
+        results,
+        input_layouts=[cotangent, filter_, *((0,) if x.shape == (0,) else lhs for x in arrays)],
+        output_layouts=[lhs, (0,)],
     )
-    return call(dy, w, **custom_call.attributes(g, platform, precision, kernel))
+    return call(dy, w, *arrays, **custom_call.attributes(g, platform, precision, kernel))
 
 
-def call_kernel(dy, w, g, kernel="auto", platform="cpu", precision=None):
+def call_kernel(dy, w, g, kernel="auto", platform="cpu", precision=None, arrays=()):
     """dX by one kernel, by name, through the FFI custom call and past dispatch."""
     planned = plan(g, dy.dtype.name, kernel, platform, precision)
     assert planned is not None, (kernel, g)
-    return _call(dy, w, g, (kernel, planned[1]), platform, precision)[0]
+    return _call(dy, w, g, (kernel, planned[1]), platform, precision, arrays)[0]
+
+
+def finish(dx, residual=None, relu_mask=None):
+    """The steps of an epilogue, written out."""
+    if residual is not None:
+        dx = dx + residual
+    return dx if relu_mask is None else jnp.where(relu_mask > 0, dx, jnp.zeros_like(dx))
 
 
 def every_kernel(g, dtype, platform="cpu", precision=None):

@@ -65,10 +65,10 @@ def prepare(mode):
     # The kernel wherever one covers the case, whatever the table of speeds says.
     os.environ["JAX_CONVGRAD"] = "on"
     import jax_convgrad
-    from jax_convgrad import dispatch, input_grad
+    from jax_convgrad import dispatch, primitive
 
     counts = collections.Counter()
-    bind, choose = input_grad.conv_input_grad_p.bind, dispatch.choose
+    bind, choose = primitive.conv_input_grad_p.bind, dispatch.choose
 
     def counted_bind(*args, **params):
         counts["bound"] += 1
@@ -79,7 +79,7 @@ def prepare(mode):
         counts[choice.implementation] += 1
         return choice
 
-    input_grad.conv_input_grad_p.bind = counted_bind
+    primitive.conv_input_grad_p.bind = counted_bind
     dispatch.choose = counted_choose
     if mode == "install":
         jax_convgrad.install()

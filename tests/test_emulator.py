@@ -16,7 +16,7 @@ from jax import lax
 from jax.interpreters import mlir
 
 import jax_convgrad
-from jax_convgrad import custom_call, dispatch, input_grad, native
+from jax_convgrad import custom_call, dispatch, native, primitive
 from jax_convgrad.tools import layers
 from jax_convgrad.tools.geometries import (
     make_geometry,
@@ -201,8 +201,8 @@ def lowered_for_cuda(emulated, monkeypatch):
     monkeypatch.setattr(native, "TARGET", TARGET)
 
     def register(platform):
-        rule = functools.partial(input_grad._lower, platform=platform)
-        mlir.register_lowering(input_grad.conv_input_grad_p, rule, platform="cpu")
+        rule = functools.partial(primitive._lower, platform=platform)
+        mlir.register_lowering(primitive.conv_input_grad_p, rule, platform="cpu")
         jax.clear_caches()
 
     register("cuda")

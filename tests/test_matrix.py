@@ -17,7 +17,7 @@ from jax import lax
 from transformations import TRANSFORMATIONS
 
 import jax_convgrad
-from jax_convgrad import input_grad
+from jax_convgrad import primitive
 from jax_convgrad.tools.geometries import make_geometry, normwise_error, tolerance
 
 # Distinct sizes, so that no axis passes for another, and few elements: there are Hessians.
@@ -125,14 +125,14 @@ def run(function, arrays, installed=False):
 def counted_bindings(monkeypatch):
     """Counts how often the package's primitive is bound inside."""
     count = [0]
-    bind = input_grad.conv_input_grad_p.bind
+    bind = primitive.conv_input_grad_p.bind
 
     def counting(*args, **params):
         count[0] += 1
         return bind(*args, **params)
 
     with monkeypatch.context() as patch:
-        patch.setattr(input_grad.conv_input_grad_p, "bind", counting)
+        patch.setattr(primitive.conv_input_grad_p, "bind", counting)
         yield count
 
 

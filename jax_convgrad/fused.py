@@ -1,0 +1,228 @@
+"""The input gradient with its epilogue: a residual to add, a ReLU to undo.
+
+    dX + residual,  and then zero where relu_mask <= 0
+
+One custom call where the program is one device's and the kernel runs. Everything else is
+the three steps, written out: derivatives and batching, whose rules are then those of the
+steps, lax, and programs that XLA splits over devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex_core
+from jax.interpreters import ad, batching, mlir
+
+from . import compat, dispatch, lax_maps, lowering, native
+from .dispatch import Implementation
+from .geometry import ConvGeometry
+from .primitive import bind_input_grad, result_type
+
+fused_input_grad_p = jex_core.Primitive("conv_input_grad_fused")
+
+
+def bind_fused(
+    dy: jax.Array,
+    rhs: jax.Array,
+    geometry: ConvGeometry,
+    *,
+    residual: jax.Array | None = None,
+    relu_mask: jax.Array | None = None,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Binds the primitive, or that without an epilogue where there is none.
+
+    Args:
+        dy: cotangent of the convolution's result.
+        rhs: the filter.
+        geometry: of the convolution, which the operands fit.
+        residual: None, or an array of dX's shape and dtype.
+        relu_mask: None, or a real or boolean array of dX's shape.
+        precision: a canonical precision.
+        preferred_element_type: dtype of the result, None for dy's.
+        out_sharding: of the result, for meshes with explicit axes.
+        implementation: as in `conv_input_grad`.
+
+    Returns:
+        The array, of dX's shape.
+    """
+    params: dict[str, Any] = {
+        "geometry": geometry, "precision": precision, "implementation": implementation
+    }  # fmt: skip
+    arrays = {
+        name: array
+        for name, array in (("residual", residual), ("relu_mask", relu_mask))
+        if array is not None
+    }
+    dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, "conv_input_grad")
+    written_out = (
+        not arrays
+        or out_sharding is not None
+        or dispatch.unsupported(geometry, dtype) is not None
+        or compat.has_explicit_sharding(*map(jax.typeof, (dy, rhs, *arrays.values())))
+    )
+    if written_out:
+        dx = bind_input_grad(
+            dy,
+            rhs,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+            **params,
+        )
+        return _finish(dx, **arrays)
+    if relu_mask is not None and relu_mask.dtype != dtype:
+        # The sign by itself: a conversion may round a positive number to zero.
+        arrays["relu_mask"] = (relu_mask > 0).astype(dtype)
+    dy, rhs = lax_maps.convert(dy, dtype), lax_maps.convert(rhs, dtype)
+    return _bind(dy, rhs, *arrays.values(), epilogue=tuple(arrays), **params)
+
+
+def _finish(
+    dx: jax.Array, residual: jax.Array | None = None, relu_mask: jax.Array | None = None
+) -> jax.Array:
+    """The steps after the sum."""
+    if residual is not None:
+        dx = dx + residual
+    if relu_mask is not None:
+        passes = relu_mask if relu_mask.dtype == jnp.bool_ else relu_mask > 0
+        dx = lax.select(passes, dx, jnp.zeros_like(dx))
+    return dx
+
+
+# --- the primitive's rules. Each takes dy, rhs and the arrays that `epilogue` names.
+
+
+def _bind(*operands: jax.Array, **params: Any) -> jax.Array:
+    return fused_input_grad_p.bind(*compat.match_varying_axes(*operands), **params)
+
+
+def _steps(
+    dy: jax.Array, rhs: jax.Array, *arrays: jax.Array, epilogue: tuple[str, ...], **params: Any
+) -> jax.Array:
+    return _finish(bind_input_grad(dy, rhs, **params), **dict(zip(epilogue, arrays, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames=("geometry", "precision", "implementation", "epilogue"))
+def _compiled(*operands: jax.Array, **params: Any) -> jax.Array:
+    return fused_input_grad_p.bind(*operands, **params)
+
+
+def _evaluate(*operands: jax.Array, **params: Any) -> jax.Array:
+    # See primitive.py: also where jit is disabled.
+    with jax.disable_jit(False):
+        return _compiled(*operands, **params)
+
+
+def _abstract_eval(dy: Any, rhs: Any, *arrays: Any, geometry: ConvGeometry, **_: Any) -> Any:
+    for array in arrays:
+        assert array.shape == geometry.lhs_shape, (array.shape, geometry)
+        assert array.dtype == dy.dtype, (array.dtype, dy.dtype)
+    return result_type(dy, rhs, geometry).update(weak_type=False)
+
+
+def _jvp(primals: Any, tangents: Any, *, epilogue: tuple[str, ...], **params: Any) -> Any:
+    """The steps are linear but for the mask, which has no derivative."""
+    dy, rhs, *arrays = primals
+    dy_dot, rhs_dot, *array_dots = tangents
+    out = _bind(*primals, epilogue=epilogue, **params)
+    terms = []
+    if not isinstance(dy_dot, ad.Zero):
+        terms.append(bind_input_grad(dy_dot, rhs, **params))
+    if not isinstance(rhs_dot, ad.Zero):
+        terms.append(bind_input_grad(dy, rhs_dot, **params))
+    named = dict(zip(epilogue, array_dots, strict=True))
+    residual_dot = named.get("residual")
+    if residual_dot is not None and not isinstance(residual_dot, ad.Zero):
+        terms.append(residual_dot)
+    if not terms:
+        return out, jnp.zeros_like(out)
+    mask = dict(zip(epilogue, arrays, strict=True)).get("relu_mask")
+    return out, _finish(functools.reduce(jnp.add, terms), relu_mask=mask)
+
+
+def _transpose(ct: Any, *operands: Any, epilogue: tuple[str, ...], **params: Any) -> Any:
+    """Of the map that is linear in the operands without values, and in no others."""
+    if isinstance(ct, ad.Zero):
+        return [None] * len(operands)
+    unknown = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
+    # A residual that is known is no part of it.
+    kept = [
+        i for i, name in enumerate(("dy", "rhs", *epilogue)) if i in unknown or name != "residual"
+    ]
+
+    def linear(*values: jax.Array) -> jax.Array:
+        given = dict(zip(unknown, values, strict=True))
+        chosen = [given.get(i, operands[i]) for i in kept]
+        return _steps(
+            *chosen, epilogue=tuple(("dy", "rhs", *epilogue)[i] for i in kept[2:]), **params
+        )
+
+    types = [operands[i].aval for i in unknown]
+    cotangents = dict(zip(unknown, jax.linear_transpose(linear, *types)(ct), strict=True))
+    return [cotangents.get(i) for i in range(len(operands))]
+
+
+def _batch(operands: Any, dims: Any, **params: Any) -> Any:
+    return jax.vmap(functools.partial(_steps, **params), in_axes=tuple(dims))(*operands), 0
+
+
+def _lower(
+    ctx: Any,
+    dy: Any,
+    rhs: Any,
+    *arrays: Any,
+    platform: str,
+    epilogue: tuple[str, ...],
+    geometry: ConvGeometry,
+    precision: Any,
+    implementation: Implementation,
+) -> Any:
+    (out,) = ctx.avals_out
+    choice = lowering.choice_in(ctx, geometry, out.dtype, platform, implementation, precision)
+    if (
+        choice.implementation == "xla"
+        or 0 in geometry.lhs_shape
+        or compat.partitioned_automatically(ctx)
+    ):
+        steps = functools.partial(
+            _steps,
+            epilogue=epilogue,
+            geometry=geometry,
+            precision=precision,
+            implementation=implementation,
+        )
+        return mlir.lower_fun(steps, multiple_results=False)(ctx, dy, rhs, *arrays)
+    named = dict(zip(epilogue, arrays, strict=True))
+    return lowering.call_kernel(
+        ctx,
+        native.FUSED_TARGET,
+        dy,
+        rhs,
+        named.get("residual"),
+        named.get("relu_mask"),
+        geometry=geometry,
+        platform=platform,
+        precision=precision,
+        choice=choice,
+    )
+
+
+fused_input_grad_p.def_impl(_evaluate)
+fused_input_grad_p.def_abstract_eval(_abstract_eval)
+ad.primitive_jvps[fused_input_grad_p] = _jvp
+ad.primitive_transposes[fused_input_grad_p] = _transpose
+batching.primitive_batchers[fused_input_grad_p] = _batch
+compat.requires_devices_during_lowering(fused_input_grad_p)
+mlir.register_lowering(fused_input_grad_p, functools.partial(_lower, platform="other"))
+for _platform in ("cpu", "cuda"):
+    mlir.register_lowering(
+        fused_input_grad_p, functools.partial(_lower, platform=_platform), platform=_platform
+    )
