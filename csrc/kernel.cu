@@ -34,6 +34,7 @@ struct Rung {
   const char* name;
   PlanFunction* plan;
   LaunchFunction* launch;
+  bool fuses;  // applies an epilogue on its way out
   // The compute capabilities, times ten, whose machine code for the rung is shipped.
   // Code for one chip alone (sm_90a) has both ends there.
   int lowest, highest;
@@ -41,16 +42,16 @@ struct Rung {
 
 constexpr int kAnyLater = 1 << 30;
 constexpr Rung kRungs[] = {
-    {"direct", PlanDirect, LaunchDirect, 80, kAnyLater},
-    {"tiled", PlanTiled, LaunchTiled, 80, kAnyLater},
-    {"mma", PlanMma, LaunchMma, 80, kAnyLater},
-    {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, 80, kAnyLater},
-    {"depthwise", PlanDepthwise, LaunchDepthwise, 80, kAnyLater},
-    {"few_channels", PlanFewChannels, LaunchFewChannels, 80, kAnyLater},
-    {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, 80,
+    {"direct", PlanDirect, LaunchDirect, true, 80, kAnyLater},
+    {"tiled", PlanTiled, LaunchTiled, true, 80, kAnyLater},
+    {"mma", PlanMma, LaunchMma, true, 80, kAnyLater},
+    {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, true, 80, kAnyLater},
+    {"depthwise", PlanDepthwise, LaunchDepthwise, false, 80, kAnyLater},
+    {"few_channels", PlanFewChannels, LaunchFewChannels, false, 80, kAnyLater},
+    {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, false, 80,
      kAnyLater},
-    {"grouped", PlanGrouped, LaunchGrouped, 80, kAnyLater},
-    {"wgmma", PlanWgmma, LaunchWgmma, 90, 90},
+    {"grouped", PlanGrouped, LaunchGrouped, false, 80, kAnyLater},
+    {"wgmma", PlanWgmma, LaunchWgmma, true, 90, 90},
 };
 // The kinds of GPU that plans are made for: each up to the next. From CUDA's table of
 // technical specifications by compute capability.
@@ -127,12 +128,13 @@ bool PlanDirect(const Problem& problem, int64_t, Plan* plan) {
 }
 
 const char* LaunchDirect(CUstream_st* stream, const Problem& problem, const Plan&,
-                         const void* dy, const void* w, void* dx, void*) {
+                         const void* dy, const void* w, void* dx, void*,
+                         const Epilogue& epilogue) {
   const bool small = FitsIn32Bits(problem, 0);
   return ByDType(problem, dy, w, dx, [&](auto* y, auto* f, auto* x) {
     using T = std::remove_pointer_t<decltype(x)>;
-    return small ? EnqueueDirect<T, int32_t>(stream, problem, y, f, x)
-                 : EnqueueDirect<T, int64_t>(stream, problem, y, f, x);
+    return small ? EnqueueDirect<T, int32_t>(stream, problem, y, f, x, epilogue)
+                 : EnqueueDirect<T, int64_t>(stream, problem, y, f, x, epilogue);
   });
 }
 
@@ -176,12 +178,13 @@ bool PlanTiled(const Problem& problem, int64_t, Plan* plan) {
 }
 
 const char* LaunchTiled(CUstream_st* stream, const Problem& problem, const Plan&,
-                        const void* dy, const void* w, void* dx, void*) {
+                        const void* dy, const void* w, void* dx, void*,
+                        const Epilogue& epilogue) {
   const bool small = FitsIn32Bits(problem, kTiledSlack);
   return ByDType(problem, dy, w, dx, [&](auto* y, auto* f, auto* x) {
     using T = std::remove_pointer_t<decltype(x)>;
-    return small ? EnqueueTiled<T, int32_t>(stream, problem, y, f, x)
-                 : EnqueueTiled<T, int64_t>(stream, problem, y, f, x);
+    return small ? EnqueueTiled<T, int32_t>(stream, problem, y, f, x, epilogue)
+                 : EnqueueTiled<T, int64_t>(stream, problem, y, f, x, epilogue);
   });
 }
 
@@ -271,8 +274,9 @@ const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& 
                        const Epilogue& epilogue) {
   for (const Rung& rung : kRungs) {
     if (std::strcmp(plan.kernel, rung.name) != 0) continue;
-    const char* const error = rung.launch(stream, problem, plan, dy, w, dx, workspace);
-    if (error != nullptr || epilogue.IsNone()) return error;
+    const char* const error =
+        rung.launch(stream, problem, plan, dy, w, dx, workspace, epilogue);
+    if (error != nullptr || epilogue.IsNone() || rung.fuses) return error;
     return ByDType(problem, dy, w, dx, [&](auto*, auto*, auto* x) {
       return EnqueueEpilogue(stream, problem, epilogue, x);
     });

@@ -401,10 +401,11 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const T* dy
 template <typename T>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const void* dy,
                         const void* w, void* dx) {
-  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part) {
+  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part,
+                          const Epilogue&) {
     return EnqueuePart<T>(stream, part, dy_part, static_cast<const T*>(w), dx_part);
   };
-  return ErrorText(LaunchInParts<T>(problem, 0, dy, dx, launch));
+  return ErrorText(LaunchInParts<T>(problem, 0, dy, dx, {}, launch));
 }
 
 bool ConfigureAny(const Problem& problem, Configuration* c) {
@@ -440,7 +441,8 @@ bool PlanDepthwise(const Problem& given, int64_t, Plan* plan) {
 }
 
 const char* LaunchDepthwise(CUstream_st* stream, const Problem& given, const Plan&,
-                            const void* dy, const void* w, void* dx, void*) {
+                            const void* dy, const void* w, void* dx, void*,
+                            const Epilogue&) {
   const Problem problem = Orient(given);
   switch (problem.dtype) {
     case DType::kF64: return LaunchTyped<double>(stream, problem, dy, w, dx);

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 
+#include "epilogue.cuh"
 #include "geometry.cuh"
 
 namespace convgrad {
@@ -44,6 +45,7 @@ struct DirectParams {
   Geometry<Index> geometry;
   Index outputs;
   OutputDimension<Index> dimension[kOutputDimensions];  // the fastest one first
+  Epilogue epilogue;
 };
 
 // The sum behind the element of dX at position h of an image and channel, by the
@@ -118,7 +120,7 @@ __global__ void __launch_bounds__(kDirectThreads, kDirectMinBlocks<Index>)
     }
 
     const Accumulator<T> sum = DirectSum(g, h, dy_at, w_at, dy, w);
-    dx[dx_at] = Narrow(sum, T{});
+    dx[dx_at] = ApplyEpilogue(params.epilogue, Narrow(sum, T{}), dx_at);
   }
 }
 
@@ -163,10 +165,11 @@ inline int64_t DirectBlocks(const Problem& problem) {
 
 template <typename T, typename Index>
 cudaError_t EnqueueDirect(cudaStream_t stream, const Problem& problem, const T* dy,
-                          const T* w, T* dx) {
+                          const T* w, T* dx, const Epilogue& epilogue) {
   static_assert(sizeof(DirectParams<Index>) + 3 * sizeof(void*) <= kMaxParameterBytes,
                 "the kernel's parameters must fit in constant memory's 4 KiB");
-  const DirectParams<Index> params = MakeDirectParams<Index>(problem);
+  DirectParams<Index> params = MakeDirectParams<Index>(problem);
+  params.epilogue = epilogue;
   const dim3 grid(static_cast<unsigned>(DirectBlocks(problem)));
   return CU_LAUNCH((DirectKernel<T, Index>), grid, dim3(kDirectThreads), 0, stream,
                    params, dy, w, dx);

@@ -377,7 +377,8 @@ const char* LaunchFew(cudaStream_t stream, const Problem& problem, const Plan& p
     return kRefused;
   }
   const int64_t rows = plan.tile_m / layout.positions;
-  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part) {
+  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part,
+                          const Epilogue&) {
     few.planes = part.batch * part.axis[0].in;
     FewParams params = MakeFewParams(part, few, layout, rows, dy_part, dx_part);
     params.strip_step =
@@ -386,7 +387,7 @@ const char* LaunchFew(cudaStream_t stream, const Problem& problem, const Plan& p
     return Enqueue<T, kThreeProducts>(stream, few, params, plan, blocks, dy_part,
                                       static_cast<const T*>(w), dx_part);
   };
-  return ErrorText(LaunchInParts<T>(problem, kFewSlack, dy, dx, launch));
+  return ErrorText(LaunchInParts<T>(problem, kFewSlack, dy, dx, {}, launch));
 }
 
 }  // namespace
@@ -401,7 +402,7 @@ bool PlanFewChannels(const Problem& problem, int64_t shared_bytes, Plan* plan) {
 
 const char* LaunchFewChannels(CUstream_st* stream, const Problem& problem,
                               const Plan& plan, const void* dy, const void* w, void* dx,
-                              void*) {
+                              void*, const Epilogue&) {
   switch (problem.dtype) {
     case DType::kF64: break;
     case DType::kF32: return LaunchFew<float, false>(stream, problem, plan, dy, w, dx);
@@ -419,7 +420,7 @@ bool PlanFewChannels3xTf32(const Problem& problem, int64_t shared_bytes, Plan* p
 
 const char* LaunchFewChannels3xTf32(CUstream_st* stream, const Problem& problem,
                                     const Plan& plan, const void* dy, const void* w,
-                                    void* dx, void*) {
+                                    void* dx, void*, const Epilogue&) {
   return LaunchFew<float, true>(stream, problem, plan, dy, w, dx);
 }
 

@@ -199,18 +199,24 @@ inline int64_t ImagesIn32Bits(Problem problem, int slack) {
 }
 
 // Launches a kernel without a 64-bit version for one part of the batch after the other:
-// launch(part, dy, dx). Returns cudaErrorInvalidValue if an image is too large by itself.
+// launch(part, dy, dx, epilogue). Returns cudaErrorInvalidValue if an image is too large
+// by itself.
 template <typename T, typename Launch>
 cudaError_t LaunchInParts(const Problem& problem, int slack, const void* dy, void* dx,
-                          Launch launch) {
+                          const Epilogue& epilogue, Launch launch) {
   const int64_t images = ImagesIn32Bits(problem, slack);
   if (images == 0) return cudaErrorInvalidValue;
   Problem part = problem;
   cudaError_t status = cudaSuccess;
   for (int64_t n = 0; n < problem.batch && status == cudaSuccess; n += images) {
     part.batch = images < problem.batch - n ? images : problem.batch - n;
+    const auto further = [&](const void* of_dx) {
+      return of_dx == nullptr ? nullptr
+                              : static_cast<const T*>(of_dx) + n * problem.dx.batch;
+    };
     status = launch(part, static_cast<const T*>(dy) + n * problem.dy.batch,
-                    static_cast<T*>(dx) + n * problem.dx.batch);
+                    static_cast<T*>(dx) + n * problem.dx.batch,
+                    Epilogue{further(epilogue.residual), further(epilogue.relu)});
   }
   return status;
 }

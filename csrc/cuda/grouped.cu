@@ -460,11 +460,12 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan&
 template <typename T, bool kThreeProducts>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan& plan,
                         int64_t shared_bytes, const void* dy, const void* w, void* dx) {
-  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part) {
+  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part,
+                          const Epilogue&) {
     return EnqueuePart<T, kThreeProducts>(stream, part, plan, shared_bytes, dy_part,
                                           static_cast<const T*>(w), dx_part);
   };
-  return ErrorText(LaunchInParts<T>(problem, 0, dy, dx, launch));
+  return ErrorText(LaunchInParts<T>(problem, 0, dy, dx, {}, launch));
 }
 
 }  // namespace
@@ -494,12 +495,13 @@ bool PlanGrouped(const Problem& problem, int64_t shared_bytes, Plan* plan) {
 }
 
 const char* LaunchGrouped(CUstream_st* stream, const Problem& problem, const Plan& plan,
-                          const void* dy, const void* w, void* dx, void* workspace) {
+                          const void* dy, const void* w, void* dx, void* workspace,
+                          const Epilogue&) {
   // A plan assumes aligned arrays, which XLA's are.
   const uintptr_t address =
       reinterpret_cast<uintptr_t>(dy) | reinterpret_cast<uintptr_t>(dx);
   if (address % kGroupedChunkBytes != 0) {
-    return LaunchDirect(stream, problem, plan, dy, w, dx, workspace);
+    return LaunchDirect(stream, problem, plan, dy, w, dx, workspace, {});
   }
   const int64_t bytes = CurrentGpu().shared_bytes;
   switch (problem.dtype) {

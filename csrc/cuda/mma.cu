@@ -66,20 +66,23 @@ TapCounts CountTaps(const Problem& problem) {
   return taps;
 }
 
-int WidthOfRuns(const Rewritten& rewritten, const void* dx) {
+int WidthOfRuns(const Rewritten& rewritten, const void* dx, const Epilogue& epilogue) {
   const Problem& problem = rewritten.problem;
   // Every run starts as aligned as every row does.
   Alignment runs(nullptr, SizeInBytes(problem.dtype));
   runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run);
   runs.Add(problem.in_channels / rewritten.run + 1, rewritten.run + rewritten.run_gap);
   runs.Add(problem.in_channels / rewritten.plane + 1, rewritten.plane_gap);
+  runs.Add(epilogue.residual);
+  runs.Add(epilogue.relu);
   return problem.dx.channel == 1 || problem.in_channels == 1
              ? std::min(WidthOfDx(problem, dx), runs.Bytes())
              : 0;
 }
 
 MmaParams MakeMmaParams(const Rewritten& rewritten, int64_t tile_m, int64_t tile_n,
-                        int64_t parts, const void* dy, const void* w, const void* dx) {
+                        int64_t parts, const void* dy, const void* w, const void* dx,
+                        const Epilogue& epilogue) {
   const Problem& problem = rewritten.problem;
   MmaParams params{};
   params.geometry = MakeGeometry<int32_t>(problem);
@@ -87,13 +90,14 @@ MmaParams MakeMmaParams(const Rewritten& rewritten, int64_t tile_m, int64_t tile
   params.parts = static_cast<unsigned>(parts);
   params.dy_width = WidthOfDy(problem, dy);
   params.w_width = WidthOfW(problem, w);
-  const int width = WidthOfRuns(rewritten, dx);
+  const int width = WidthOfRuns(rewritten, dx, epilogue);
   params.vector_store = width >= VectorBytes(problem.dtype);
   params.pair_store = problem.dtype != DType::kF32 && width >= 4;
   params.run = Divider<int32_t>::Make(rewritten.run);
   params.plane = Divider<int32_t>::Make(rewritten.plane);
   params.run_gap = static_cast<int32_t>(rewritten.run_gap);
   params.plane_gap = static_cast<int32_t>(rewritten.plane_gap);
+  params.epilogue = epilogue;
   return params;
 }
 
@@ -255,7 +259,8 @@ cudaError_t Enqueue(cudaStream_t stream, const MmaParams& params, const T* dy, c
 // One part of the batch.
 template <typename T, bool kThreeProducts>
 cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const Plan& plan,
-                        const T* dy, const T* w, T* dx, float4* partial) {
+                        const T* dy, const T* w, T* dx, float4* partial,
+                        const Epilogue& epilogue) {
   const Problem& problem = rewritten.problem;
   const bool wide = IsWide(problem, dy, w);
   const int64_t tile_m = plan.tile_m;
@@ -263,7 +268,7 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
   // blocks and no more workspace.
   const int64_t tile_n = wide ? plan.tile_n : std::min<int64_t>(plan.tile_n, 64);
   const MmaParams params =
-      MakeMmaParams(rewritten, tile_m, tile_n, plan.split_k, dy, w, dx);
+      MakeMmaParams(rewritten, tile_m, tile_n, plan.split_k, dy, w, dx, epilogue);
   const auto enqueue = [&] {
     if constexpr (!kThreeProducts) {
       if (tile_n == 128) {
@@ -289,16 +294,18 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
 
 template <typename T, bool kThreeProducts>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan& plan,
-                        const void* dy, const void* w, void* dx, void* workspace) {
+                        const void* dy, const void* w, void* dx, void* workspace,
+                        const Epilogue& epilogue) {
   Rewritten rewritten = AsPatches(problem);
-  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part) {
+  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part,
+                          const Epilogue& epilogue_part) {
     rewritten.problem = part;
     return EnqueuePart<T, kThreeProducts>(stream, rewritten, plan, dy_part,
                                           static_cast<const T*>(w), dx_part,
-                                          static_cast<float4*>(workspace));
+                                          static_cast<float4*>(workspace), epilogue_part);
   };
   const Problem whole = rewritten.problem;
-  return ErrorText(LaunchInParts<T>(whole, kMmaSlack, dy, dx, launch));
+  return ErrorText(LaunchInParts<T>(whole, kMmaSlack, dy, dx, epilogue, launch));
 }
 
 }  // namespace
@@ -318,16 +325,19 @@ bool PlanMma(const Problem& problem, int64_t, Plan* plan) {
 }
 
 const char* LaunchMma(CUstream_st* stream, const Problem& problem, const Plan& plan,
-                      const void* dy, const void* w, void* dx, void* workspace) {
+                      const void* dy, const void* w, void* dx, void* workspace,
+                      const Epilogue& epilogue) {
   switch (problem.dtype) {
     case DType::kF64: break;
     case DType::kF32:
-      return LaunchTyped<float, false>(stream, problem, plan, dy, w, dx, workspace);
+      return LaunchTyped<float, false>(stream, problem, plan, dy, w, dx, workspace,
+                                       epilogue);
     case DType::kBF16:
       return LaunchTyped<__nv_bfloat16, false>(stream, problem, plan, dy, w, dx,
-                                               workspace);
+                                               workspace, epilogue);
     case DType::kF16:
-      return LaunchTyped<__half, false>(stream, problem, plan, dy, w, dx, workspace);
+      return LaunchTyped<__half, false>(stream, problem, plan, dy, w, dx, workspace,
+                                        epilogue);
   }
   return "the mma kernel takes no float64";
 }
@@ -338,8 +348,9 @@ bool PlanMma3xTf32(const Problem& problem, int64_t, Plan* plan) {
 }
 
 const char* LaunchMma3xTf32(CUstream_st* stream, const Problem& problem, const Plan& plan,
-                            const void* dy, const void* w, void* dx, void* workspace) {
-  return LaunchTyped<float, true>(stream, problem, plan, dy, w, dx, workspace);
+                            const void* dy, const void* w, void* dx, void* workspace,
+                            const Epilogue& epilogue) {
+  return LaunchTyped<float, true>(stream, problem, plan, dy, w, dx, workspace, epilogue);
 }
 
 }  // namespace convgrad

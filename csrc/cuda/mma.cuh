@@ -61,6 +61,7 @@
 #include <type_traits>
 
 #include "direct.cuh"
+#include "epilogue.cuh"
 #include "fragments.cuh"
 #include "geometry.cuh"
 #include "platform.cuh"
@@ -133,6 +134,7 @@ struct MmaParams {
   // what lies between the end of one and the start of the next.
   Divider<int32_t> run, plane;
   int32_t run_gap, plane_gap;
+  Epilogue epilogue;
 };
 
 // ---- products ---------------------------------------------------------------------
@@ -235,36 +237,94 @@ __device__ __forceinline__ int32_t ChannelAt(const MmaParams& params, int32_t c)
          params.plane.Quotient(c) * params.plane_gap;
 }
 
-// Stores kCount adjacent channels of a row, of those that exist. With kVectorsOnly these
-// are all or none, and aligned: params.vector_store.
-template <bool kVectorsOnly = false, int kCount, typename T>
-__device__ __forceinline__ void StoreChannels(const MmaParams& params,
-                                              const T (&value)[kCount], int32_t row_at,
-                                              int32_t c, T* __restrict__ dx) {
+// How many channels of dX a lane stores at once where alignment permits.
+template <typename T>
+constexpr int kMmaStoreCount = sizeof(T) == 2 ? 8 : 2;
+
+// Calls access(width, first, at) for vectors that together are kCount adjacent channels
+// of a row, those that exist: the one from channel c + first on lies at `at` in dX. With
+// kVectorsOnly all exist or none, and are aligned: params.vector_store.
+template <bool kVectorsOnly, int kCount, typename Access>
+__device__ __forceinline__ void ForChannels(const MmaParams& params, int32_t row_at,
+                                            int32_t c, Access access) {
   const Geometry<int32_t>& g = params.geometry;
-  const auto store = [&](auto width, int first) {
-    constexpr int kWidth = decltype(width)::value;
-    struct alignas(kWidth * sizeof(T)) Packed {
-      T element[kWidth];
-    } packed;
-#pragma unroll
-    for (int e = 0; e < kWidth; ++e) packed.element[e] = value[first + e];
-    *reinterpret_cast<Packed*>(dx + row_at + ChannelAt(params, c + first)) = packed;
+  const auto one = [&](auto width, int first) {
+    access(width, first, row_at + ChannelAt(params, c + first));
   };
   if (kVectorsOnly || params.vector_store) {
     if (c + kCount <= g.in_channels) {
-      store(std::integral_constant<int, kCount>{}, 0);
+      one(std::integral_constant<int, kCount>{}, 0);
       return;
     }
   }
   if (kVectorsOnly) return;
   if (params.pair_store && c + kCount <= g.in_channels) {
 #pragma unroll
-    for (int e = 0; e < kCount; e += 2) store(std::integral_constant<int, 2>{}, e);
+    for (int e = 0; e < kCount; e += 2) one(std::integral_constant<int, 2>{}, e);
   } else {
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      if (c + e < g.in_channels) store(std::integral_constant<int, 1>{}, e);
+      if (c + e < g.in_channels) one(std::integral_constant<int, 1>{}, e);
+    }
+  }
+}
+
+template <bool kVectorsOnly = false, int kCount, typename T>
+__device__ __forceinline__ void StoreChannels(const MmaParams& params,
+                                              const T (&value)[kCount], int32_t row_at,
+                                              int32_t c, T* __restrict__ dx) {
+  ForChannels<kVectorsOnly, kCount>(
+      params, row_at, c, [&](auto width, int first, int32_t at) {
+        Adjacent<T, decltype(width)::value> packed;
+#pragma unroll
+        for (int e = 0; e < decltype(width)::value; ++e) {
+          packed.element[e] = value[first + e];
+        }
+        *reinterpret_cast<decltype(packed)*>(dx + at) = packed;
+      });
+}
+
+// What an epilogue takes for as many channels. Loaded well before it is used: a lane has
+// little else to do meanwhile.
+template <typename T>
+struct MmaOperands {
+  T residual[kMmaStoreCount<T>], relu[kMmaStoreCount<T>];
+};
+
+template <bool kVectorsOnly, typename T>
+__device__ __forceinline__ void LoadOperands(const MmaParams& params, int32_t row_at,
+                                             int32_t c, MmaOperands<T>& to) {
+  const auto load = [&](const void* from, T(&value)[kMmaStoreCount<T>]) {
+    if (from == nullptr) return;
+    ForChannels<kVectorsOnly, kMmaStoreCount<T>>(
+        params, row_at, c, [&](auto width, int first, int32_t at) {
+          using Packed = Adjacent<T, decltype(width)::value>;
+          const Packed packed =
+              *reinterpret_cast<const Packed*>(static_cast<const T*>(from) + at);
+#pragma unroll
+          for (int e = 0; e < decltype(width)::value; ++e) {
+            value[first + e] = packed.element[e];
+          }
+        });
+  };
+  load(params.epilogue.residual, to.residual);
+  load(params.epilogue.relu, to.relu);
+}
+
+template <typename T>
+__device__ __forceinline__ void ApplyOperands(const MmaParams& params,
+                                              const MmaOperands<T>& operands,
+                                              T (&value)[kMmaStoreCount<T>]) {
+  if (params.epilogue.residual != nullptr) {
+#pragma unroll
+    for (int e = 0; e < kMmaStoreCount<T>; ++e) {
+      value[e] = AddResidual(value[e], operands.residual[e]);
+    }
+  }
+  if (params.epilogue.relu != nullptr) {
+#pragma unroll
+    for (int e = 0; e < kMmaStoreCount<T>; ++e) {
+      value[e] = UndoRelu(value[e], operands.relu[e]);
     }
   }
 }
@@ -275,19 +335,24 @@ __device__ __forceinline__ bool IsDead(const TilePlace<int32_t>& at) {
   return at.phase[0].r_count == 0 || at.phase[1].r_count == 0 || at.phase[2].r_count == 0;
 }
 
-// The tile of such a phase: stores along the channels and nothing else.
+// The tile of such a phase: stores along the channels, and nothing else unless there is
+// an epilogue.
 template <typename T, int kM, int kN, int kThreads>
 __device__ __forceinline__ void StoreZeros(const MmaParams& params,
                                            const TilePlace<int32_t>& at, int thread,
                                            T* __restrict__ dx) {
-  constexpr int kCount = sizeof(T) == 2 ? 8 : 2;
+  constexpr int kCount = kMmaStoreCount<T>;
   constexpr int kAcross = kN / kCount;
-  const T zeros[kCount] = {};
   const int32_t c = at.c0 + thread % kAcross * kCount;
   for (int r = thread / kAcross; r < kM; r += kThreads / kAcross) {
     if (at.m0 + r >= at.row_count) return;
     const RowPlace<int32_t> row = PlaceRow(params.geometry, at, at.m0 + r);
-    StoreChannels(params, zeros, OffsetInDx(params.geometry, at, row), c, dx);
+    const int32_t row_at = OffsetInDx(params.geometry, at, row);
+    T value[kCount] = {};
+    MmaOperands<T> operands = {};
+    LoadOperands<false>(params, row_at, c, operands);
+    ApplyOperands(params, operands, value);
+    StoreChannels(params, value, row_at, c, dx);
   }
 }
 
@@ -309,6 +374,21 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
       special |= static_cast<unsigned>(!finite) << (4 * j + e);
     }
   }
+  // The channels that a lane stores: of each row, 8 or 4 times 2.
+  constexpr int kStores = kMmaWarpN / 4 / kMmaStoreCount<T>;
+  const auto channel = [&](int j) {
+    return sizeof(T) == 2 ? c + lane % 4 * 8 : c + j * 8 + lane % 4 * 2;
+  };
+  MmaOperands<T> operands[2][kStores] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int j = 0; j < kStores; ++j) {
+      if (row_exists[half]) {
+        LoadOperands<kVectorsOnly>(params, row_at[half], channel(j), operands[half][j]);
+      }
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if constexpr (sizeof(T) == 2) {
@@ -324,16 +404,17 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
       TransposeQuad(word, lane);
       T value[8];
       std::memcpy(value, word, sizeof(value));
+      ApplyOperands(params, operands[half][0], value);
       if (row_exists[half]) {
-        StoreChannels<kVectorsOnly>(params, value, row_at[half], c + lane % 4 * 8, dx);
+        StoreChannels<kVectorsOnly>(params, value, row_at[half], channel(0), dx);
       }
     } else {
 #pragma unroll
       for (int j = 0; j < kMmaStripTiles; ++j) {
-        const T value[2] = {sum[j][2 * half], sum[j][2 * half + 1]};
+        T value[2] = {sum[j][2 * half], sum[j][2 * half + 1]};
+        ApplyOperands(params, operands[half][j], value);
         if (row_exists[half]) {
-          StoreChannels<kVectorsOnly>(params, value, row_at[half],
-                                      c + j * 8 + lane % 4 * 2, dx);
+          StoreChannels<kVectorsOnly>(params, value, row_at[half], channel(j), dx);
         }
       }
     }
@@ -365,7 +446,8 @@ __device__ __forceinline__ void Repair(const MmaParams& params,
     const float sum =
         DirectSum<T, int32_t>(g, row.h, row.n * g.dy_batch + at.group * g.dy_group,
                               at.group * g.w_group + row_c * g.w_in_channel, dy, w);
-    dx[OffsetInDx(g, at, row) + ChannelAt(params, row_c)] = Narrow(sum, T{});
+    const int32_t dx_at = OffsetInDx(g, at, row) + ChannelAt(params, row_c);
+    dx[dx_at] = ApplyEpilogue(params.epilogue, Narrow(sum, T{}), dx_at);
   }
 }
 
@@ -665,13 +747,14 @@ struct TapCounts {
 };
 TapCounts CountTaps(const Problem& problem);
 
-// To how many bytes runs of channels of dX are aligned, 0 if these are not contiguous;
-// and how many are needed to store vectors.
-int WidthOfRuns(const Rewritten& rewritten, const void* dx);
+// To how many bytes runs of channels of dX and of an epilogue's arrays are aligned, 0 if
+// these are not contiguous; and how many are needed to store vectors.
+int WidthOfRuns(const Rewritten& rewritten, const void* dx, const Epilogue& epilogue);
 constexpr int VectorBytes(DType dtype) { return dtype == DType::kF32 ? 8 : 16; }
 
 MmaParams MakeMmaParams(const Rewritten& rewritten, int64_t tile_m, int64_t tile_n,
-                        int64_t parts, const void* dy, const void* w, const void* dx);
+                        int64_t parts, const void* dy, const void* w, const void* dx,
+                        const Epilogue& epilogue);
 
 // Enqueues the kernel that adds up parts, for bfloat16, float16 and float32.
 template <typename T>

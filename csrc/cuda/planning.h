@@ -23,6 +23,8 @@ class Alignment {
   void Add(int64_t size, int64_t stride) {
     if (size > 1) bits_ |= static_cast<uintptr_t>(stride) * element_bytes_;
   }
+  // Another operand with the same strides.
+  void Add(const void* base) { bits_ |= reinterpret_cast<uintptr_t>(base); }
   int Bytes() const { return static_cast<int>(bits_ & (~bits_ + 1)); }
 
  private:

@@ -103,7 +103,7 @@ using PlanFunction = bool(const Problem& problem, int64_t shared_bytes, Plan* pl
 // Returns null, or a static error text.
 using LaunchFunction = const char*(CUstream_st* stream, const Problem& problem,
                                    const Plan& plan, const void* dy, const void* w,
-                                   void* dx, void* workspace);
+                                   void* dx, void* workspace, const Epilogue& epilogue);
 
 PlanFunction PlanDirect, PlanTiled, PlanMma, PlanMma3xTf32, PlanWgmma;
 PlanFunction PlanDepthwise, PlanGrouped, PlanFewChannels, PlanFewChannels3xTf32;

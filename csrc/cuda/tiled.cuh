@@ -26,6 +26,7 @@
 
 #pragma once
 
+#include "epilogue.cuh"
 #include "geometry.cuh"
 #include "tiles.cuh"
 
@@ -111,6 +112,7 @@ struct TiledParams {
   Index dy_per_fetch;  // the step along k, in dY
   Index w_per_fetch;   // both steps, in W
   bool vector_store;   // dX takes aligned vectors of kVector channels
+  Epilogue epilogue;
 };
 
 template <typename Acc>
@@ -305,21 +307,21 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
     const Index dx_row = rows[row_of(i)].dx;
 #pragma unroll
     for (int v = 0; v < S::kThreadN / S::kVector; ++v) {
-      struct alignas(S::kVector * sizeof(T)) Packed {
-        T element[S::kVector];
-      } packed;
+      Adjacent<T, S::kVector> packed;
 #pragma unroll
       for (int j = 0; j < S::kVector; ++j) {
         packed.element[j] = Narrow(sum[i][v * S::kVector + j], T{});
       }
       const Index c = at.c0 + n + v * S::kSpreadN;
       if (params.vector_store && c + S::kVector <= g.in_channels) {
-        *reinterpret_cast<Packed*>(dx + dx_row + c) = packed;
+        ApplyEpilogue(params.epilogue, packed, dx_row + c);
+        *reinterpret_cast<decltype(packed)*>(dx + dx_row + c) = packed;
       } else {
 #pragma unroll
         for (int j = 0; j < S::kVector; ++j) {
           if (c + j < g.in_channels) {
-            dx[dx_row + (c + j) * g.dx_channel] = packed.element[j];
+            const Index dx_at = dx_row + (c + j) * g.dx_channel;
+            dx[dx_at] = ApplyEpilogue(params.epilogue, packed.element[j], dx_at);
           }
         }
       }
@@ -329,7 +331,7 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
 
 template <typename T, typename Index>
 cudaError_t EnqueueTiled(cudaStream_t stream, const Problem& problem, const T* dy,
-                         const T* w, T* dx) {
+                         const T* w, T* dx, const Epilogue& epilogue) {
   using Acc = Accumulator<T>;
   using S = Tile<Acc>;
   static_assert(sizeof(TiledParams<Index>) + 3 * sizeof(void*) <= kMaxParameterBytes,
@@ -337,9 +339,13 @@ cudaError_t EnqueueTiled(cudaStream_t stream, const Problem& problem, const T* d
   TiledParams<Index> params{};
   params.geometry = MakeGeometry<Index>(problem);
   params.grid = MakeTileGrid(problem, S::kM, S::kN);
+  params.epilogue = epilogue;
+  const uintptr_t addresses = reinterpret_cast<uintptr_t>(dx) |
+                              reinterpret_cast<uintptr_t>(epilogue.residual) |
+                              reinterpret_cast<uintptr_t>(epilogue.relu);
   params.vector_store = problem.dx.channel == 1 && problem.dx.batch % S::kVector == 0 &&
                         problem.dx.group % S::kVector == 0 &&
-                        reinterpret_cast<uintptr_t>(dx) % (S::kVector * sizeof(T)) == 0;
+                        addresses % (S::kVector * sizeof(T)) == 0;
   bool dy_along_k = true;
   for (int i = 0; i < kAxes; ++i) {
     if (problem.axis[i].out > 1 &&

@@ -66,12 +66,12 @@ bool AxisFitsMaps(const Axis& a, int64_t phases, int axes) {
 
 // Whether dX is stored in whole vectors, the rows of dY and W are whole chunks, and every
 // phase can have a map. Arrays may be null, which is as good as aligned.
-bool FitsEngine(const Rewritten& rewritten, const void* dy, const void* w,
-                const void* dx) {
+bool FitsEngine(const Rewritten& rewritten, const void* dy, const void* w, const void* dx,
+                const Epilogue& epilogue) {
   const Problem& problem = rewritten.problem;
   const int vector = VectorBytes(problem.dtype);
   if (problem.in_channels * SizeInBytes(problem.dtype) % vector != 0) return false;
-  if (WidthOfRuns(rewritten, dx) < vector) return false;
+  if (WidthOfRuns(rewritten, dx, epilogue) < vector) return false;
   if (WidthOfDy(problem, dy) != kWidestCopy) return false;
   if (problem.dtype != DType::kF32 && WidthOfW(problem, w) != kWidestCopy) return false;
   const int axes = MapAxes(problem);
@@ -288,7 +288,7 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
   if (problem.groups != 1 || !FitsRepack(problem)) return false;
   if (problem.dy.channel != 1 && problem.out_channels > 1) return false;
   if (problem.w.in_channel != 1 && problem.in_channels > 1) return false;
-  const bool copies = !FitsEngine(rewritten, nullptr, nullptr, nullptr);
+  const bool copies = !FitsEngine(rewritten, nullptr, nullptr, nullptr, {});
   if (copies) {
     const int w_width = sizeof(T) == 4 ? kWidestCopy : WidthOfW(problem, nullptr);
     products_per_us *= RateOfCopies(std::min(WidthOfDy(problem, nullptr), w_width));
@@ -340,14 +340,15 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
 template <typename T>
 cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const Plan& plan,
                         const T* dy, const T* w, T* dx, const float* repacked,
-                        float4* partial) {
+                        float4* partial, const Epilogue& epilogue) {
   const Problem& problem = rewritten.problem;
   return WithTile<T>(plan.tile_m, plan.tile_n, [&](auto tile) {
     using S = decltype(tile);
     static_assert(sizeof(WgmmaParams) + 4 * sizeof(void*) <= kMaxParameterBytes,
                   "the kernel's parameters must fit in constant memory's 4 KiB");
     WgmmaParams params{};
-    params.mma = MakeMmaParams(rewritten, S::kM, S::kN, plan.split_k, dy, w, dx);
+    params.mma =
+        MakeMmaParams(rewritten, S::kM, S::kN, plan.split_k, dy, w, dx, epilogue);
     params.items = params.mma.grid.total * params.mma.parts;
     for (int i = 0; i < kAxes; ++i) params.win[i] = static_cast<int>(problem.axis[i].win);
     params.repacked = repacked;
@@ -360,7 +361,7 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
     };
     cudaError_t status;
     // A plan assumes aligned arrays. These may not be.
-    if (FitsEngine(rewritten, dy, w, dx)) {
+    if (FitsEngine(rewritten, dy, w, dx, epilogue)) {
       status = EncodeDy<T>(problem, dy, S::kM, &params);
       if (status != cudaSuccess) return status;
       if constexpr (sizeof(T) == 4) {
@@ -381,7 +382,8 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
 
 template <typename T>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan& plan,
-                        const void* dy, const void* w, void* dx, void* workspace) {
+                        const void* dy, const void* w, void* dx, void* workspace,
+                        const Epilogue& epilogue) {
   Rewritten rewritten = AsPatches(problem);
   const Problem whole = rewritten.problem;
   float* repacked = nullptr;
@@ -392,12 +394,14 @@ const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan&
         EnqueueRepack(stream, whole, static_cast<const float*>(w), repacked);
     if (status != cudaSuccess) return ErrorText(status);
   }
-  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part) {
+  const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part,
+                          const Epilogue& epilogue_part) {
     rewritten.problem = part;
     return EnqueuePart<T>(stream, rewritten, plan, dy_part, static_cast<const T*>(w),
-                          dx_part, repacked, static_cast<float4*>(workspace));
+                          dx_part, repacked, static_cast<float4*>(workspace),
+                          epilogue_part);
   };
-  return ErrorText(LaunchInParts<T>(whole, kWgmmaSlack, dy, dx, launch));
+  return ErrorText(LaunchInParts<T>(whole, kWgmmaSlack, dy, dx, epilogue, launch));
 }
 
 }  // namespace
@@ -418,15 +422,17 @@ bool PlanWgmma(const Problem& problem, int64_t shared_bytes, Plan* plan) {
 }
 
 const char* LaunchWgmma(CUstream_st* stream, const Problem& problem, const Plan& plan,
-                        const void* dy, const void* w, void* dx, void* workspace) {
+                        const void* dy, const void* w, void* dx, void* workspace,
+                        const Epilogue& epilogue) {
   switch (problem.dtype) {
     case DType::kF64: break;
     case DType::kF32:
-      return LaunchTyped<float>(stream, problem, plan, dy, w, dx, workspace);
+      return LaunchTyped<float>(stream, problem, plan, dy, w, dx, workspace, epilogue);
     case DType::kBF16:
-      return LaunchTyped<__nv_bfloat16>(stream, problem, plan, dy, w, dx, workspace);
+      return LaunchTyped<__nv_bfloat16>(stream, problem, plan, dy, w, dx, workspace,
+                                        epilogue);
     case DType::kF16:
-      return LaunchTyped<__half>(stream, problem, plan, dy, w, dx, workspace);
+      return LaunchTyped<__half>(stream, problem, plan, dy, w, dx, workspace, epilogue);
   }
   return "the wgmma kernel takes no float64";
 }

@@ -1,6 +1,7 @@
 // The CUDA kernels without Python or JAX, which sanitizers would have to watch too: under
 // the emulator, or on a GPU if nvcc compiles this. Runs every kernel that takes a problem
-// on buffers of exact size, and compares with the literal sum in double.
+// on buffers of exact size, and compares with the literal sum in double; and once more
+// with an epilogue, and compares with its steps one after the other, bit by bit.
 //
 //   core FILE [REPEATS]    one problem a line, see problem_lines.h
 //
@@ -12,12 +13,14 @@
 // the emulator, and the batch as the first dimension. If it is negative all three arrays
 // begin an element later than aligned ones would, which takes the emulator too.
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
 #include <iostream>
+#include <memory>
 #include <new>
 #include <random>
 #include <string>
@@ -62,10 +65,11 @@ class FarImages {
 #endif
 
   void* get() const { return memory_; }
-  void Fetch() const {
+  cudaError_t Fetch() {
     for (size_t n = 0; memory_ != nullptr && n < images_; ++n) {
       std::memcpy(compact() + n * each_, memory_ + n * apart_, each_);
     }
+    return cudaSuccess;
   }
 
  private:
@@ -77,49 +81,93 @@ class FarImages {
   char* memory_ = nullptr;
 };
 
-// Runs a plan on images that are far apart, and returns what went wrong or null.
-const char* LaunchFar(const Problem& problem, const Plan& plan, const Array& dy,
-                      const Array& w, const Array& dx, const Array& workspace) {
-  const int64_t size = SizeInBytes(problem.dtype);
-  const FarImages from(dy, problem.batch, problem.dy.batch * size);
-  const FarImages to(dx, problem.batch, problem.dx.batch * size);
-  if (to.get() == nullptr) return "images that are far apart take the emulator";
-  const char* const error = LaunchCuda(nullptr, problem, plan, from.get(), w.data(),
-                                       to.get(), workspace.data(), {});
-  to.Fetch();
-  return error;
-}
-
 // An array that begins an element later than an aligned one.
 class Shifted {
  public:
   Shifted(const Array& array, int64_t size)
       : array_(array),
-        memory_(array.bytes() + static_cast<size_t>(size)),
-        shift_(static_cast<size_t>(size)) {
+        shift_(static_cast<size_t>(size)),
+        memory_(new char[array.bytes() + shift_]) {
     std::memcpy(get(), array_.data(), array_.bytes());
   }
-  void* get() { return memory_.data() + shift_; }
-  void Fetch() { std::memcpy(array_.data(), get(), array_.bytes()); }
+  void* get() const { return memory_.get() + shift_; }
+  cudaError_t Fetch() {
+    std::memcpy(array_.data(), get(), array_.bytes());
+    return cudaSuccess;
+  }
 
  private:
   const Array& array_;
-  std::vector<char> memory_;
   size_t shift_;
+  std::unique_ptr<char[]> memory_;
 };
 
-const char* LaunchShifted(const Problem& problem, const Plan& plan, const Array& dy,
-                          const Array& w, const Array& dx, const Array& workspace) {
-#ifdef __CUDACC__
-  return "arrays that are not aligned take the emulator";
-#endif
+// What a run takes. Those of the epilogue are in `epilogue` if they are used.
+struct Arrays {
+  const Array &dy, &w, &residual, &relu;
+  bool adds_residual, undoes_relu;
+};
+
+// Runs a plan, and returns what went wrong or null. place(array) says where an array with
+// images is in memory, place_w(array) where the filter is: as DeviceMemory does.
+template <typename Place, typename PlaceW>
+const char* LaunchAt(const Problem& problem, const Plan& plan, const Arrays& arrays,
+                     const Array& dx, Place place, PlaceW place_w) {
+  const auto dy = place(arrays.dy), residual = place(arrays.residual),
+             relu = place(arrays.relu);
+  auto to = place(dx);
+  const auto w = place_w(arrays.w);
+  if (to.get() == nullptr) return "such arrays take the emulator";
+  const Array scratch(DType::kF64, {(plan.workspace_bytes + 7) / 8});
+  const DeviceMemory workspace(scratch.data(), scratch.bytes());
+  const Epilogue epilogue = {arrays.adds_residual ? residual.get() : nullptr,
+                             arrays.undoes_relu ? relu.get() : nullptr};
+  const char* const error = LaunchCuda(nullptr, problem, plan, dy.get(), w.get(),
+                                       to.get(), workspace.get(), epilogue);
+  return error != nullptr ? error : ErrorText(to.Fetch());
+}
+
+const char* Launch(const Line& line, const Problem& problem, const Plan& plan,
+                   const Arrays& arrays, const Array& dx) {
   const int64_t size = SizeInBytes(problem.dtype);
-  Shifted dy_there(dy, size), w_there(w, size), dx_there(dx, size);
-  const char* const error =
-      LaunchCuda(nullptr, problem, plan, dy_there.get(), w_there.get(), dx_there.get(),
-                 workspace.data(), {});
-  dx_there.Fetch();
-  return error;
+  const auto on_device = [](const Array& array) {
+    return DeviceMemory(array.data(), array.bytes());
+  };
+  if (line.apart > 0) {
+    const auto far = [&](const Array& array) {
+      return FarImages(array, problem.batch, problem.dx.batch * size);
+    };
+    return LaunchAt(problem, plan, arrays, dx, far, on_device);
+  }
+  if (line.apart < 0) {
+    const auto shifted = [&](const Array& array) { return Shifted(array, size); };
+    return LaunchAt(problem, plan, arrays, dx, shifted, shifted);
+  }
+  return LaunchAt(problem, plan, arrays, dx, on_device, on_device);
+}
+
+// The steps of kernel.h one after the other, on a dX without them.
+void ApplySteps(const Problem& problem, const Arrays& arrays, Array* dx) {
+  for (int64_t i = 0; i < dx->count(); ++i) {
+    const double value = dx->Get(i), residual = arrays.residual.Get(i);
+    if (arrays.adds_residual) {
+      dx->Set(i, problem.dtype == DType::kF64
+                     ? value + residual
+                     : static_cast<float>(value) + static_cast<float>(residual));
+    }
+    if (arrays.undoes_relu && !(arrays.relu.Get(i) > 0)) dx->Set(i, 0);
+  }
+}
+
+// Whether two arrays have the same bits, but for those of NaNs.
+bool Agree(const Array& a, const Array& b) {
+  for (int64_t i = 0; i < a.count(); ++i) {
+    const double x = a.Get(i), y = b.Get(i);
+    if (std::isnan(x) ? !std::isnan(y) : x != y || std::signbit(x) != std::signbit(y)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 // Two streams, in the emulator no streams.
@@ -172,8 +220,9 @@ const char* Repeat(int repeats, const Problem& problem, const Plan& plan, const 
   return nullptr;
 }
 
-// Runs one line's kernels and prints a line for each. Returns the number of failures.
-int RunLine(const Line& line, int repeats) {
+// Runs the kernels of a line, which is the file's `number`-th, and prints a line for
+// each. Returns the number of failures.
+int RunLine(const Line& line, size_t number, int repeats) {
   Problem problem{};
   if (const std::string error = MakeProblem(line.lhs_shape, line.rhs_shape,
                                             line.out_shape, line.attributes, &problem);
@@ -187,6 +236,12 @@ int RunLine(const Line& line, int repeats) {
   Array dy(problem.dtype, line.out_shape), w(problem.dtype, line.rhs_shape);
   Fill(&dy, line.special, &random);
   Fill(&w, line.special, &random);
+  Array residual(problem.dtype, line.lhs_shape), relu(problem.dtype, line.lhs_shape);
+  Fill(&residual, line.special, &random);
+  Fill(&relu, line.special, &random);
+  for (int64_t i = 0; i < relu.count(); ++i) {
+    if (relu.Get(i) < 0) relu.Set(i, 0);
+  }
   const DeviceMemory dy_there(dy.data(), dy.bytes()), w_there(w.data(), w.bytes());
   std::vector<double> expected;
 
@@ -210,21 +265,30 @@ int RunLine(const Line& line, int repeats) {
     if (expected.empty()) {
       expected = LiteralSum(problem, dy.Values(), w.Values(), dx.count());
     }
-    const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8});
-    DeviceMemory dx_there(dx.data(), dx.bytes());
-    const DeviceMemory workspace_there(workspace.data(), workspace.bytes());
-    const char* error =
-        line.apart > 0 ? LaunchFar(launched, plan, dy, w, dx, workspace)
-        : line.apart < 0
-            ? LaunchShifted(launched, plan, dy, w, dx, workspace)
-            : LaunchCuda(nullptr, problem, plan, dy_there.get(), w_there.get(),
-                         dx_there.get(), workspace_there.get(), {});
-    if (error == nullptr) error = ErrorText(dx_there.Fetch());
+    const Arrays plain = {dy, w, residual, relu, false, false};
+    const char* error = Launch(line, launched, plan, plain, dx);
     if (error == nullptr) {
       error = Repeat(repeats, problem, plan, dy_there.get(), w_there.get(),
                      line.lhs_shape, dx);
     }
     const double off = error == nullptr ? Error(dx, expected) : 0;
+    // The rungs that do not apply it by themselves want dX without gaps.
+    const std::string name = *kernel;
+    const bool fuses = name == "direct" || name == "tiled" || name == "wgmma" ||
+                       name.rfind("mma", 0) == 0;
+    if (error == nullptr && (fuses || line.apart <= 0)) {
+      // One of the three epilogues, another one for the next kernel and line.
+      const size_t turn = (number + static_cast<size_t>(kernel - CudaKernelNames())) % 3;
+      const Arrays fused = {dy, w, residual, relu, turn != 1, turn != 0};
+      Array with_epilogue(problem.dtype, line.lhs_shape);
+      error = Launch(line, launched, plan, fused, with_epilogue);
+      ApplySteps(problem, fused, &dx);
+      if (error == nullptr && !Agree(with_epilogue, dx)) {
+        error = turn == 0   ? "other bits with a residual"
+                : turn == 1 ? "other bits with a ReLU"
+                            : "other bits with a residual and a ReLU";
+      }
+    }
     const bool passed = error == nullptr && off <= line.tolerance;
     std::printf("%s %s %s %s error %.2e of %.2e %s\n", passed ? "pass" : "FAIL",
                 line.name.c_str(), line.dtype.c_str(), *kernel, off, line.tolerance,
@@ -244,7 +308,7 @@ int Main(const char* path, int repeats) {
       std::fprintf(stderr, "malformed line: %s\n", text.c_str());
       return 2;
     }
-    failures += RunLine(line, repeats);
+    failures += RunLine(line, static_cast<size_t>(lines), repeats);
   }
   std::printf("%d problems, %d failures\n", lines, failures);
   return lines == 0 ? 2 : failures > 0;

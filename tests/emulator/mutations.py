@@ -78,7 +78,7 @@ MUTATIONS = [
              "    id /= grid.phases[a];", "    id /= grid.phases[kAxes - 1 - a];"),
     # ---- types and planner
     Mutation("bfloat16 sums are narrowed as they grow", _DIRECT,
-             "    dx[dx_at] = Narrow(sum, T{});", "    dx[dx_at] = Narrow(sum * 1.02f, T{});"),
+             "Narrow(sum, T{}), dx_at", "Narrow(sum * 1.02f, T{}), dx_at"),
     Mutation("64-bit problems sent to 32-bit kernels", _KERNEL,
              "const bool small = FitsIn32Bits(problem, 0);", "const bool small = true;"),
     # ---- direct
