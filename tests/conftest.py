@@ -31,6 +31,7 @@ hypothesis.settings.load_profile("convgrad")
 
 # Of a run of the whole suite: each takes up to 3 GB.
 MOST_PROCESSES = 4
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 # marker: the variable that turns its skips into failures
 MODULES = {
@@ -64,6 +65,7 @@ def pytest_cmdline_main(config):
     whole = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
     apart = ("cuda", "static")  # one memory; a table is printed
     free = not config.option.usepdb and not any(m in config.option.markexpr for m in apart)
+    free = free and not IS_WORKER  # whose options are not those of the command line
     processes = min(MOST_PROCESSES, usable_cores())
     if whole and free and processes > 1 and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = processes
@@ -71,7 +73,7 @@ def pytest_cmdline_main(config):
 
 
 def pytest_configure(config):
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if IS_WORKER:
         # Each process would else take most of a GPU's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # Not on import, which the programs of run_python do too: each device has a pool of threads.
