@@ -8,12 +8,13 @@
 # pytest in the Python named by PYTHON; no network. PyTorch is measured if it is there.
 # Nothing is installed: the build goes to a temporary folder.
 #
-#   FOLDER           for gpu_check.json and the benchmarks' JSON (default $OUT, or else
-#                    benchmarks/results)
+#   FOLDER           for gpu_check.json, the benchmarks' JSON, and the planner's table of rates
+#                    with its measurements (default $OUT, or else benchmarks/results)
 #   --dry-run        print the parts, their limits and commands, and run nothing
 #   PYTHON           the Python to use (default python3)
 #   TIME_LIMIT_S     the whole run ends within this (default 570)
 #   BENCH_S          of it, what is kept for the benchmarks (default 150)
+#   CALIBRATE_S      of it, what is kept for measuring the planner's rates (default 50)
 #   LAYERS           the layers to measure (default benchmarks/layers.json)
 #   PER_CLASS        layers of each class to measure (default 1)
 #   ONLY             extended regular expression: run only parts whose name matches
@@ -34,8 +35,9 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 cd "$root" || exit 1
 python=${PYTHON:-python3}
 time_limit_s=${TIME_LIMIT_S:-570}
-kept_s=${BENCH_S:-150}
-bench_s=$((kept_s / 2))
+bench_s=$((${BENCH_S:-150} / 2))
+calibrate_s=${CALIBRATE_S:-50}
+kept_s=$((2 * bench_s + calibrate_s))
 layers=${LAYERS:-benchmarks/layers.json}
 per_class=${PER_CLASS:-1}
 only=${ONLY:-}
@@ -118,6 +120,11 @@ done
 for dtype in bf16 f32; do
   step "check_$dtype" 30 "${cli[@]}" check --count 20 --dtype "$dtype" --require-native
 done
+
+kept_s=$((kept_s - calibrate_s))
+# It begins nothing in its last seconds, in which the fit is made and written.
+step calibrate "$calibrate_s" "${cli[@]}" calibrate --seconds $((calibrate_s > 20 ? calibrate_s - 15 : 5)) \
+  --row-seconds 0.05 --write "$out/rates.h" --json "$out/calibration.json"
 
 peers=lax
 if [[ -z $dry_run ]] && selected bench_bf16 &&

@@ -4,6 +4,8 @@ csrc/kernel.cu and csrc/cuda/*.cu are compiled as they are, see emulator/cuda_em
 """
 
 import functools
+import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,8 @@ from jax import lax
 from jax.interpreters import mlir
 
 import jax_convgrad
-from jax_convgrad import custom_call, dispatch, native, primitive
-from jax_convgrad.tools import layers
+from jax_convgrad import __main__, custom_call, dispatch, native, primitive
+from jax_convgrad.tools import calibrate, layers, rate_fit, rates
 from jax_convgrad.tools.geometries import (
     make_geometry,
     normwise_error,
@@ -25,6 +27,7 @@ from jax_convgrad.tools.geometries import (
     reduction_taps,
     tolerance,
 )
+from jax_convgrad.tools.workloads import Workload
 
 if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
@@ -239,6 +242,78 @@ def test_vmap_of_grad_reaches_the_emulated_kernels(lowered_for_cuda, rng):
     dx = jax.jit(jax.vmap(function, (0, None)))(dy, w)
     for each, expected in zip(dx, dy, strict=True):
         assert normwise_error(each, oracles.lax_input_grad(expected, w, g)) <= 1e-3
+
+
+def test_calibrate_measures_fits_and_writes(lowered_for_cuda, emulated, monkeypatch, tmp_path):
+    """On emulated kernels, whose times mean nothing: that the command does all its work."""
+    device = types.SimpleNamespace(
+        device_kind="emulated GPU", compute_capability="9.0", core_count=132
+    )
+    monkeypatch.setattr(calibrate, "_require_gpu", lambda: (device, emulated))
+    monkeypatch.setattr(calibrate.machine, "is_gpu", lambda: True)
+    geometries = {
+        "dense": make_geometry((4, 3), (3, 3), (8, 8), padding=1),
+        "grouped": make_geometry((3, 4), (3, 3), (16, 16), padding=1, feature_groups=2),
+    }
+    few = [calibrate._layer(name, g) for name, g in geometries.items()]
+    monkeypatch.setattr(calibrate, "constructed", lambda: few)
+    monkeypatch.setattr(calibrate.layers, "load", lambda *_: [])
+    monkeypatch.setattr(calibrate, "_RANGE_US", (0, 1e9))
+    monkeypatch.setattr(calibrate, "_SHARE", 0)
+    monkeypatch.setattr(calibrate, "_POOL", 2)
+    requests = {name: calibrate._REQUESTS[name] for name in ("tf32", "16bit", "f32")}
+    monkeypatch.setattr(calibrate, "_REQUESTS", requests)
+    monkeypatch.setattr(calibrate.timing, "MIN_ROUNDS", 1)
+    table, path = tmp_path / "rates.h", tmp_path / "measured.json"
+    arguments = [
+        "--per-bound",
+        "1",
+        "--row-seconds",
+        "0.001",
+        "--write",
+        str(table),
+        "--json",
+        str(path),
+    ]
+    assert __main__.main(["calibrate", *arguments]) == 0
+    report = json.loads(path.read_text())
+    assert report["complete"]
+    present = rates.parse((build.ROOT / "csrc/cuda/rates.h").read_text())
+    assert rates.Rates.from_json(report["rates"]) == present
+    measured = [(p, row) for p in report["problems"] for row in p["rungs"] if not p["launch"]]
+    assert {row["rung"] for _, row in measured} >= {"direct", "tiled", "mma", "grouped", "wgmma"}
+    assert {row["operands"] for _, row in measured} == set(requests)
+    for problem, row in measured:
+        assert row["time_us"]["median"] > 0
+        g = geometries[problem["name"]]
+        precision = (lax.Precision.HIGHEST,) * 2 if problem["precision"] == "highest" else None
+        plan = dispatch.plan(g, problem["dtype"], "cuda", precision, row["rung"])
+        correction = present.correction(row["rung"], row["operands"])
+        model_us = present.model_us(rates.Cost(**row["cost"]), correction)
+        assert plan.model_us == pytest.approx(model_us, rel=1e-12)
+        planned = dispatch.plan(g, problem["dtype"], "cuda", precision)
+        assert problem["planned"] == planned.kernel
+    # The kept measurements give the same table again.
+    written = rates.parse(table.read_text())
+    assert written == rate_fit.fit(report).after
+
+
+def test_calibrate_reports_a_kernel_that_is_wrong(lowered_for_cuda, monkeypatch):
+    monkeypatch.setattr(calibrate, "_POOL", 2)
+    right = calibrate.forced_kernel
+
+    def forced(geometry, dtype, platform, kernel, precision):
+        function = right(geometry, dtype, platform, kernel, precision)
+        return (lambda dy, w: 1.1 * function(dy, w)) if kernel == "mma" else function
+
+    monkeypatch.setattr(calibrate, "forced_kernel", forced)
+    layer = calibrate._layer("dense", make_geometry((4, 3), (3, 3), (8, 8), padding=1))
+    workload = Workload(layer, "dx", "bfloat16", "default")
+    found = calibrate.plans(workload, 90)
+    rows = calibrate.measure(workload, list(found.values()), seed=0, row_seconds=0.001)
+    for row in rows:
+        assert (row["failure"] is not None) == (row["rung"] == "mma"), row
+        assert (row["time_us"] is None) == (row["rung"] == "mma")
 
 
 LAYERS = layers.load(build.ROOT / "benchmarks/layers.json", "NHWC")

@@ -39,9 +39,13 @@ def test_every_rung_is_compared_and_sanitized(tmp_path):
     assert len(rungs()) >= 4
     for prefix in ("float64", "memcheck", "racecheck", "synccheck"):
         assert [f"{prefix}_{name}" for name in rungs() if f"{prefix}_{name}" not in parts] == []
-    order = [parts.index(name) for name in ("build", "tests", "memcheck_direct", "bench_bf16")]
+    order = [parts.index(name) for name in ("build", "tests", "memcheck_direct", "calibrate", "bench_bf16")]
     assert order == sorted(order)
     assert parts[-2:] == ["bench_bf16", "bench_f32"]
+    (calibrate,) = (line for line in text.splitlines() if line.startswith("calibrate "))
+    for name in ("--write", "rates.h", "--json", "calibration.json"):
+        assert name in calibrate
+    assert str(tmp_path) in calibrate
     assert not list(tmp_path.iterdir())
 
 
