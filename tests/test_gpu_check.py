@@ -39,7 +39,8 @@ def test_every_rung_is_compared_and_sanitized(tmp_path):
     assert len(rungs()) >= 4
     for prefix in ("float64", "memcheck", "racecheck", "synccheck"):
         assert [f"{prefix}_{name}" for name in rungs() if f"{prefix}_{name}" not in parts] == []
-    order = [parts.index(name) for name in ("build", "tests", "memcheck_direct", "calibrate", "bench_bf16")]
+    in_turn = ("build", "tests", "memcheck_direct", "calibrate", "bench_bf16")
+    order = [parts.index(name) for name in in_turn]
     assert order == sorted(order)
     assert parts[-2:] == ["bench_bf16", "bench_f32"]
     (calibrate,) = (line for line in text.splitlines() if line.startswith("calibrate "))
