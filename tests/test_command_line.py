@@ -1,12 +1,19 @@
-"""`python -m jax_convgrad`: its exit statuses and what it prints."""
+"""`python -m jax_convgrad`: its exit statuses and what it prints.
+
+One command of each outcome in a process of its own, the others in this one, where nothing is
+imported again.
+"""
 
 import json
 
 import jax
 import pytest
+from conftest import SEED
 
 import jax_convgrad
-from jax_convgrad import native
+from jax_convgrad import __main__, dispatch, native
+from jax_convgrad.tools import check
+from jax_convgrad.tools.geometries import named_cases
 
 MODULE = ("-m", "jax_convgrad")
 
@@ -38,28 +45,75 @@ def test_info_reports_the_kill_switch(run_python):
     assert "JAX_CONVGRAD=off" in run_python(*MODULE, "info", JAX_CONVGRAD="off").stdout
 
 
+@pytest.fixture
+def some_cases(monkeypatch):
+    """Leaves `check` some of its named geometries; test_numerics.py has all of them."""
+
+    def leave(cases):
+        monkeypatch.setattr(check, "named_cases", lambda: cases)
+
+    return leave
+
+
 @pytest.mark.native
-def test_check_passes_with_kernels(run_python):
-    out = run_python(*MODULE, "check", "--count", "5", "--dtype", "f32", "--seed", "3").stdout
+def test_check_passes_with_kernels(some_cases, capsys):
+    cases = named_cases()[SEED % 8 :: 8]
+    some_cases(cases)
+    assert __main__.main(["check", "--count", "3", "--dtype", "f32", "--seed", "3"]) == 0
+    out = capsys.readouterr().out
+    assert f"{len(cases) + 3} results, {len(cases) + 3} native, 0 failed" in out
     assert "pass" in out
-    assert "0 failed" in out
     assert "FAIL" not in out
 
 
 @pytest.mark.native
-def test_check_takes_one_kernel_by_name(run_python):
+def test_check_takes_one_kernel_by_name(some_cases, capsys):
+    taken = [case for case in named_cases() if "few_channels" in kernels(case.geometry)]
+    others = [case for case in named_cases() if case not in taken]
+    some_cases([*taken[:3], *others[:3]])
     arguments = ("check", "--count", "0", "--dtype", "bf16", "--kernel", "few_channels")
-    out = run_python(*MODULE, *arguments).stdout
-    assert "few_channels: " in out
-    assert "0 failed" in out
+    assert __main__.main(arguments) == 0
+    assert "3 results, 3 native, 0 failed" in (out := capsys.readouterr().out)
+    assert "few_channels: 3" in out
 
 
-def test_check_without_kernels_says_so(run_python):
+def kernels(geometry):
+    """Names of the CPU kernels that take a geometry in bfloat16."""
+    found = []
+    for name in native.cpu.kernel_names():
+        try:
+            dispatch.plan(geometry, "bfloat16", "cpu", None, name)
+        except ValueError:
+            continue
+        found.append(name)
+    return found
+
+
+def test_check_without_kernels_says_so(some_cases, monkeypatch, capsys):
+    some_cases(named_cases()[:2])
+    monkeypatch.setattr(dispatch, "switch", lambda: "off")
     arguments = ("check", "--count", "0", "--dtype", "f32", "--require-native")
-    result = run_python(*MODULE, *arguments, check=False, JAX_CONVGRAD="off")
-    assert result.returncode == 1
-    assert "compared lax with itself" in result.stdout
-    assert "--require-native" in result.stdout
+    assert __main__.main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "2 results, 0 native" in out
+    assert "compared lax with itself" in out
+    assert "--require-native" in out
+
+
+@pytest.mark.native
+def test_check_fails_where_a_result_is_wrong(some_cases, monkeypatch, capsys):
+    some_cases(named_cases()[:2])
+    right = check.conv_input_grad
+    monkeypatch.setattr(check, "conv_input_grad", lambda *a, **k: 1.01 * right(*a, **k))
+    assert __main__.main(["check", "--count", "0", "--dtype", "f32"]) == 1
+    assert "FAIL float32" in capsys.readouterr().out
+
+
+def test_a_process_ends_with_the_commands_status(run_python):
+    result = run_python(*MODULE, "bench", "--layers", "missing.json", check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "missing.json" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -70,7 +124,6 @@ def test_check_without_kernels_says_so(run_python):
         (("check", "--dtype", "f8"), "f8"),
         (("check", "--count", "few"), "few"),
         (("bench", "--layout", "CHWN"), "CHWN"),
-        (("bench", "--layers", "missing.json"), "missing.json"),
         (("bench", "--peers", "numpy"), "numpy"),
         (("bench", "--scan", "0"), "at least 1"),
         (("step", "--net", "vgg"), "vgg"),
@@ -79,27 +132,29 @@ def test_check_without_kernels_says_so(run_python):
         (("overhead", "--processes", "0"), "at least 1"),
     ],
 )
-def test_bad_arguments_exit_with_status_two(run_python, arguments, message):
-    result = run_python(*MODULE, *arguments, check=False)
-    assert result.returncode == 2, result.stderr
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_bad_arguments_exit_with_status_two(capsys, arguments, message):
+    try:
+        status = __main__.main(arguments)
+    except SystemExit as e:  # of argparse
+        status = e.code
+    assert status == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.native
-def test_check_names_the_kernels_that_there_are(run_python):
-    result = run_python(*MODULE, "check", "--count", "0", "--kernel", "none", check=False)
-    assert result.returncode == 2
-    assert "'none'" in result.stderr
-    assert all(name in result.stderr for name in native.cpu.kernel_names())
+def test_check_names_the_kernels_that_there_are(capsys):
+    assert __main__.main(["check", "--count", "0", "--kernel", "none"]) == 2
+    err = capsys.readouterr().err
+    assert "'none'" in err
+    assert all(name in err for name in native.cpu.kernel_names())
 
 
 @pytest.mark.native
-def test_bench_prints_and_writes_every_row(run_python, layers, tmp_path):
+def test_bench_prints_and_writes_every_row(layers, tmp_path, capsys):
     path = tmp_path / "out.json"
-    out = run_python(
-        *MODULE, "bench", "--layers", str(layers), "--row-seconds", "0.05", "--json", str(path)
-    ).stdout
+    arguments = ("--layers", str(layers), "--row-seconds", "0.05", "--json", str(path))
+    assert __main__.main(["bench", *arguments]) == 0
+    out = capsys.readouterr().out
     assert "dense_strided" in out
     assert "depthwise" in out
     results = json.loads(path.read_text())
@@ -113,20 +168,21 @@ def test_bench_prints_and_writes_every_row(run_python, layers, tmp_path):
     assert jax_convgrad.__version__ in json.dumps(results)
 
 
-def test_bench_can_be_limited(run_python, layers, tmp_path):
+def test_bench_can_be_limited(layers, tmp_path):
     path = tmp_path / "out.json"
     arguments = ("--layers", str(layers), "--row-seconds", "0.05", "--limit", "1")
-    run_python(*MODULE, "bench", *arguments, "--implementation", "xla", "--json", str(path))
+    more = ("--implementation", "xla", "--json", str(path))
+    assert __main__.main(["bench", *arguments, *more]) == 0
     assert len(json.loads(path.read_text())["rows"]) == 1
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-def test_bench_runs_inside_a_scan(run_python, layers, tmp_path, layout):
+def test_bench_runs_inside_a_scan(layers, tmp_path, layout):
     path = tmp_path / "out.json"
     arguments = ("--layers", str(layers), "--row-seconds", "0.05", "--scan", "3")
-    run_python(*MODULE, "bench", *arguments, "--layout", layout, "--json", str(path),
-               JAX_CONVGRAD="on")  # fmt: skip
+    more = ("--layout", layout, "--json", str(path))
+    assert __main__.main(["bench", *arguments, *more]) == 0
     results = json.loads(path.read_text())
     assert results["options"]["scan"] == 3
     assert len(results["rows"]) == len(ROWS)
