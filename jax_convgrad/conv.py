@@ -16,7 +16,7 @@ from . import compat, dispatch, lax_maps
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
 from .input_grad import as_array
-from .primitive import bind_input_grad
+from .primitive import bind_input_grad, filter_cotangent, input_cotangent
 from .transposed import transposed_geometry
 
 
@@ -169,27 +169,17 @@ def _conv_bwd(
         return None, None
     lhs, rhs = residuals
     d_lhs = d_rhs = None
-    # As in lax, the arithmetic is done in the cotangent's dtype, which is
-    # preferred_element_type where that was given.
     if rhs is not None:
-        d_lhs = bind_input_grad(
+        d_lhs = input_cotangent(
             dy,
-            lax_maps.convert(rhs, dy.dtype),
+            rhs,
+            call.lhs_type,
             call.geometry,
             precision=call.precision,
-            out_sharding=compat.explicit_sharding(call.lhs_type),
             implementation=call.implementation,
         )
-        d_lhs = lax_maps.convert(d_lhs, call.lhs_type.dtype)
     if lhs is not None:
-        d_rhs = lax_maps.filter_grad(
-            lax_maps.convert(lhs, dy.dtype),
-            dy,
-            call.geometry,
-            precision=call.precision,
-            out_sharding=compat.explicit_sharding(call.rhs_type),
-        )
-        d_rhs = lax_maps.convert(d_rhs, call.rhs_type.dtype)
+        d_rhs = filter_cotangent(dy, lhs, call.rhs_type, call.geometry, precision=call.precision)
     return d_lhs, d_rhs
 
 

@@ -17,9 +17,9 @@ import jax
 from jax import lax
 from jax.interpreters import ad
 
-from . import compat, dispatch, lax_lowering, lax_maps
+from . import compat, dispatch, lax_lowering
 from .geometry import ConvGeometry, is_static
-from .primitive import bind_input_grad
+from .primitive import filter_cotangent, input_cotangent
 
 
 def install() -> None:
@@ -70,13 +70,17 @@ def _register() -> None:
     def lhs_rule(dy: jax.Array, lhs: Any, rhs: jax.Array, **params: Any) -> jax.Array:
         if not dispatch.installed.value or not _covered(lhs.aval, rhs, dy):
             return lax_lhs_rule(dy, lhs, rhs, **params)
-        return _input_grad(dy, lhs.aval, rhs, **params)
+        precision = params.pop("precision")
+        geometry = _geometry(lhs.aval, rhs, **params)
+        return input_cotangent(dy, rhs, lhs.aval, geometry, precision=precision)
 
     def rhs_rule(dy: jax.Array, lhs: jax.Array, rhs: Any, **params: Any) -> jax.Array:
         if not dispatch.installed.value or is_static((*lhs.shape, *rhs.aval.shape)):
             return lax_rhs_rule(dy, lhs, rhs, **params)
         # Of symbolic sizes lax's rule does not take a stride.
-        return _filter_grad(dy, lhs, rhs.aval, **params)
+        precision = params.pop("precision")
+        geometry = _geometry(lhs, rhs.aval, **params)
+        return filter_cotangent(dy, lhs, rhs.aval, geometry, precision=precision)
 
     ad.defbilinear(lax.conv_general_dilated_p, lhs_rule, rhs_rule)
     lax_lowering.register()
@@ -89,43 +93,9 @@ def _covered(lhs_type: Any, rhs: jax.Array, dy: jax.Array) -> bool:
     return dispatch.unsupported_dtype(dy.dtype) is None
 
 
-def _input_grad(
-    dy: jax.Array,
-    lhs_type: Any,
-    rhs: jax.Array,
-    *,
-    precision: Any,
-    preferred_element_type: Any,
-    out_sharding: Any,
-    **geometry: Any,
-) -> jax.Array:
-    # As in lax, in the cotangent's dtype: that is preferred_element_type where given.
-    del preferred_element_type, out_sharding
-    d_lhs = bind_input_grad(
-        dy,
-        lax_maps.convert(rhs, dy.dtype),
-        ConvGeometry(lhs_shape=tuple(lhs_type.shape), rhs_shape=tuple(rhs.shape), **geometry),
-        precision=precision,
-        out_sharding=compat.explicit_sharding(lhs_type),
-    )
-    return lax_maps.convert(d_lhs, lhs_type.dtype)
-
-
-def _filter_grad(
-    dy: jax.Array,
-    lhs: jax.Array,
-    rhs_type: Any,
-    *,
-    precision: Any,
-    preferred_element_type: Any,
-    out_sharding: Any,
-    **geometry: Any,
-) -> jax.Array:
-    del preferred_element_type, out_sharding
-    d_rhs = lax_maps.filter_grad(
-        lax_maps.convert(lhs, dy.dtype),
-        dy,
-        ConvGeometry(lhs_shape=tuple(lhs.shape), rhs_shape=tuple(rhs_type.shape), **geometry),
-        precision=precision,
-    )
-    return lax_maps.convert(d_rhs, rhs_type.dtype)
+def _geometry(
+    lhs_type: Any, rhs_type: Any, *, preferred_element_type: Any, out_sharding: Any, **params: Any
+) -> ConvGeometry:
+    """The convolution that the primitive's parameters describe."""
+    del preferred_element_type, out_sharding  # those of the cotangent that there is
+    return ConvGeometry(lhs_shape=tuple(lhs_type.shape), rhs_shape=tuple(rhs_type.shape), **params)

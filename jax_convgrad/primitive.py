@@ -78,6 +78,45 @@ def bind_input_grad(
     )
 
 
+def input_cotangent(
+    dy: jax.Array,
+    rhs: jax.Array,
+    lhs_type: Any,
+    geometry: ConvGeometry,
+    *,
+    precision: Any,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """What the transpose of a convolution gives for lhs, of its type.
+
+    As in lax, the arithmetic is done in the cotangent's dtype, which is
+    preferred_element_type where that was given.
+    """
+    dx = bind_input_grad(
+        dy,
+        lax_maps.convert(rhs, dy.dtype),
+        geometry,
+        precision=precision,
+        out_sharding=compat.explicit_sharding(lhs_type),
+        implementation=implementation,
+    )
+    return lax_maps.convert(dx, lhs_type.dtype)
+
+
+def filter_cotangent(
+    dy: jax.Array, lhs: jax.Array, rhs_type: Any, geometry: ConvGeometry, *, precision: Any
+) -> jax.Array:
+    """What it gives for rhs, likewise; through lax."""
+    dw = lax_maps.filter_grad(
+        lax_maps.convert(lhs, dy.dtype),
+        dy,
+        geometry,
+        precision=precision,
+        out_sharding=compat.explicit_sharding(rhs_type),
+    )
+    return lax_maps.convert(dw, rhs_type.dtype)
+
+
 # --- the primitive's rules. Each takes (dy, rhs) and the same four parameters.
 
 
