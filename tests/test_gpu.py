@@ -60,6 +60,7 @@ def test_every_rung_against_the_literal_sum(gpu_program, tmp_path, poison, monke
     lines = [
         *cases.lines(small),
         *(line for k in cases.TILES for line in cases.tile_lines(k, small)),
+        *cases.hopper_lines(cases.hopper_sweep(10, SEED)),
     ]
     path = cases.write(tmp_path / "problems", lines)
     done = subprocess.run([program, path, "10"], capture_output=True, text=True, timeout=300,

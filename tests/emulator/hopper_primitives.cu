@@ -298,15 +298,22 @@ enum class Kind { kBf16, kF16, kTf32 };
 constexpr uint32_t kPanelBytes = 16 * kSwizzleBytes;  // of B by rows: 16 k, 64 columns
 constexpr uint32_t kOperandBAt = 64 * kSwizzleBytes;
 
-// One product over 32 bytes of K, of operands that threads store themselves.
+// One product over 32 bytes of K, of operands that threads store themselves, every other
+// word by cp.async.
 template <Kind kKind, int kColumns, bool kByRows>
 __global__ void WgmmaKernel(const uint32_t* operands, uint32_t words, uint32_t a_skip,
                             float* to) {
 #ifdef CONVGRAD_HOPPER
   CU_DYNAMIC_SHARED_ALIGNED(matrices, kSwizzleAtomBytes);
   for (uint32_t i = threadIdx.x; i < words; i += blockDim.x) {
-    StoreShared(matrices + 4 * i, operands[i]);
+    if (i % 2 == 0) {
+      StoreShared(matrices + 4 * i, operands[i]);
+    } else {
+      CopyAsync<4>(matrices + 4 * i, operands + i, 4);
+    }
   }
+  CopyAsyncCommit();
+  CopyAsyncWait<0>();
   FenceProxyAsync();
   __syncthreads();
   float d[kColumns / 2];

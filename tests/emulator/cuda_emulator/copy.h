@@ -18,10 +18,7 @@ inline void PerformCopy(const PendingCopy& copy) {
   char* const to = static_cast<char*>(copy.to);
   const char* const from = static_cast<const char*>(copy.from);
   for (int i = 0; i < copy.size; ++i) to[i] = i < copy.bytes ? from[i] : 0;
-  // Kernels without an mbarrier have nothing that is asynchronous but these copies.
-  if (!current_block->async.barriers.empty()) {
-    current_block->Stored(to, static_cast<size_t>(copy.size));
-  }
+  current_block->Stored(to, static_cast<size_t>(copy.size));
 }
 
 template <int kBytes>
