@@ -357,7 +357,7 @@ def test_planner_takes_the_grouped_kernel_where_groups_have_few_channels(emulate
     for g in (*few, wide):
         attributes = custom_call.attributes(g, "cuda", None)
         plan = emulated.plan("bfloat16", g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
-        assert plan["kernel"] == ("mma" if g is wide else "grouped"), g
+        assert plan["kernel"] == ("wgmma" if g is wide else "grouped"), g
 
 
 def uses_copy_engine(emulated, g, dtype):
@@ -393,8 +393,9 @@ def test_wgmma_walks_where_the_tests_mean_it(emulated, case):
     assert 4 * (least_rows // plan["tile"][0]) > plan["blocks"] + 4
 
 
-def test_wgmma_takes_one_group(emulated):
-    g = make_geometry((7, 7), (3, 3), (64, 64), padding=1, feature_groups=2)
+@pytest.mark.parametrize("channels", [(64, 80), (36, 256)])
+def test_wgmma_takes_groups_of_whole_slices_and_vectors_only(emulated, channels):
+    g = make_geometry((7, 7), (3, 3), channels, padding=1, feature_groups=4)
     for dtype in ("bfloat16", "float32"):
         found = plans(emulated, g, dtype)
         assert "wgmma" not in found, dtype

@@ -64,11 +64,29 @@ bool AxisFitsMaps(const Axis& a, int64_t phases, int axes) {
   return true;
 }
 
+// Whether each of several groups is worth a tile: its out channels are whole slices and
+// its input channels whole vectors.
+bool HasWholeGroups(const Problem& problem) {
+  const int64_t size = SizeInBytes(problem.dtype);
+  return problem.groups == 1 ||
+         (problem.out_channels * size % kSwizzleBytes == 0 &&
+          problem.in_channels * size % VectorBytes(problem.dtype) == 0);
+}
+
+// Whether the channels of such groups lie side by side: they are one dimension of a map.
+bool GroupsFitMaps(const Problem& problem) {
+  return problem.groups == 1 ||
+         (problem.dy.group == problem.out_channels &&
+          problem.w.group == problem.out_channels * problem.w.out_channel);
+}
+
 // Whether dX is stored in whole vectors, the rows of dY and W are whole chunks, and every
-// phase can have a map. Arrays may be null, which is as good as aligned.
+// group and phase can be told to the engine. Arrays may be null, which is as good as
+// aligned.
 bool FitsEngine(const Rewritten& rewritten, const void* dy, const void* w, const void* dx,
                 const Epilogue& epilogue) {
   const Problem& problem = rewritten.problem;
+  if (!GroupsFitMaps(problem)) return false;
   const int vector = VectorBytes(problem.dtype);
   if (problem.in_channels * SizeInBytes(problem.dtype) % vector != 0) return false;
   if (WidthOfRuns(rewritten, dx, epilogue) < vector) return false;
@@ -101,7 +119,8 @@ cudaError_t EncodeDy(const Problem& problem, const T* dy, uint32_t pixels,
   constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
   const int axes = MapAxes(problem);
   params->axes = axes;
-  TensorShape shape{1, {static_cast<uint64_t>(problem.out_channels)}, {}};
+  TensorShape shape{
+      1, {static_cast<uint64_t>(problem.groups * problem.out_channels)}, {}};
   for (int i = kAxes - 1; i >= kAxes - axes; --i) {
     Append(&shape, problem.axis[i].out, problem.dy.axis[i] * kSize);
   }
@@ -134,7 +153,7 @@ template <typename T>
 cudaError_t EncodeFilter(const Problem& problem, const T* w, CUtensorMap* map) {
   constexpr int64_t kSize = static_cast<int64_t>(sizeof(T));
   TensorShape shape{1, {static_cast<uint64_t>(problem.in_channels)}, {}};
-  Append(&shape, problem.out_channels, problem.w.out_channel * kSize);
+  Append(&shape, problem.groups * problem.out_channels, problem.w.out_channel * kSize);
   for (int i = kAxes - 1; i >= 0; --i) {
     Append(&shape, problem.axis[i].win, problem.w.axis[i] * kSize);
   }
@@ -143,9 +162,15 @@ cudaError_t EncodeFilter(const Problem& problem, const T* w, CUtensorMap* map) {
   return EncodeTiled<T>(w, shape, box, map);
 }
 
-// Of W repacked as [tap][C][K], rows of K in whole chunks.
+// Of W repacked as [group][tap][C][K], rows of K in whole chunks.
 int64_t RepackedRow(const Problem& problem) {
   return RoundUp(problem.out_channels, kWidestCopy / SizeInBytes(DType::kF32));
+}
+
+int64_t RepackedTaps(const Problem& problem) {
+  int64_t taps = problem.groups;
+  for (const Axis& a : problem.axis) taps *= a.win;
+  return taps;
 }
 
 cudaError_t EncodeRepacked(const Problem& problem, const float* w, int64_t tile_n,
@@ -154,18 +179,15 @@ cudaError_t EncodeRepacked(const Problem& problem, const float* w, int64_t tile_
   TensorShape shape{1, {static_cast<uint64_t>(problem.out_channels)}, {}};
   const int64_t row = RepackedRow(problem) * kSize;
   Append(&shape, problem.in_channels, row);
-  int64_t taps = 1;
-  for (const Axis& a : problem.axis) taps *= a.win;
-  Append(&shape, taps, problem.in_channels * row);
+  Append(&shape, RepackedTaps(problem), problem.in_channels * row);
   const uint32_t box[] = {kSwizzleBytes / kSize, static_cast<uint32_t>(tile_n), 1};
   return EncodeTiled<float>(w, shape, box, map);
 }
 
 int64_t RepackedBytes(const Problem& problem) {
   if (problem.dtype != DType::kF32) return 0;
-  int64_t elements = problem.in_channels * RepackedRow(problem);
-  for (const Axis& a : problem.axis) elements *= a.win;
-  return elements * SizeInBytes(DType::kF32);
+  return RepackedTaps(problem) * problem.in_channels * RepackedRow(problem) *
+         SizeInBytes(DType::kF32);
 }
 
 cudaError_t EnqueueRepack(cudaStream_t stream, const Problem& problem, const float* w,
@@ -173,30 +195,29 @@ cudaError_t EnqueueRepack(cudaStream_t stream, const Problem& problem, const flo
   RepackParams params{};
   params.in_channels = static_cast<int32_t>(problem.in_channels);
   params.out_channels = static_cast<int32_t>(problem.out_channels);
+  params.w_group = static_cast<int32_t>(problem.w.group);
   params.w_out_channel = static_cast<int32_t>(problem.w.out_channel);
   params.w_in_channel = static_cast<int32_t>(problem.w.in_channel);
   params.row = static_cast<int32_t>(RepackedRow(problem));
-  unsigned taps = 1;
   for (int i = 0; i < kAxes; ++i) {
     params.win[i] = static_cast<int32_t>(problem.axis[i].win);
     params.w_axis[i] = static_cast<int32_t>(problem.w.axis[i]);
-    taps *= static_cast<unsigned>(problem.axis[i].win);
   }
   const auto tiles = [](int64_t size) {
     return static_cast<unsigned>(CeilDiv(size, kRepackTile));
   };
   return CU_LAUNCH(WgmmaRepackKernel,
-                   dim3(tiles(problem.in_channels), tiles(problem.out_channels), taps),
+                   dim3(tiles(problem.in_channels), tiles(problem.out_channels),
+                        static_cast<unsigned>(RepackedTaps(problem))),
                    dim3(kRepackTile * kRepackRows), 0, stream, params, w, to);
 }
 
 // Whether a grid and 32-bit offsets are enough for a repacked W.
 bool FitsRepack(const Problem& problem) {
   if (problem.dtype != DType::kF32) return true;
-  int64_t taps = 1;
-  for (const Axis& a : problem.axis) taps *= a.win;
   const int64_t beyond = kWgmmaSlack * RepackedRow(problem) * SizeInBytes(problem.dtype);
-  return taps <= 65535 && CeilDiv(problem.out_channels, kRepackTile) <= 65535 &&
+  return RepackedTaps(problem) <= 65535 &&
+         CeilDiv(problem.out_channels, kRepackTile) <= 65535 &&
          (RepackedBytes(problem) + beyond) / SizeInBytes(problem.dtype) <= INT32_MAX;
 }
 
@@ -285,7 +306,7 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
                Plan* plan) {
   const Rewritten rewritten = AsPatches(given);
   const Problem& problem = rewritten.problem;
-  if (problem.groups != 1 || !FitsRepack(problem)) return false;
+  if (!HasWholeGroups(problem) || !FitsRepack(problem)) return false;
   if (problem.dy.channel != 1 && problem.out_channels > 1) return false;
   if (problem.w.in_channel != 1 && problem.in_channels > 1) return false;
   const bool copies = !FitsEngine(rewritten, nullptr, nullptr, nullptr, {});

@@ -44,10 +44,11 @@
 // always at b, blocks would keep to one phase of a strided gradient, and some phases have
 // more taps than others.
 //
-// Limits: those of mma.cuh, and one group. The copy engine is used for input channels
-// that are whole vectors of 16 bytes (8 of f32); rows of dY that are whole chunks of 16
-// bytes, as are W's of 16-bit types; at most kWgmmaPhases phases; taps, padding and
-// lhs_dilation within its corners, offsets and steps (tensor_map.cuh).
+// Limits: those of mma.cuh; several groups only if each has out channels that are whole
+// slices and input channels that are whole vectors, of 16 bytes (8 of f32). The copy
+// engine is used for whole vectors of input channels; rows of dY that are whole chunks of
+// 16 bytes, as are W's of 16-bit types; groups side by side; at most kWgmmaPhases phases;
+// taps, padding and lhs_dilation within its corners, offsets and steps (tensor_map.cuh).
 
 #pragma once
 
@@ -288,13 +289,14 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
 struct RepackParams {
   int32_t in_channels, out_channels;
   int32_t win[kAxes], w_axis[kAxes];
-  int32_t w_out_channel, w_in_channel;
+  int32_t w_group, w_out_channel, w_in_channel;
   int32_t row;  // how far apart rows of K are
 };
 
 constexpr int kRepackTile = 32, kRepackRows = 8;
 
-// to[tap][c][k] = w[k, c, tap] to nearest TF32. A block does 32 x 32 of one tap.
+// to[group][tap][c][k] = w[group, k, c, tap] to nearest TF32. A block does 32 x 32 of one
+// group's tap.
 __global__ void __launch_bounds__(kRepackTile* kRepackRows)
     WgmmaRepackKernel(const __grid_constant__ RepackParams params,
                       const float* __restrict__ w, float* __restrict__ to) {
@@ -305,9 +307,10 @@ __global__ void __launch_bounds__(kRepackTile* kRepackRows)
   const int32_t k0 = static_cast<int32_t>(blockIdx.y) * kRepackTile;
   const int32_t c0 = static_cast<int32_t>(blockIdx.x) * kRepackTile;
   const int32_t r2 = tap % params.win[2], rest = tap / params.win[2];
-  const int32_t r1 = rest % params.win[1], r0 = rest / params.win[1];
-  const int32_t from =
-      r0 * params.w_axis[0] + r1 * params.w_axis[1] + r2 * params.w_axis[2];
+  const int32_t r1 = rest % params.win[1], rest1 = rest / params.win[1];
+  const int32_t r0 = rest1 % params.win[0], group = rest1 / params.win[0];
+  const int32_t from = group * params.w_group + r0 * params.w_axis[0] +
+                       r1 * params.w_axis[1] + r2 * params.w_axis[2];
   for (int row = y; row < kRepackTile; row += kRepackRows) {
     const int32_t k = k0 + row, c = c0 + x;
     if (k < params.out_channels && c < params.in_channels) {

@@ -67,16 +67,17 @@ __device__ __forceinline__ void ProduceByEngine(const WgmmaParams& params,
       for (int a = 0; a < kAxes; ++a) {
         offset[a] = static_cast<uint16_t>(furthest[a] - shift[a]);
       }
-      CopyRows(params, params.dy + phase, to, barrier, next.k0, work.first.n, pixel,
-               offset);
+      // A group's channels lie beside those of the next.
+      const int32_t k = at.group * g.out_channels + next.k0;
+      CopyRows(params, params.dy + phase, to, barrier, k, work.first.n, pixel, offset);
       if constexpr (sizeof(T) == 2) {
 #pragma unroll 1
         for (int panel = 0; panel < S::kN / S::kPanel; ++panel) {
-          const int from[5] = {at.c0 + panel * S::kPanel, next.k0, r[2], r[1], r[0]};
+          const int from[5] = {at.c0 + panel * S::kPanel, k, r[2], r[1], r[0]};
           TmaLoad<5>(to + S::kBytesA + panel * S::kPanelBytes, &params.w, barrier, from);
         }
       } else {
-        const int from[3] = {next.k0, at.c0, FilterTap(params, r)};
+        const int from[3] = {next.k0, at.c0, RepackedTap(params, at.group, r)};
         TmaLoad<3>(to + S::kBytesA, &params.w, barrier, from);
       }
       place.Advance();
@@ -212,7 +213,7 @@ __device__ __forceinline__ void ProduceByCopies(const WgmmaParams& params,
       if (other_tap) {
         int32_t shift[kAxes], dy_tap = 0;
         PlaceTap(g, work, next, shift, r);
-        w_tap = 0;
+        w_tap = at.group * g.w_group;
 #pragma unroll
         for (int a = 0; a < kAxes; ++a) {
           dy_tap -= shift[a] * g.axis[a].dy_stride;
@@ -249,7 +250,7 @@ __device__ __forceinline__ void ProduceByCopies(const WgmmaParams& params,
         }
       } else {
         constexpr int kColumns = S::kN / kWarpsOfGroup;
-        const int32_t first = FilterTap(params, r) * g.in_channels + at.c0;
+        const int32_t first = RepackedTap(params, at.group, r) * g.in_channels + at.c0;
         CopyRowsAsync<16, kColumns>(
             b_to, warp * kColumns, params.repacked, k_left * kSize, lane, [&](int row) {
               return at.c0 + row < g.in_channels

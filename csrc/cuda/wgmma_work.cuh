@@ -65,7 +65,7 @@ struct WgmmaParams {
   MmaParams mma;
   unsigned items;         // parts of tiles
   int win[kAxes];         // taps of the filter
-  const float* repacked;  // W for TF32: [tap][C][K], rows so far apart
+  const float* repacked;  // W for TF32: [group][tap][C][K], rows so far apart
   int32_t repacked_row;
   // For the copy engine.
   int axes;  // of dY's maps: the last ones, without leading axes of size one
@@ -148,9 +148,10 @@ __device__ __forceinline__ void PlaceTap(const Geometry<int32_t>& g,
   }
 }
 
-__device__ __forceinline__ int32_t FilterTap(const WgmmaParams& params,
-                                             const int32_t (&r)[kAxes]) {
-  return (r[0] * params.win[1] + r[1]) * params.win[2] + r[2];
+// The number of a group's tap in the repacked W.
+__device__ __forceinline__ int32_t RepackedTap(const WgmmaParams& params, int32_t group,
+                                               const int32_t (&r)[kAxes]) {
+  return ((group * params.win[0] + r[0]) * params.win[1] + r[1]) * params.win[2] + r[2];
 }
 
 // The tile that a block takes in a round, as a part's and a tile's number.

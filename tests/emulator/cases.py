@@ -143,6 +143,11 @@ def hopper_cases() -> list[Case]:
         "hopper_cropped": g((9, 8), (3, 3), (16, 16), padding=((-2, 1), (0, -3))),
         "hopper_large_window": g((3, 4), (5, 7), (16, 16), padding=3),
         "hopper_16_phases": g((9, 9), (5, 5), (16, 16), stride=4, padding=2),
+        "hopper_groups": g((6, 7), (3, 3), (72, 192), padding=1, feature_groups=3),
+        "hopper_strided_groups": g((9, 8), (3, 2), (32, 128), stride=2, padding=1,
+                                   feature_groups=2),
+        "hopper_long_groups": g((3, 3), (3, 3), (16, 1024), batch=1, padding=1,
+                                feature_groups=2),  # in parts
         "hopper_f32_only": g((5, 5), (3, 3), (6, 12), padding=1),
     }  # fmt: skip
     return [Case(name, geometry) for name, geometry in table.items()]
@@ -173,6 +178,9 @@ def copied_cases() -> list[Case]:
         "copied_patches": g((8, 12), (4, 4), (3, 17), batch=1, stride=4),
         "copied_long_sum": g((4, 4), (3, 3), (7, 267), batch=1, padding=1),  # in parts
         "copied_long_strided_sum": g((5, 5), (3, 3), (18, 522), batch=1, stride=2, padding=1),
+        "copied_groups": g((6, 5), (3, 3), (48, 192), stride=2, padding=((2, 2), (1, 1)),
+                           lhs_dilation=(9, 1), feature_groups=3),
+        "copied_batch_groups": g((5, 4), (3, 3), (8, 128), batch=4, padding=1, batch_groups=2),
         # Beyond the copy engine: its steps, its corners, its offsets, one map for each phase.
         "copied_lhs_dilated": g((4, 5), (3, 3), (16, 16), lhs_dilation=(9, 11), padding=3),
         "copied_far_padding": g((6, 5), (3, 3), (16, 16), padding=((130, 2), (1, 140))),
