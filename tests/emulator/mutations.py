@@ -303,7 +303,7 @@ MUTATIONS = [
     Mutation("wgmma's threads lag until nobody goes on", _WGMMA_FEED,
              "kLag = S::kStages - 2;", "kLag = S::kStages - 1;"),
     Mutation("wgmma's threads announce what has not come", _WGMMA_FEED,
-             "CopyAsyncWait<kLag>();", "CopyAsyncWait<kLag + 1>();", mode=("0", "1")),
+             "CopyAsyncWait<kLag>();", "CopyAsyncWait<S::kStages>();", mode=("0", "1")),
     Mutation("wgmma's threads do not fence what they copied", _WGMMA_FEED,
              "    FenceProxyAsync();\n", "", mode=("1", "1")),
     Mutation("wgmma's threads fence what one lane copied", _WGMMA_FEED,
