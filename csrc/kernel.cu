@@ -47,10 +47,10 @@ constexpr Rung kRungs[] = {
     {"mma", PlanMma, LaunchMma, true, 80, kAnyLater},
     {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, true, 80, kAnyLater},
     {"depthwise", PlanDepthwise, LaunchDepthwise, false, 80, kAnyLater},
-    {"few_channels", PlanFewChannels, LaunchFewChannels, false, 80, kAnyLater},
-    {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, false, 80,
+    {"few_channels", PlanFewChannels, LaunchFewChannels, true, 80, kAnyLater},
+    {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, true, 80,
      kAnyLater},
-    {"grouped", PlanGrouped, LaunchGrouped, false, 80, kAnyLater},
+    {"grouped", PlanGrouped, LaunchGrouped, true, 80, kAnyLater},
     {"wgmma", PlanWgmma, LaunchWgmma, true, 90, 90},
 };
 // The kinds of GPU that plans are made for: each up to the next. From CUDA's table of

@@ -32,28 +32,50 @@ struct alignas(kCount * sizeof(T)) Adjacent {
   T element[kCount];
 };
 
-// Both, for those that dX has at `at`.
+// What both take for adjacent elements. A kernel loads it well before the sums are ready
+// to be stored: it has little else to do meanwhile.
+template <typename T, int kCount>
+struct EpilogueOperands {
+  Adjacent<T, kCount> residual, relu;
+};
+
+// Those of the elements that dX has at `at`, aligned as a vector.
 template <typename T, int kCount, typename Index>
-__device__ __forceinline__ void ApplyEpilogue(const Epilogue& epilogue,
-                                              Adjacent<T, kCount>& value, Index at) {
+__device__ __forceinline__ void LoadOperands(const Epilogue& epilogue, Index at,
+                                             EpilogueOperands<T, kCount>& to) {
   const auto load = [at](const void* from) {
     return *reinterpret_cast<const Adjacent<T, kCount>*>(static_cast<const T*>(from) +
                                                          at);
   };
+  if (epilogue.residual != nullptr) to.residual = load(epilogue.residual);
+  if (epilogue.relu != nullptr) to.relu = load(epilogue.relu);
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void ApplyOperands(const Epilogue& epilogue,
+                                              const EpilogueOperands<T, kCount>& operands,
+                                              T (&value)[kCount]) {
   if (epilogue.residual != nullptr) {
-    const Adjacent<T, kCount> residual = load(epilogue.residual);
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      value.element[e] = AddResidual(value.element[e], residual.element[e]);
+      value[e] = AddResidual(value[e], operands.residual.element[e]);
     }
   }
   if (epilogue.relu != nullptr) {
-    const Adjacent<T, kCount> relu = load(epilogue.relu);
 #pragma unroll
     for (int e = 0; e < kCount; ++e) {
-      value.element[e] = UndoRelu(value.element[e], relu.element[e]);
+      value[e] = UndoRelu(value[e], operands.relu.element[e]);
     }
   }
+}
+
+// Loads and applies.
+template <typename T, int kCount, typename Index>
+__device__ __forceinline__ void ApplyEpilogue(const Epilogue& epilogue,
+                                              T (&value)[kCount], Index at) {
+  EpilogueOperands<T, kCount> operands = {};
+  LoadOperands(epilogue, at, operands);
+  ApplyOperands(epilogue, operands, value);
 }
 
 template <typename T, typename Index>

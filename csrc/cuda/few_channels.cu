@@ -264,11 +264,13 @@ bool PlanFew(const Problem& problem, bool three_products, double products_per_us
 
 // ---- launches ---------------------------------------------------------------------
 
-int StoreBytes(const Problem& problem, const void* dx) {
+int StoreBytes(const Problem& problem, const void* dx, const Epilogue& epilogue) {
   const int64_t channels = problem.in_channels;
   if (problem.dx.channel != 1 && channels > 1) return 0;
   if (problem.dx.axis[2] != channels && problem.axis[2].in > 1) return 0;
   Alignment rows(dx, SizeInBytes(problem.dtype));
+  rows.Add(epilogue.residual);
+  rows.Add(epilogue.relu);
   rows.Add(problem.batch, problem.dx.batch);
   for (int i = 0; i < 2; ++i) rows.Add(problem.axis[i].in, problem.dx.axis[i]);
   return rows.Bytes();
@@ -276,7 +278,7 @@ int StoreBytes(const Problem& problem, const void* dx) {
 
 FewParams MakeFewParams(const Problem& problem, const FewProblem& few,
                         const FewLayout& layout, int64_t rows, const void* dy,
-                        const void* dx) {
+                        const void* dx, const Epilogue& epilogue) {
   const auto i32 = [](int64_t v) { return static_cast<int32_t>(v); };
   const auto u32 = [](int64_t v) { return static_cast<unsigned>(v); };
   const Axis& last = problem.axis[2];
@@ -324,7 +326,8 @@ FewParams MakeFewParams(const Problem& problem, const FewProblem& few,
   params.dy_wide =
       params.dy_width == kMmaChunkBytes &&
       problem.out_channels * SizeInBytes(problem.dtype) % kMmaChunkBytes == 0;
-  params.store_bytes = StoreBytes(problem, dx);
+  params.store_bytes = StoreBytes(problem, dx, epilogue);
+  params.epilogue = epilogue;
   return params;
 }
 
@@ -362,7 +365,7 @@ cudaError_t Enqueue(cudaStream_t stream, const FewProblem& few, const FewParams&
 
 template <typename T, bool kThreeProducts>
 const char* LaunchFew(cudaStream_t stream, const Problem& problem, const Plan& plan,
-                      const void* dy, const void* w, void* dx) {
+                      const void* dy, const void* w, void* dx, const Epilogue& epilogue) {
   constexpr const char* kRefused = "the few_channels kernel does not take this problem";
   FewProblem few = Analyse(problem, kThreeProducts);
   if (!few.taken) return kRefused;
@@ -378,16 +381,17 @@ const char* LaunchFew(cudaStream_t stream, const Problem& problem, const Plan& p
   }
   const int64_t rows = plan.tile_m / layout.positions;
   const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part,
-                          const Epilogue&) {
+                          const Epilogue& epilogue_part) {
     few.planes = part.batch * part.axis[0].in;
-    FewParams params = MakeFewParams(part, few, layout, rows, dy_part, dx_part);
+    FewParams params =
+        MakeFewParams(part, few, layout, rows, dy_part, dx_part, epilogue_part);
     params.strip_step =
         std::min(params.strips, static_cast<unsigned>(plan.blocks / layout.phase_groups));
     const int64_t blocks = static_cast<int64_t>(params.strip_step) * layout.phase_groups;
     return Enqueue<T, kThreeProducts>(stream, few, params, plan, blocks, dy_part,
                                       static_cast<const T*>(w), dx_part);
   };
-  return ErrorText(LaunchInParts<T>(problem, kFewSlack, dy, dx, {}, launch));
+  return ErrorText(LaunchInParts<T>(problem, kFewSlack, dy, dx, epilogue, launch));
 }
 
 }  // namespace
@@ -402,13 +406,15 @@ bool PlanFewChannels(const Problem& problem, int64_t shared_bytes, Plan* plan) {
 
 const char* LaunchFewChannels(CUstream_st* stream, const Problem& problem,
                               const Plan& plan, const void* dy, const void* w, void* dx,
-                              void*, const Epilogue&) {
+                              void*, const Epilogue& epilogue) {
   switch (problem.dtype) {
     case DType::kF64: break;
-    case DType::kF32: return LaunchFew<float, false>(stream, problem, plan, dy, w, dx);
+    case DType::kF32:
+      return LaunchFew<float, false>(stream, problem, plan, dy, w, dx, epilogue);
     case DType::kBF16:
-      return LaunchFew<__nv_bfloat16, false>(stream, problem, plan, dy, w, dx);
-    case DType::kF16: return LaunchFew<__half, false>(stream, problem, plan, dy, w, dx);
+      return LaunchFew<__nv_bfloat16, false>(stream, problem, plan, dy, w, dx, epilogue);
+    case DType::kF16:
+      return LaunchFew<__half, false>(stream, problem, plan, dy, w, dx, epilogue);
   }
   return "the few_channels kernel takes no float64";
 }
@@ -420,8 +426,8 @@ bool PlanFewChannels3xTf32(const Problem& problem, int64_t shared_bytes, Plan* p
 
 const char* LaunchFewChannels3xTf32(CUstream_st* stream, const Problem& problem,
                                     const Plan& plan, const void* dy, const void* w,
-                                    void* dx, void*, const Epilogue&) {
-  return LaunchFew<float, true>(stream, problem, plan, dy, w, dx);
+                                    void* dx, void*, const Epilogue& epilogue) {
+  return LaunchFew<float, true>(stream, problem, plan, dy, w, dx, epilogue);
 }
 
 }  // namespace convgrad

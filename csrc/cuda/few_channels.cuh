@@ -52,6 +52,7 @@
 #include <type_traits>
 
 #include "direct.cuh"
+#include "epilogue.cuh"
 #include "fragments.cuh"
 #include "geometry.cuh"
 #include "platform.cuh"
@@ -119,6 +120,7 @@ struct FewParams {
   int dy_width;                           // bytes that a copy may have
   bool dy_wide;     // chunks are aligned and exist as a whole or not at all
   int store_bytes;  // as wide as stores to a row of dX may be, 0 if it has gaps
+  Epilogue epilogue;
 };
 
 // Where a strip lies.
@@ -245,23 +247,27 @@ __device__ __forceinline__ void Constant(int number, F f) {
 
 // ---- the way out ------------------------------------------------------------------
 
-// Copies adjacent outputs of a warp from shared memory to dX.
+// Copies adjacent outputs of a warp from shared memory to dX, where they lie at `at`.
 template <int kBytes, typename T>
-__device__ __forceinline__ void StoreRun(const T* from, T* __restrict__ to, int count,
+__device__ __forceinline__ void StoreRun(const Epilogue& epilogue, const T* from,
+                                         T* __restrict__ dx, int32_t at, int count,
                                          int lane) {
   constexpr int kElements = kBytes / static_cast<int>(sizeof(T));
-  struct alignas(kBytes) Packed {
-    T element[kElements];
-  };
+  using Packed = Adjacent<T, kElements>;
   const int whole = count / kElements;
 #pragma unroll
   for (int i = lane; i < kFewRun / kElements; i += 32) {
     if (i < whole) {
-      reinterpret_cast<Packed*>(to)[i] = reinterpret_cast<const Packed*>(from)[i];
+      Packed packed = reinterpret_cast<const Packed*>(from)[i];
+      const int32_t packed_at = at + i * kElements;
+      ApplyEpilogue(epilogue, packed.element, packed_at);
+      *reinterpret_cast<Packed*>(dx + packed_at) = packed;
     }
   }
   const int i = whole * kElements + lane;
-  if (lane < kElements && i < count) to[i] = from[i];
+  if (lane < kElements && i < count) {
+    dx[at + i] = ApplyEpilogue(epilogue, from[i], at + i);
+  }
 }
 
 // An entry of the table of the outputs in a tile's row: where in z their first term is,
@@ -341,17 +347,19 @@ __device__ __forceinline__ void Gather(const FewParams& params, const FewStrip& 
       } else if (output < count) {
         const int32_t position = params.channels.Quotient(first + output);
         const int32_t c = first + output - position * g.in_channels;
-        dx[row_at + (at.w0 + position) * g.axis[2].dx_stride + c * g.dx_channel] = value;
+        const int32_t dx_at =
+            row_at + (at.w0 + position) * g.axis[2].dx_stride + c * g.dx_channel;
+        dx[dx_at] = ApplyEpilogue(params.epilogue, value, dx_at);
       }
     }
     __syncwarp();
-    T* const to = dx + row_at + at.w0 * g.in_channels + first;
+    const int32_t run_at = row_at + at.w0 * g.in_channels + first;
     if (params.store_bytes == 16) {
-      StoreRun<16>(run, to, count, lane);
+      StoreRun<16>(params.epilogue, run, dx, run_at, count, lane);
     } else if (params.store_bytes == 8) {
-      StoreRun<8>(run, to, count, lane);
+      StoreRun<8>(params.epilogue, run, dx, run_at, count, lane);
     } else if (params.store_bytes > 0) {
-      StoreRun<sizeof(T)>(run, to, count, lane);
+      StoreRun<sizeof(T)>(params.epilogue, run, dx, run_at, count, lane);
     }
     __syncwarp();  // another lane may have stored what this one repairs
 #pragma unroll 1
@@ -363,7 +371,8 @@ __device__ __forceinline__ void Gather(const FewParams& params, const FewStrip& 
       const int32_t at_h[kAxes] = {at.plane, h, at.w0 + position};
       const float exact = DirectSum<T, int32_t>(
           g, at_h, at.dy_at - at.plane * g.axis[0].dy_stride, c * g.w_in_channel, dy, w);
-      dx[row_at + at_h[2] * g.axis[2].dx_stride + c * g.dx_channel] = Narrow(exact, T{});
+      const int32_t dx_at = row_at + at_h[2] * g.axis[2].dx_stride + c * g.dx_channel;
+      dx[dx_at] = ApplyEpilogue(params.epilogue, Narrow(exact, T{}), dx_at);
     }
   }
 }

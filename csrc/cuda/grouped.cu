@@ -432,7 +432,8 @@ GroupedParams MakeGroupedParams(const Problem& problem, const Work& work,
 
 template <typename T, bool kThreeProducts>
 cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan& plan,
-                        int64_t shared_bytes, const T* dy, const T* w, T* dx) {
+                        int64_t shared_bytes, const T* dy, const T* w, T* dx,
+                        const Epilogue& epilogue) {
   static_assert(sizeof(GroupedParams) + 3 * sizeof(void*) <= kMaxParameterBytes,
                 "the kernel's parameters must fit in constant memory's 4 KiB");
   Work work{};
@@ -443,7 +444,8 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan&
   cut.images = plan.box[0];
   std::copy_n(plan.box + 1, kAxes, cut.size);
   if (!FinishCut(problem, work, &cut)) return cudaErrorInvalidValue;
-  const GroupedParams params = MakeGroupedParams(problem, work, cut);
+  GroupedParams params = MakeGroupedParams(problem, work, cut);
+  params.epilogue = epilogue;
   const dim3 grid(static_cast<unsigned>(cut.slabs * cut.parts));
   const auto enqueue = [&](auto* kernel) {
     return CU_LAUNCH(kernel, grid, dim3(kGroupedThreads),
@@ -459,13 +461,15 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Problem& problem, const Plan&
 
 template <typename T, bool kThreeProducts>
 const char* LaunchTyped(cudaStream_t stream, const Problem& problem, const Plan& plan,
-                        int64_t shared_bytes, const void* dy, const void* w, void* dx) {
+                        int64_t shared_bytes, const void* dy, const void* w, void* dx,
+                        const Epilogue& epilogue) {
   const auto launch = [&](const Problem& part, const T* dy_part, T* dx_part,
-                          const Epilogue&) {
+                          const Epilogue& epilogue_part) {
     return EnqueuePart<T, kThreeProducts>(stream, part, plan, shared_bytes, dy_part,
-                                          static_cast<const T*>(w), dx_part);
+                                          static_cast<const T*>(w), dx_part,
+                                          epilogue_part);
   };
-  return ErrorText(LaunchInParts<T>(problem, 0, dy, dx, {}, launch));
+  return ErrorText(LaunchInParts<T>(problem, 0, dy, dx, epilogue, launch));
 }
 
 }  // namespace
@@ -496,24 +500,30 @@ bool PlanGrouped(const Problem& problem, int64_t shared_bytes, Plan* plan) {
 
 const char* LaunchGrouped(CUstream_st* stream, const Problem& problem, const Plan& plan,
                           const void* dy, const void* w, void* dx, void* workspace,
-                          const Epilogue&) {
+                          const Epilogue& epilogue) {
   // A plan assumes aligned arrays, which XLA's are.
-  const uintptr_t address =
-      reinterpret_cast<uintptr_t>(dy) | reinterpret_cast<uintptr_t>(dx);
+  uintptr_t address = 0;
+  for (const void* array :
+       {dy, static_cast<const void*>(dx), epilogue.residual, epilogue.relu}) {
+    address |= reinterpret_cast<uintptr_t>(array);
+  }
   if (address % kGroupedChunkBytes != 0) {
-    return LaunchDirect(stream, problem, plan, dy, w, dx, workspace, {});
+    return LaunchDirect(stream, problem, plan, dy, w, dx, workspace, epilogue);
   }
   const int64_t bytes = CurrentGpu().shared_bytes;
   switch (problem.dtype) {
     case DType::kF64: break;
     case DType::kF32:
-      return problem.allow_tf32
-                 ? LaunchTyped<float, false>(stream, problem, plan, bytes, dy, w, dx)
-                 : LaunchTyped<float, true>(stream, problem, plan, bytes, dy, w, dx);
+      return problem.allow_tf32 ? LaunchTyped<float, false>(stream, problem, plan, bytes,
+                                                            dy, w, dx, epilogue)
+                                : LaunchTyped<float, true>(stream, problem, plan, bytes,
+                                                           dy, w, dx, epilogue);
     case DType::kBF16:
-      return LaunchTyped<__nv_bfloat16, false>(stream, problem, plan, bytes, dy, w, dx);
+      return LaunchTyped<__nv_bfloat16, false>(stream, problem, plan, bytes, dy, w, dx,
+                                               epilogue);
     case DType::kF16:
-      return LaunchTyped<__half, false>(stream, problem, plan, bytes, dy, w, dx);
+      return LaunchTyped<__half, false>(stream, problem, plan, bytes, dy, w, dx,
+                                        epilogue);
   }
   return "the grouped kernel takes no float64";
 }

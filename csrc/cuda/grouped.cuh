@@ -51,6 +51,7 @@
 #include <cstring>
 
 #include "direct.cuh"
+#include "epilogue.cuh"
 #include "fragments.cuh"
 #include "geometry.cuh"
 #include "platform.cuh"
@@ -127,6 +128,7 @@ struct GroupedParams {
   int32_t stage_bytes;
   int32_t low_at;  // of fragments: the lower halves, with three products
   int32_t fragments_at, terms_at, rows_at, phases_at, bundles_at;
+  Epilogue epilogue;
 };
 
 // A tile's first image and position.
@@ -426,6 +428,25 @@ __device__ __forceinline__ void StoreRows(const GroupedParams& params,
                                           const int32_t (&row_at)[2],
                                           const bool (&row_exists)[2], int32_t c,
                                           int lane, T* __restrict__ dx) {
+  // What a lane stores of a row: eight channels of the tile lane % 4, or two of each.
+  constexpr int kCount = sizeof(T) == 2 ? 8 : 2, kStores = sizeof(T) == 2 ? 1 : kTiles;
+  const auto channel = [&](int j) {
+    return c + (sizeof(T) == 2 ? lane % 4 * 8 : j * 8 + lane % 4 * 2);
+  };
+  const auto exists = [&](int half, int j) {
+    return row_exists[half] && (sizeof(T) == 4 || lane % 4 < kTiles) &&
+           channel(j) < params.dx_channels;
+  };
+  EpilogueOperands<T, kCount> operands[2][kStores] = {};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int j = 0; j < kStores; ++j) {
+      if (exists(half, j)) {
+        LoadOperands(params.epilogue, row_at[half] + channel(j), operands[half][j]);
+      }
+    }
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if constexpr (sizeof(T) == 2) {
@@ -439,18 +460,19 @@ __device__ __forceinline__ void StoreRows(const GroupedParams& params,
         std::memcpy(&word[j], pair, sizeof(pair));
       }
       TransposeQuad(word, lane);
-      const int j = lane % 4;
-      if (row_exists[half] && j < kTiles && c + j * 8 < params.dx_channels) {
-        *reinterpret_cast<uint4*>(dx + row_at[half] + c + j * 8) = {word[0], word[1],
-                                                                    word[2], word[3]};
+      Adjacent<T, kCount> value;
+      std::memcpy(&value, word, sizeof(value));
+      ApplyOperands(params.epilogue, operands[half][0], value.element);
+      if (exists(half, 0)) {
+        *reinterpret_cast<Adjacent<T, kCount>*>(dx + row_at[half] + channel(0)) = value;
       }
     } else {
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
-        const int32_t channel = c + j * 8 + lane % 4 * 2;
-        if (row_exists[half] && channel < params.dx_channels) {
-          *reinterpret_cast<float2*>(dx + row_at[half] + channel) = {
-              sum[j][2 * half], sum[j][2 * half + 1]};
+        Adjacent<T, kCount> value = {{sum[j][2 * half], sum[j][2 * half + 1]}};
+        ApplyOperands(params.epilogue, operands[half][j], value.element);
+        if (exists(half, j)) {
+          *reinterpret_cast<Adjacent<T, kCount>*>(dx + row_at[half] + channel(j)) = value;
         }
       }
     }
@@ -489,7 +511,8 @@ __device__ __forceinline__ void RepairUnit(const GroupedParams& params,
     const float sum = DirectSum<T, int32_t>(
         g, h, n * g.dy_batch + group * g.dy_group,
         group * g.w_group + (channel - group * g.in_channels) * g.w_in_channel, dy, w);
-    dx[TileInDx(params, at) + phase.dx + row.dx + channel] = Narrow(sum, T{});
+    const int32_t dx_at = TileInDx(params, at) + phase.dx + row.dx + channel;
+    dx[dx_at] = ApplyEpilogue(params.epilogue, Narrow(sum, T{}), dx_at);
   }
 }
 

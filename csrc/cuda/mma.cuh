@@ -284,12 +284,8 @@ __device__ __forceinline__ void StoreChannels(const MmaParams& params,
       });
 }
 
-// What an epilogue takes for as many channels. Loaded well before it is used: a lane has
-// little else to do meanwhile.
 template <typename T>
-struct MmaOperands {
-  T residual[kMmaStoreCount<T>], relu[kMmaStoreCount<T>];
-};
+using MmaOperands = EpilogueOperands<T, kMmaStoreCount<T>>;
 
 template <bool kVectorsOnly, typename T>
 __device__ __forceinline__ void LoadOperands(const MmaParams& params, int32_t row_at,
@@ -307,26 +303,8 @@ __device__ __forceinline__ void LoadOperands(const MmaParams& params, int32_t ro
           }
         });
   };
-  load(params.epilogue.residual, to.residual);
-  load(params.epilogue.relu, to.relu);
-}
-
-template <typename T>
-__device__ __forceinline__ void ApplyOperands(const MmaParams& params,
-                                              const MmaOperands<T>& operands,
-                                              T (&value)[kMmaStoreCount<T>]) {
-  if (params.epilogue.residual != nullptr) {
-#pragma unroll
-    for (int e = 0; e < kMmaStoreCount<T>; ++e) {
-      value[e] = AddResidual(value[e], operands.residual[e]);
-    }
-  }
-  if (params.epilogue.relu != nullptr) {
-#pragma unroll
-    for (int e = 0; e < kMmaStoreCount<T>; ++e) {
-      value[e] = UndoRelu(value[e], operands.relu[e]);
-    }
-  }
+  load(params.epilogue.residual, to.residual.element);
+  load(params.epilogue.relu, to.relu.element);
 }
 
 // Whether no tap reaches the phase of a tile, as with three quarters of the tiles of a
@@ -351,7 +329,7 @@ __device__ __forceinline__ void StoreZeros(const MmaParams& params,
     T value[kCount] = {};
     MmaOperands<T> operands = {};
     LoadOperands<false>(params, row_at, c, operands);
-    ApplyOperands(params, operands, value);
+    ApplyOperands(params.epilogue, operands, value);
     StoreChannels(params, value, row_at, c, dx);
   }
 }
@@ -404,7 +382,7 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
       TransposeQuad(word, lane);
       T value[8];
       std::memcpy(value, word, sizeof(value));
-      ApplyOperands(params, operands[half][0], value);
+      ApplyOperands(params.epilogue, operands[half][0], value);
       if (row_exists[half]) {
         StoreChannels<kVectorsOnly>(params, value, row_at[half], channel(0), dx);
       }
@@ -412,7 +390,7 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
 #pragma unroll
       for (int j = 0; j < kMmaStripTiles; ++j) {
         T value[2] = {sum[j][2 * half], sum[j][2 * half + 1]};
-        ApplyOperands(params, operands[half][j], value);
+        ApplyOperands(params.epilogue, operands[half][j], value);
         if (row_exists[half]) {
           StoreChannels<kVectorsOnly>(params, value, row_at[half], channel(j), dx);
         }

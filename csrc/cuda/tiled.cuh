@@ -314,7 +314,7 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
       }
       const Index c = at.c0 + n + v * S::kSpreadN;
       if (params.vector_store && c + S::kVector <= g.in_channels) {
-        ApplyEpilogue(params.epilogue, packed, dx_row + c);
+        ApplyEpilogue(params.epilogue, packed.element, dx_row + c);
         *reinterpret_cast<decltype(packed)*>(dx + dx_row + c) = packed;
       } else {
 #pragma unroll

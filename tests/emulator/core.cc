@@ -102,20 +102,21 @@ class Shifted {
   std::unique_ptr<char[]> memory_;
 };
 
-// What a run takes. Those of the epilogue are in `epilogue` if they are used.
+// What a run takes, and which of the last two arrays its epilogue uses.
 struct Arrays {
   const Array &dy, &w, &residual, &relu;
   bool adds_residual, undoes_relu;
 };
 
-// Runs a plan, and returns what went wrong or null. place(array) says where an array with
-// images is in memory, place_w(array) where the filter is: as DeviceMemory does.
-template <typename Place, typename PlaceW>
+// Runs a plan, and returns what went wrong or null. Where arrays are in memory the others
+// say, as DeviceMemory does: of dX place_dx(array), of the filter place_w(array), of the
+// others, which have images too, place(array).
+template <typename Place, typename PlaceDx, typename PlaceW>
 const char* LaunchAt(const Problem& problem, const Plan& plan, const Arrays& arrays,
-                     const Array& dx, Place place, PlaceW place_w) {
+                     const Array& dx, Place place, PlaceDx place_dx, PlaceW place_w) {
   const auto dy = place(arrays.dy), residual = place(arrays.residual),
              relu = place(arrays.relu);
-  auto to = place(dx);
+  auto to = place_dx(dx);
   const auto w = place_w(arrays.w);
   if (to.get() == nullptr) return "such arrays take the emulator";
   const Array scratch(DType::kF64, {(plan.workspace_bytes + 7) / 8});
@@ -137,13 +138,16 @@ const char* Launch(const Line& line, const Problem& problem, const Plan& plan,
     const auto far = [&](const Array& array) {
       return FarImages(array, problem.batch, problem.dx.batch * size);
     };
-    return LaunchAt(problem, plan, arrays, dx, far, on_device);
+    return LaunchAt(problem, plan, arrays, dx, far, far, on_device);
   }
   if (line.apart < 0) {
     const auto shifted = [&](const Array& array) { return Shifted(array, size); };
-    return LaunchAt(problem, plan, arrays, dx, shifted, shifted);
+    // dX is stored in vectors only if the epilogue's arrays are aligned too.
+    return arrays.adds_residual || arrays.undoes_relu
+               ? LaunchAt(problem, plan, arrays, dx, shifted, on_device, shifted)
+               : LaunchAt(problem, plan, arrays, dx, shifted, shifted, shifted);
   }
-  return LaunchAt(problem, plan, arrays, dx, on_device, on_device);
+  return LaunchAt(problem, plan, arrays, dx, on_device, on_device, on_device);
 }
 
 // The steps of kernel.h one after the other, on a dX without them.
@@ -272,11 +276,9 @@ int RunLine(const Line& line, size_t number, int repeats) {
                      line.lhs_shape, dx);
     }
     const double off = error == nullptr ? Error(dx, expected) : 0;
-    // The rungs that do not apply it by themselves want dX without gaps.
-    const std::string name = *kernel;
-    const bool fuses = name == "direct" || name == "tiled" || name == "wgmma" ||
-                       name.rfind("mma", 0) == 0;
-    if (error == nullptr && (fuses || line.apart <= 0)) {
+    // The pass of a rung that does not apply it by itself wants dX without gaps.
+    const bool gaps = line.apart > 0 && std::string(*kernel) == "depthwise";
+    if (error == nullptr && !gaps) {
       // One of the three epilogues, another one for the next kernel and line.
       const size_t turn = (number + static_cast<size_t>(kernel - CudaKernelNames())) % 3;
       const Arrays fused = {dy, w, residual, relu, turn != 1, turn != 0};

@@ -23,8 +23,9 @@ class Mutation:
     """One mistake, and what notices it.
 
     `check` is the kind of problem: "values", "special" (NaN and Inf), "walking" (blocks
-    that take several tiles) or "far" (images beyond 32-bit offsets). `variant` is that of
-    `build.VARIANTS`, and `mode` a row of `cases.MODES`.
+    that take several tiles), "far" (images beyond 32-bit offsets) or "shifted" (arrays
+    that are not aligned). `variant` is that of `build.VARIANTS`, and `mode` a row of
+    `cases.MODES`.
     """
 
     name: str
@@ -39,13 +40,15 @@ class Mutation:
 
 _DIRECT, _TILED = "csrc/cuda/direct.cuh", "csrc/cuda/tiled.cuh"
 _GEOMETRY, _PHASE = "csrc/cuda/geometry.cuh", "csrc/phase.h"
-_MMA, _TILES = "csrc/cuda/mma.cuh", "csrc/cuda/tiles.cuh"
+_MMA, _MMA_HOST = "csrc/cuda/mma.cuh", "csrc/cuda/mma.cu"
+_TILES = "csrc/cuda/tiles.cuh"
 _DEPTHWISE = "csrc/cuda/depthwise.cuh"
 _FRAGMENTS = "csrc/cuda/fragments.cuh"
 _GROUPED = "csrc/cuda/grouped.cuh"
 _FEW = "csrc/cuda/few_channels.cuh"
 _WGMMA, _WGMMA_HOST = "csrc/cuda/wgmma.cuh", "csrc/cuda/wgmma.cu"
 _WGMMA_WORK, _WGMMA_FEED = "csrc/cuda/wgmma_work.cuh", "csrc/cuda/wgmma_producers.cuh"
+_EPILOGUE, _PLANNING = "csrc/cuda/epilogue.cuh", "csrc/cuda/planning.h"
 _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
@@ -209,7 +212,9 @@ MUTATIONS = [
              "at.i[2] + static_cast<int32_t>(row.i1_i2 & 0xffff) <= phase.positions[2]",
              variant="address"),
     Mutation("grouped stores channels beyond the last", _GROUPED,
-             "j < kTiles && c + j * 8 < params.dx_channels", "j < kTiles",
+             "row_exists[half] && (sizeof(T) == 4 || lane % 4 < kTiles) &&\n"
+             "           channel(j) < params.dx_channels;",
+             "row_exists[half] && (sizeof(T) == 4 || lane % 4 < kTiles);",
              variant="address"),
     Mutation("grouped repairs nothing", _GROUPED,
              "if (check[0] + check[1] + check[2] + check[3] != 0.0f) {", "if (false) {",
@@ -334,6 +339,38 @@ MUTATIONS = [
              "params.row = static_cast<int32_t>(RepackedRow(problem));",
              "params.row = params.out_channels;"),
     Mutation("wgmma repacks W as it was", _WGMMA, "values[x][row]", "values[row][x]"),
+    # ---- epilogues
+    Mutation("an epilogue lets through where the ReLU was zero", _EPILOGUE,
+             "Widen(relu) > 0", "Widen(relu) >= 0"),
+    Mutation("an epilogue undoes the ReLU before it adds", _EPILOGUE,
+             "value[e] = UndoRelu(value[e], operands.relu.element[e]);",
+             "if (!(Widen(operands.relu.element[e]) > 0)) value[e] = epilogue.residual == nullptr"
+             " ? T{} : operands.residual.element[e];"),
+    Mutation("an epilogue is not applied where no tap reaches", _MMA,
+             "    ApplyOperands(params.epilogue, operands, value);\n    StoreChannels(",
+             "    StoreChannels("),
+    Mutation("an epilogue is not applied to parts that are added up", _MMA_HOST,
+             "params.epilogue = epilogue;", "if (parts == 1) params.epilogue = epilogue;"),
+    Mutation("mma repairs without the epilogue", _MMA,
+             "ApplyEpilogue(params.epilogue, Narrow(sum, T{}), dx_at)", "Narrow(sum, T{})",
+             check="special"),
+    Mutation("grouped repairs without the epilogue", _GROUPED,
+             "ApplyEpilogue(params.epilogue, Narrow(sum, T{}), dx_at)", "Narrow(sum, T{})",
+             check="special"),
+    Mutation("few_channels repairs without the epilogue", _FEW,
+             "ApplyEpilogue(params.epilogue, Narrow(exact, T{}), dx_at)", "Narrow(exact, T{})",
+             check="special"),
+    Mutation("few_channels stores the end of a run without the epilogue", _FEW,
+             "dx[at + i] = ApplyEpilogue(epilogue, from[i], at + i);", "dx[at + i] = from[i];"),
+    Mutation("mma takes another row's residual", _MMA,
+             "params, row_at[half], channel(j), operands",
+             "params, row_at[0], channel(j), operands"),
+    Mutation("all parts of the batch add the first one's residual", _GEOMETRY,
+             "static_cast<const T*>(of_dx) + n * problem.dx.batch",
+             "static_cast<const T*>(of_dx)", check="far"),
+    Mutation("the arrays of an epilogue are held to be aligned", _PLANNING,
+             "bits_ |= reinterpret_cast<uintptr_t>(base);", "(void)base;", check="shifted",
+             variant="address"),
     # ---- parts of the batch
     Mutation("all parts of the batch are written to the first", _GEOMETRY,
              "static_cast<T*>(dx) + n * problem.dx.batch", "static_cast<T*>(dx)", check="far"),
@@ -360,6 +397,8 @@ def problems(check: str) -> list[str]:
         ]
     if check == "far":
         return list(cases.far_lines())
+    if check == "shifted":
+        return list(cases.shifted_lines())
     table = {
         "edges": make_geometry((7, 6), (3, 3), (10, 11), batch=3, padding=1),
         "strided": make_geometry((11, 9), (3, 3), (9, 5), stride=2, padding=((1, 2), (0, 1))),
