@@ -1,4 +1,7 @@
-"""`python -m jax_convgrad step` on nets of a few channels, and the nets themselves."""
+"""`python -m jax_convgrad step` on nets of a few channels, and the nets themselves.
+
+Nearly all the time is XLA's, which compiles a step three times and every layer three times.
+"""
 
 import dataclasses
 import json
@@ -15,15 +18,35 @@ from jax_convgrad.tools import models, training
 CONVOLUTIONS = {"resnet18": 6, "convnext": 4}
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """Both nets with two stages of one narrow block."""
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilation():
+    """Nothing here is about how fast the programs run."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def narrow(monkeypatch, *widths):
+    """Makes both nets ones of a narrow block for each stage."""
     nets = {
-        name: dataclasses.replace(net, widths=(8, 16), depths=(1, 1))
+        name: dataclasses.replace(net, widths=widths, depths=(1,) * len(widths))
         for name, net in models.NETS.items()
     }
     monkeypatch.setattr(models, "NETS", nets)
     return nets
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Both nets with two stages."""
+    return narrow(monkeypatch, 8, 16)
+
+
+@pytest.fixture
+def tiniest(monkeypatch):
+    """Both nets with one stage."""
+    return narrow(monkeypatch, 8)
 
 
 def run(*arguments):
@@ -59,7 +82,7 @@ def test_step_prints_and_writes_both_nets(tiny, tmp_path, capsys):
         assert f"| {net['title']} | {net['native']} of {net['input_gradients']} |" in out
 
 
-def test_step_can_take_one_net_and_draw_it(tiny, tmp_path, capsys):
+def test_step_can_take_one_net_and_draw_it(tiniest, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "step.png"
     assert run("--net", "convnext", "--png", str(path)) == 0
@@ -67,7 +90,7 @@ def test_step_can_take_one_net_and_draw_it(tiny, tmp_path, capsys):
     assert "ResNet" not in capsys.readouterr().out
 
 
-def test_a_wrong_input_gradient_fails_the_step(tiny, monkeypatch, capsys):
+def test_a_wrong_input_gradient_fails_the_step(tiniest, monkeypatch, capsys):
     right = integration._input_grad
     monkeypatch.setattr(integration, "_input_grad", lambda *a, **k: 1.01 * right(*a, **k))
     assert run("--net", "resnet18") == 1
