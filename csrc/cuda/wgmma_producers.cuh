@@ -111,7 +111,7 @@ __device__ __forceinline__ void CopyRowsAsync(unsigned char* to, int first,
   const int byte = lane % Pieces::kAcross * kBytes;
   const int rest = left - byte < kBytes ? left - byte : kBytes;
   const int element = byte / static_cast<int>(sizeof(T));
-#pragma unroll 8
+#pragma unroll 4
   for (int r = 0; r < kRows; r += Pieces::kRows) {
     const int row = first + r + lane / Pieces::kAcross;
     const int32_t offset = offset_of(row);
