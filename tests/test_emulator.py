@@ -33,6 +33,7 @@ if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
 TARGET = "convgrad_input_grad_emulated"
+FUSED_TARGET = "convgrad_input_grad_fused_emulated"
 # Rungs that may round float32 products to TF32 where the precision allows it.
 TF32_RUNGS = {"few_channels", "grouped", "mma", "wgmma"}
 LITERAL = {case.name for case in cases.wide_cases()}
@@ -43,8 +44,8 @@ CASES = list(cases.small_cases(8, SEED))
 def emulated():
     """The emulated CUDA module, its handler registered for the CPU."""
     module = build.module()
-    handler = module.targets()[native.TARGET]
-    jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
+    for name, target in ((TARGET, native.TARGET), (FUSED_TARGET, native.FUSED_TARGET)):
+        jax.ffi.register_ffi_target(name, module.targets()[target], platform="cpu")
     return module
 
 
@@ -73,21 +74,28 @@ def plans(module, g, dtype, precision=None):
 
 
 def program(module, g, dtype, precision=None):
-    """A jitted function of (dy, w) that computes {kernel: dX} by every kernel."""
+    """A jitted function of (dy, w) that computes {kernel: dX} by every kernel.
+
+    With two more arguments, residual and relu, of which either may have the shape (0,), that
+    of the fused call.
+    """
     planned = plans(module, g, dtype, precision)
     lhs, rhs, out = custom_call.layouts(g, "cuda")
 
-    def call(dy, w, name):
+    def call(name, dy, w, *arrays):
         results = (
             jax.ShapeDtypeStruct(g.lhs_shape, dy.dtype),
             jax.ShapeDtypeStruct((planned[name],), np.uint8),
         )
         call = jax.ffi.ffi_call(
-            TARGET, results, input_layouts=[out, rhs], output_layouts=[lhs, (0,)]
+            FUSED_TARGET if arrays else TARGET,
+            results,
+            input_layouts=[out, rhs, *((0,) if x.shape == (0,) else lhs for x in arrays)],
+            output_layouts=[lhs, (0,)],
         )
-        return call(dy, w, **custom_call.attributes(g, "cuda", precision, name))[0]
+        return call(dy, w, *arrays, **custom_call.attributes(g, "cuda", precision, name))[0]
 
-    return jax.jit(lambda dy, w: {name: call(dy, w, name) for name in planned})
+    return jax.jit(lambda *operands: {name: call(name, *operands) for name in planned})
 
 
 def check(module, case, dtype, rng, precision=None):
@@ -127,6 +135,24 @@ def test_kernels_against_float64_in_every_mode(emulated, set_mode, rng, dtype, m
             check(emulated, case, dtype, rng, (lax.Precision.HIGHEST,) * 2 if index % 2 else None)
         if index % 20 == 19:
             jax.clear_caches()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["dense", "pointwise_strided", "depthwise", "few_channels"])
+def test_epilogues_have_the_bits_of_their_steps(emulated, rng, name, dtype):
+    # The core program has all kernels and dtypes: here are the handler and its operands.
+    strided = make_geometry((5, 4), (1, 1), (72, 8), stride=2)
+    g = strided if name == "pointwise_strided" else SPECIAL[name]
+    operands = oracles.operands(rng, g, dtype)
+    plain = program(emulated, g, dtype)(*operands)
+    residual = rng.standard_normal(g.lhs_shape).astype(dtype)
+    mask = np.maximum(rng.standard_normal(g.lhs_shape), 0).astype(dtype)
+    none = np.zeros(0, dtype)
+    for arrays in ((residual, none), (none, mask), (residual, mask)):
+        fused = program(emulated, g, dtype)(*operands, *arrays)
+        steps = [array if array.size else None for array in arrays]
+        for kernel, dx in plain.items():
+            np.testing.assert_array_equal(fused[kernel], oracles.finish(dx, *steps), kernel)
 
 
 SPECIAL = {

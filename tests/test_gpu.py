@@ -125,6 +125,27 @@ def test_the_same_bits_in_20_runs_from_two_threads(rng, name, platform):
         assert all(other == first for other in others), (name, dtype)
 
 
+@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", REPEATED)
+def test_epilogues_have_the_bits_of_their_steps(rng, name, dtype, platform):
+    """Through the fused call, of every kernel, on JAX's own buffers."""
+    g = REPEATED[name]
+    dy, w = oracles.operands(rng, g, dtype)
+    residual = rng.standard_normal(g.lhs_shape).astype(dtype)
+    mask = np.maximum(rng.standard_normal(g.lhs_shape), 0).astype(dtype)
+    none = np.zeros(0, dtype)
+    kernels = oracles.kernels_for(g, dtype, platform)
+    with jax.default_device(jax.devices(platform)[0]):
+        for kernel in kernels:
+            call = functools.partial(oracles.call_kernel, dy, w, g, kernel, platform)
+            plain = jax.jit(call)()
+            for arrays in ((residual, none), (none, mask), (residual, mask)):
+                fused = jax.jit(lambda *arrays, call=call: call(arrays=arrays))(*arrays)
+                steps = [array if array.size else None for array in arrays]
+                np.testing.assert_array_equal(fused, oracles.finish(plain, *steps), kernel)
+
+
 LARGE_IMAGE = (1024, 1024)
 LARGE = {  # input channels, output channels: which array has more than 2^31 elements
     "dx": make_geometry(LARGE_IMAGE, (3, 3), (32, 8), batch=65, padding=1),

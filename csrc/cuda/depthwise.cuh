@@ -46,6 +46,10 @@
 // result (window) computes results that are not finite again at its end, by the
 // definition (DirectSum).
 //
+// An epilogue (kernel.h) is left to a pass of its own: one word at a time on the way out,
+// with no registers to load it early, would take longer than dX once more in whole
+// vectors.
+//
 // Limits: dX and dY channels-last; no lhs_dilation on the last axis; dilations up to
 // 2^15; an image that 32-bit indices can address (the host launches part after part of
 // the batch); filters of which one row of taps fits in shared memory. The ring wants the

@@ -1,5 +1,5 @@
 // What kernel.h calls the epilogue: for kernels that apply it on their way out, and, for
-// those that do not, one pass over a dX that is already stored.
+// the one that does not ("depthwise", which says why), a pass over a dX that is stored.
 //
 // Limits: the pass takes a dX without gaps, as XLA's arrays are.
 

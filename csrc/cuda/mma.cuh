@@ -40,6 +40,11 @@
 // pixels of dY with the whole filter as its columns: the problem is launched as a
 // pointwise one with R*S*C channels, which lie in runs of S*C, a row of dX apart.
 //
+// Epilogues (kernel.h) are applied to what is about to be stored, sums and zeros alike.
+// Their operands lie as dX does and are loaded as it is stored, in vectors of 16 bytes
+// (f32: 8) where alignment permits, a strip's all at once and before its sums are
+// exchanged.
+//
 // Padding. Taps that see nothing but padding from every row of the tile are left out.
 // Otherwise a pixel outside dY is a row of zeros in A, and so is what lies beyond the
 // last channel. Multiplied by an Inf or a NaN a zero gives a NaN that is not in the
