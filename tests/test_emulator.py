@@ -341,6 +341,13 @@ def test_calibrate_reports_a_kernel_that_is_wrong(lowered_for_cuda, monkeypatch)
         assert (row["failure"] is not None) == (row["rung"] == "mma"), row
         assert (row["time_us"] is None) == (row["rung"] == "mma")
 
+    def no_memory(*_):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(calibrate, "make_pool", no_memory)
+    rows = calibrate.measure(workload, list(found.values()), seed=0, row_seconds=0.001)
+    assert {row["failure"] for row in rows} == {"MemoryError: none left"}
+
 
 LAYERS = layers.load(build.ROOT / "benchmarks/layers.json", "NHWC")
 

@@ -233,6 +233,33 @@ def measure(
     Returns:
         The `rungs` of the JSON. Failures are recorded, not raised.
     """
+    rows = [
+        {
+            "rung": planned.rung,
+            "operands": planned.operands,
+            "cost": dataclasses.asdict(planned.cost),
+            "error": None,
+            "time_us": None,
+            "failure": None,
+        }
+        for planned in chosen
+    ]
+    try:
+        _check_and_time(workload, rows, seed, row_seconds)
+    except Exception as e:  # out of memory, mostly
+        for row in rows:
+            row["failure"] = row["failure"] or _one_line(e)
+    return rows
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _check_and_time(
+    workload: Workload, rows: Sequence[dict[str, Any]], seed: int, row_seconds: float
+) -> None:
+    """Fills in what was measured, and failures of single kernels."""
     precision = canonicalize_precision(workload.precision)
     count = max(2, min(_POOL, _POOL_BYTES // max(1, workload.bytes_moved)))
     pool = [tuple(map(jax.device_put, pair)) for pair in make_pool(workload, seed, count)]
@@ -242,34 +269,25 @@ def measure(
         return JaxPeer(rung, function, pool)
 
     expected = peer("direct").result()
-    rows, ready = [], []
-    for planned in chosen:
-        row: dict[str, Any] = {
-            "rung": planned.rung,
-            "operands": planned.operands,
-            "cost": dataclasses.asdict(planned.cost),
-            "error": None,
-            "time_us": None,
-            "failure": None,
-        }
-        rows.append(row)
+    ready = []
+    for row in rows:
         try:
-            candidate = peer(planned.rung)
+            candidate = peer(row["rung"])
             out = candidate.result()
-            if planned.rung != "direct":
+            if row["rung"] != "direct":
                 row["error"] = error = float(distance(out, expected))
                 if not error <= 2 * workload.bound:
                     row["failure"] = f"{error:.3e} away from direct, above {2 * workload.bound:.3e}"
                     continue
             ready.append(candidate)
         except Exception as e:  # a kernel that breaks must not hide the others
-            row["failure"] = f"{type(e).__name__}: {e}".splitlines()[0]
-    if ready:
-        timings = timing.measure(ready, pool=count, batched=True, row_seconds=row_seconds)
-        for row in rows:
-            if row["rung"] in timings:
-                row["time_us"] = results.time_entry(timings[row["rung"]])
-    return rows
+            row["failure"] = _one_line(e)
+    if not ready:
+        return
+    timings = timing.measure(ready, pool=count, batched=True, row_seconds=row_seconds)
+    for row in rows:
+        if row["rung"] in timings:
+            row["time_us"] = results.time_entry(timings[row["rung"]])
 
 
 def _require_gpu() -> tuple[Any, Any]:
