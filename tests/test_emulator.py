@@ -3,6 +3,7 @@
 csrc/kernel.cu and csrc/cuda/*.cu are compiled as they are, see emulator/cuda_emulator.h.
 """
 
+import collections
 import functools
 import json
 import types
@@ -19,7 +20,7 @@ from jax.interpreters import mlir
 
 import jax_convgrad
 from jax_convgrad import __main__, custom_call, dispatch, native, primitive
-from jax_convgrad.tools import calibrate, layers, rate_fit, rates
+from jax_convgrad.tools import calibrate, layers, rate_fit, rate_problems, rates
 from jax_convgrad.tools.geometries import (
     make_geometry,
     normwise_error,
@@ -281,14 +282,14 @@ def test_calibrate_measures_fits_and_writes(lowered_for_cuda, emulated, monkeypa
         "dense": make_geometry((4, 3), (3, 3), (8, 8), padding=1),
         "grouped": make_geometry((3, 4), (3, 3), (16, 16), padding=1, feature_groups=2),
     }
-    few = [calibrate._layer(name, g) for name, g in geometries.items()]
-    monkeypatch.setattr(calibrate, "constructed", lambda: few)
-    monkeypatch.setattr(calibrate.layers, "load", lambda *_: [])
-    monkeypatch.setattr(calibrate, "_RANGE_US", (0, 1e9))
-    monkeypatch.setattr(calibrate, "_SHARE", 0)
+    few = [rate_problems.layer_of(name, g) for name, g in geometries.items()]
+    monkeypatch.setattr(rate_problems, "constructed", lambda: few)
+    monkeypatch.setattr(rate_problems.layers, "load", lambda *_: [])
+    monkeypatch.setattr(rate_problems, "_RANGE_US", (0, 1e9))
+    monkeypatch.setattr(rate_problems, "_SHARE", 0)
     monkeypatch.setattr(calibrate, "_POOL", 2)
-    requests = {name: calibrate._REQUESTS[name] for name in ("tf32", "16bit", "f32")}
-    monkeypatch.setattr(calibrate, "_REQUESTS", requests)
+    requests = {name: rate_problems.REQUESTS[name] for name in ("tf32", "16bit", "f32")}
+    monkeypatch.setattr(rate_problems, "REQUESTS", requests)
     monkeypatch.setattr(calibrate.timing, "MIN_ROUNDS", 1)
     table, path = tmp_path / "rates.h", tmp_path / "measured.json"
     arguments = [
@@ -324,6 +325,29 @@ def test_calibrate_measures_fits_and_writes(lowered_for_cuda, emulated, monkeypa
     assert written == rate_fit.fit(report).after
 
 
+def test_calibrate_has_problems_for_every_factor(emulated, monkeypatch):
+    monkeypatch.setattr(native, "cuda", emulated)
+    table = rates.Rates.from_json(emulated.rates())
+    candidates = rate_problems.candidates_on(90)
+    chosen = rate_problems.select(candidates, table, 6)
+    counts = collections.Counter()
+    for workload, rungs in chosen:
+        assert workload.bytes_moved <= 3e8
+        for p in rungs:
+            bound, clearness = table.correction(p.rung, p.operands).bound(p.cost)
+            counts[p.rung, p.operands, bound] += clearness >= 1.25
+    # By their models device memory bounds nothing of these (docs/performance.md).
+    without = {("few_channels", "tf32"), ("few_channels", "16bit"), ("depthwise", "f64"),
+               ("few_channels_3xtf32", "f32"), ("tiled", "16bit")}  # fmt: skip
+    for row in table.corrections:
+        assert counts[row.rung, row.operands, "arithmetic"] >= 6, row
+        if (row.rung, row.operands) not in without:
+            assert counts[row.rung, row.operands, "memory"] >= rate_fit.MIN_ROWS, row
+    # The first of a run that is stopped are one of each.
+    first = {(p.rung, p.operands) for _, rungs in chosen[:40] for p in rungs}
+    assert first == {(row.rung, row.operands) for row in table.corrections}
+
+
 def test_calibrate_reports_a_kernel_that_is_wrong(lowered_for_cuda, monkeypatch):
     monkeypatch.setattr(calibrate, "_POOL", 2)
     right = calibrate.forced_kernel
@@ -333,9 +357,9 @@ def test_calibrate_reports_a_kernel_that_is_wrong(lowered_for_cuda, monkeypatch)
         return (lambda dy, w: 1.1 * function(dy, w)) if kernel == "mma" else function
 
     monkeypatch.setattr(calibrate, "forced_kernel", forced)
-    layer = calibrate._layer("dense", make_geometry((4, 3), (3, 3), (8, 8), padding=1))
+    layer = rate_problems.layer_of("dense", make_geometry((4, 3), (3, 3), (8, 8), padding=1))
     workload = Workload(layer, "dx", "bfloat16", "default")
-    found = calibrate.plans(workload, 90)
+    found = rate_problems.plans(workload, 90)
     rows = calibrate.measure(workload, list(found.values()), seed=0, row_seconds=0.001)
     for row in rows:
         assert (row["failure"] is not None) == (row["rung"] == "mma"), row

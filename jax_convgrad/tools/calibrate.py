@@ -25,183 +25,25 @@ The JSON is what `machine.describe` gives, `options`, `complete`, and
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
-import math
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 
-from .. import custom_call, native, roofline
+from .. import native, roofline
 from ..compat import canonicalize_precision
-from ..geometry import ConvGeometry
-from . import ToolError, layers, machine, rate_fit, rates, results, timing
+from . import ToolError, layers, machine, rate_fit, rate_problems, rates, results, timing
 from .check import forced_kernel
 from .console import Console
-from .geometries import make_geometry
-from .layers import Layer
-from .rates import Bound, Cost, Rates
+from .rate_problems import Planned
+from .rates import Rates
 from .workloads import JaxPeer, Workload, distance, make_pool
 
-# How the operands of a row come about: dtype and precision.
-_REQUESTS = {
-    "f64": ("float64", "default"),
-    "f32": ("float32", "highest"),
-    "tf32": ("float32", "default"),
-    "16bit": ("bfloat16", "default"),
-}
-# A problem stands for a bound that is so many times the other time, or at least as many
-# where too few are; arithmetic and memory are most of its model; and it takes this long.
-_CLEAR, _LEAST_CLEAR = 2.0, 1.25
-_SHARE = 0.6
-_RANGE_US = (12.0, 2000.0)
-_MOST_BYTES = 3e8
-# Kernels that are measured beside one: the fastest by the model, within this of the best.
-_BESIDE, _WITHIN = 3, 1.5
 # Operand sets: more than an L2 cache holds.
 _POOL, _POOL_BYTES = 16, 2**28
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """A kernel's plan for a problem: the table's row it belongs to, and what it costs."""
-
-    rung: str
-    operands: str
-    cost: Cost
-
-
-def _layer(name: str, geometry: ConvGeometry) -> Layer:
-    batch = geometry.lhs_shape[geometry.dimension_numbers.lhs_spec[0]]
-    return Layer(-1, name, "constructed", "", geometry, batch, batch)
-
-
-def constructed() -> Iterator[Layer]:
-    """Problems that the table of layers lacks: extremes of every kernel's arithmetic."""
-    widths = (1, 2, 3, 8, 16, 32, 64, 128, 256, 1024)
-    for c, k in itertools.product(widths, widths):
-        for window, size, batch in ((1, 56, 32), (1, 112, 32), (3, 28, 32), (7, 28, 32)):
-            if window == 1 or min(c, k) <= 64:
-                g = make_geometry((size, size), (window,) * 2, (c, k), batch=batch, padding="SAME")
-                yield _layer(f"c{c} k{k}", g)
-    for channels, window in itertools.product((32, 128, 512), (1, 3, 5, 7, 13, 31)):
-        for size, stride in ((14, 1), (28, 1), (56, 1), (112, 1), (56, 2), (112, 2), (112, 4)):
-            g = make_geometry((size, size), (window,) * 2, (channels,) * 2, batch=32,
-                              stride=stride, padding="SAME", feature_groups=channels)  # fmt: skip
-            yield _layer("depthwise", g)
-    for each, groups in itertools.product((4, 8, 16, 32, 64), (4, 16, 32)):
-        for window, size in ((1, 56), (3, 28), (7, 28)):
-            g = make_geometry((size, size), (window,) * 2, (each * groups,) * 2, batch=32,
-                              padding="SAME", feature_groups=groups)  # fmt: skip
-            yield _layer("grouped", g)
-
-
-def launches() -> Iterator[Layer]:
-    """Problems of nearly no arithmetic and no bytes."""
-    for size in (2, 4, 6):
-        yield _layer("launch", make_geometry((size, size), (1, 1), (8, 8), batch=1))
-
-
-def plans(workload: Workload, capability: int) -> dict[str, Planned]:
-    """Every kernel that takes a problem, by name."""
-    precision = canonicalize_precision(workload.precision)
-    g, module = workload.geometry, native.cuda
-    assert module is not None
-    found = {}
-    for rung in module.kernel_names():
-        attributes = custom_call.attributes(g, "cuda", precision, rung)
-        try:
-            cost = module.cost(
-                workload.dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes, capability
-            )
-        except ValueError:
-            continue
-        found[rung] = Planned(rung, cost.pop("operands"), Cost(**cost))
-    return found
-
-
-Candidate = tuple[Workload, str, dict[str, Planned]]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """A candidate for one row and bound: how clear that is, how far from being planned."""
-
-    index: int
-    planned: Planned
-    clearness: float
-    away: int
-
-
-def select(
-    candidates: Sequence[Candidate], table: Rates, per_bound: int
-) -> list[tuple[Workload, list[Planned]]]:
-    """Picks what to measure.
-
-    Args:
-        candidates: problems, each with its kind of operands and the kernels that take it.
-        table: the model's present corrections.
-        per_bound: problems for each row of the table and each of its bounds.
-
-    Returns:
-        Problems with the kernels to measure: first one for every row and bound, then a second
-        one, and so on, so that a run that is stopped has some of each.
-    """
-    queues: dict[tuple[str, str, Bound], list[_Entry]] = {}
-    beside: list[list[Planned]] = []
-    for index, (workload, operands, found) in enumerate(candidates):
-        model = {
-            rung: table.model_us(p.cost, table.correction(rung, p.operands))
-            for rung, p in found.items()
-        }
-        order = sorted(model, key=lambda rung, model=model: model[rung])  # type: ignore[misc]
-        least_us = model[order[0]]
-        near = [found[rung] for rung in order if model[rung] <= _WITHIN * least_us]
-        beside.append(near[:_BESIDE])
-        for rung, p in found.items():
-            bound, clearness = table.correction(rung, p.operands).bound(p.cost)
-            hidden_us = model[rung] - table.launch_us * p.cost.launches - p.cost.fixed_us
-            if (
-                p.operands == operands
-                and clearness >= _LEAST_CLEAR
-                and workload.bytes_moved <= _MOST_BYTES
-                and hidden_us >= _SHARE * model[rung]
-                and _RANGE_US[0] <= model[rung] <= _RANGE_US[1]
-            ):
-                away = math.floor(math.log2(model[rung] / least_us))
-                entry = _Entry(index, p, clearness, away)
-                queues.setdefault((rung, operands, bound), []).append(entry)
-    chosen: dict[int, dict[str, Planned]] = {}
-    for turn in itertools.zip_longest(*(_spread(queue, per_bound) for queue in queues.values())):
-        for entry in filter(None, turn):
-            rungs = chosen.setdefault(entry.index, {})
-            for each in (entry.planned, *beside[entry.index]):
-                rungs.setdefault(each.rung, each)
-    return [(candidates[index][0], list(rungs.values())) for index, rungs in chosen.items()]
-
-
-def _spread(queue: list[_Entry], count: int) -> list[_Entry]:
-    """Some where the kernel comes nearest to being planned, from the whole list."""
-    clear = [entry for entry in queue if entry.clearness >= _CLEAR]
-    if len(clear) < count:
-        return sorted(queue, key=lambda entry: -entry.clearness)[:count]
-    ordered = sorted(clear, key=lambda entry: entry.away)
-    near = [entry for entry in ordered if entry.away == ordered[0].away]
-    pool = near if len(near) >= count else ordered[:count]
-    return [pool[i * len(pool) // count] for i in range(count)]
-
-
-def _candidates(capability: int) -> list[Candidate]:
-    listed = layers.load(machine.ROOT / "benchmarks" / "layers.json", "NHWC")
-    found = []
-    for layer in (*listed, *constructed()):
-        for operands, request in _REQUESTS.items():
-            workload = Workload(layer, "dx", *request)
-            found.append((workload, operands, plans(workload, capability)))
-    return found
 
 
 def _problem(workload: Workload, table: Rates, found: dict[str, Planned]) -> dict[str, Any]:
@@ -328,12 +170,12 @@ def _measure_all(
     }
     problems: list[dict[str, Any]] = report["problems"]
     with jax.enable_x64(True):
-        everything = _candidates(capability)
-        todo = select(everything, table, per_bound)
+        everything = rate_problems.candidates_on(capability)
+        todo = rate_problems.select(everything, table, per_bound)
         tiny = []
-        for layer in launches():
-            workload = Workload(layer, "dx", *_REQUESTS["f32"])
-            tiny.append((workload, [plans(workload, capability)["direct"]]))
+        for layer in rate_problems.launches():
+            workload = Workload(layer, "dx", *rate_problems.REQUESTS["f32"])
+            tiny.append((workload, [rate_problems.plans(workload, capability)["direct"]]))
         console.line(
             f"calibrate: {len(todo)} of {len(everything)} problems on {device.device_kind}, at "
             f"most {seconds:.0f} s"
@@ -342,7 +184,7 @@ def _measure_all(
             for index, (workload, chosen) in enumerate((*tiny, *todo)):
                 if time.perf_counter() > deadline:
                     break
-                entry = _problem(workload, table, plans(workload, capability))
+                entry = _problem(workload, table, rate_problems.plans(workload, capability))
                 entry["launch"] = index < len(tiny)
                 entry["rungs"] = measure(workload, chosen, seed=seed, row_seconds=row_seconds)
                 problems.append(entry)
