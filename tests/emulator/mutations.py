@@ -313,9 +313,6 @@ MUTATIONS = [
              "    FenceProxyAsync();\n", "", mode=("1", "1")),
     Mutation("wgmma's threads fence what one lane copied", _WGMMA_FEED,
              "    FenceProxyAsync();\n", "    if (lane == 0) FenceProxyAsync();\n"),
-    Mutation("wgmma announces a stage for lanes that are not there", _WGMMA_FEED,
-             "    FenceProxyAsync();\n    __syncwarp();\n", "    FenceProxyAsync();\n",
-             mode=("0", "7")),
     Mutation("wgmma's threads take padding for dY", _WGMMA_FEED,
              "Reaches(g, rows[i], shift) ? rows[i].dy + dy_tap : -1", "rows[i].dy + dy_tap"),
     Mutation("wgmma's threads copy rows that nobody has written", _WGMMA_FEED,
@@ -460,7 +457,7 @@ def problems(check: str) -> list[str]:
 
 
 _COPIES = {"0": "copies late", "1": "copies at once"}
-_ORDERS = {"0": "natural order", "1": "reversed order", "7": "shuffled order"}
+_ORDERS = {"0": "natural order", "1": "reversed order"}
 _VARIANTS = {"plain": "", "address": ", ASan", "thread": ", TSan"}
 
 
