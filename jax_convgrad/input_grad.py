@@ -41,12 +41,13 @@ def conv_input_grad(
     h * lhs_dilation = p * stride - pad_low + r * rhs_dilation on every spatial axis.
     Differentiable in dy and w to any order, forward and reverse.
 
-    Two steps that often follow in a backward pass can be done on the way, where the kernel
-    runs without another trip through memory: with dX for the sum above,
+    Two steps that often follow in a backward pass can be done on the way, by most kernels
+    without another trip through memory: with dX for the sum above,
 
         dX + residual, and then zero where relu_mask <= 0,
 
-    each rounded to the result's dtype, bit for bit as if written out. In programs that are
+    each rounded to the result's dtype, bit for bit as if written out (but for the bits of a
+    NaN). In programs that are
     split over devices, under `vmap`, and in derivatives they are written out.
 
     Args:

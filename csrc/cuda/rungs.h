@@ -33,7 +33,7 @@ struct ReferenceGpu {
   static constexpr double kWgmma16PerUs = 350e6;  // wgmma, an estimate
   static constexpr double kWgmmaTf32PerUs = 175e6;
   // The roof: what its largest matrix products reach, whatever the instructions. The
-  // first is measured, the others follow it as in the data sheet.
+  // first is from others' measurements, the rest follow it as in the data sheet.
   static constexpr double kPeak16PerUs = 395e6;
   static constexpr double kPeakTf32PerUs = 197e6;
   static constexpr double kPeakF64PerUs = 27e6;

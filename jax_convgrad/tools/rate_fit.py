@@ -54,24 +54,19 @@ class Fit:
     Attributes:
         before: the table that the measured plans were made with.
         after: the new one.
-        samples: the measurements, their costs as the old table's copy rate makes them.
+        samples: the measurements.
+        copy_bytes_per_us: of a large copy, as measured. The tables' is the unit in which
+            costs are counted, which stays.
     """
 
     before: Rates
     after: Rates
     samples: tuple[Sample, ...]
+    copy_bytes_per_us: float
 
     def model_us(self, sample: Sample, rates: Rates) -> float:
         """What a table makes of a sample, the plan being the one that was measured."""
-        return rates.model_us(
-            at_copy_rate(sample.cost, self.before, rates), rates.correction(*sample.key)
-        )
-
-
-def at_copy_rate(cost: Cost, before: Rates, after: Rates) -> Cost:
-    """A cost counted with one table's copy rate, with that of another."""
-    scale = before.copy_bytes_per_us / after.copy_bytes_per_us
-    return dataclasses.replace(cost, memory_us=scale * cost.memory_us)
+        return rates.model_us(sample.cost, rates.correction(*sample.key))
 
 
 def _ratio(sample: Sample, correction: Correction, launch_us: float) -> tuple[Bound, float] | None:
@@ -121,7 +116,7 @@ def fit_correction(samples: Sequence[Sample], present: Correction, launch_us: fl
     """The row of the table for samples that all belong to it.
 
     Args:
-        samples: measurements, with costs at the new copy rate.
+        samples: measurements.
         present: the row as it is, which a factor without enough measurements keeps.
         launch_us: of a kernel that does nothing.
 
@@ -202,12 +197,12 @@ def fit(report: dict[str, Any]) -> Fit:
         before = Rates.from_json(report["rates"])
         samples = tuple(_samples(report, launch=False))
         launches = tuple(_samples(report, launch=True))
+        copy_bytes_per_us = float(report["copy_bytes_per_us"])
         after = dataclasses.replace(
             before,
             gpu=report["machine"]["device_kind"],
             source=_source(report),
             launch_us=_launch_us(launches, before),
-            copy_bytes_per_us=rounded(report["copy_bytes_per_us"]),
         )
     except (KeyError, TypeError) as e:
         raise ToolError(f"these are no measurements of calibrate: {type(e).__name__} {e}") from None
@@ -215,13 +210,12 @@ def fit(report: dict[str, Any]) -> Fit:
         raise ToolError("there is no measurement to fit")
     by_key: dict[tuple[str, str], list[Sample]] = {row_key(row): [] for row in before.corrections}
     for sample in samples:
-        scaled = dataclasses.replace(sample, cost=at_copy_rate(sample.cost, before, after))
-        by_key.setdefault(sample.key, []).append(scaled)
+        by_key.setdefault(sample.key, []).append(sample)
     rows = tuple(
         fit_correction(members, before.correction(*key), after.launch_us)
         for key, members in by_key.items()
     )
-    return Fit(before, dataclasses.replace(after, corrections=rows), samples)
+    return Fit(before, dataclasses.replace(after, corrections=rows), samples, copy_bytes_per_us)
 
 
 def row_key(row: Correction) -> tuple[str, str]:
@@ -240,6 +234,7 @@ def _source(report: dict[str, Any]) -> str:
         *packages,
         *([] if commit is None else [f"commit {commit[:12]}{'+' * commit.endswith('-dirty')}"]),
         str(report["date_utc"])[:10],
+        *([] if report["complete"] else ["stopped early"]),
     ]
     return ", ".join(parts)
 
@@ -281,7 +276,7 @@ def describe(fitted: Fit) -> list[str]:
     ratios: dict[tuple[tuple[str, str], Bound], list[float]] = {}
     for s in fitted.samples:
         model = [fitted.model_us(s, rates) for rates in (before, after)]
-        bound, _ = after.correction(*s.key).bound(at_copy_rate(s.cost, before, after))
+        bound, _ = after.correction(*s.key).bound(s.cost)
         ratios.setdefault((s.key, bound), []).append(s.us / model[1])
         cells = (f"{s.us:.4g}", *(f"{us:.4g} ({s.us / us:.2f}x)" for us in model))
         rows.append((s.name, s.rung, s.operands, bound, *cells))
@@ -307,8 +302,9 @@ def describe(fitted: Fit) -> list[str]:
         "measured over the model, after the fit:",
         table(("rung", "operands", "bound", "factor", "used", "q1", "median", "q3"), factors),
         "",
-        f"launch {before.launch_us:.4g} -> {after.launch_us:.4g} us, copy "
-        f"{before.copy_bytes_per_us / 1e6:.4g} -> {after.copy_bytes_per_us / 1e6:.4g} TB/s",
+        f"launch {before.launch_us:.4g} -> {after.launch_us:.4g} us; a large copy "
+        f"{fitted.copy_bytes_per_us / 1e6:.4g} TB/s, bytes are counted at "
+        f"{after.copy_bytes_per_us / 1e6:.4g}",
         choice_line(fitted, before, "before"),
         choice_line(fitted, after, "after"),
     ]
