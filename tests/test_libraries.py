@@ -196,9 +196,9 @@ def test_two_steps_of_training(batch, net, dtype):
 
 
 def test_a_wrong_gradient_would_be_seen(monkeypatch, batch):
-    right = integration._input_grad
+    right = integration.input_cotangent
     expected = train(flax_linen, jnp.float32, batch)
-    monkeypatch.setattr(integration, "_input_grad", lambda *a, **k: 1.001 * right(*a, **k))
+    monkeypatch.setattr(integration, "input_cotangent", lambda *a, **k: 1.001 * right(*a, **k))
     with jax_convgrad.installed():
         assert error(train(flax_linen, jnp.float32, batch), expected) > 10 * BOUNDS["float32"]
 

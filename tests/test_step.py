@@ -91,8 +91,8 @@ def test_step_can_take_one_net_and_draw_it(tiniest, tmp_path, capsys):
 
 
 def test_a_wrong_input_gradient_fails_the_step(tiniest, monkeypatch, capsys):
-    right = integration._input_grad
-    monkeypatch.setattr(integration, "_input_grad", lambda *a, **k: 1.01 * right(*a, **k))
+    right = integration.input_cotangent
+    monkeypatch.setattr(integration, "input_cotangent", lambda *a, **k: 1.01 * right(*a, **k))
     assert run("--net", "resnet18") == 1
     out = capsys.readouterr().out
     assert "FAILED gradients: of params" in out
