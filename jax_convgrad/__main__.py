@@ -97,7 +97,10 @@ def _add_calibrate_options(calibrate: argparse.ArgumentParser) -> None:
 def _add_step_options(step: argparse.ArgumentParser) -> None:
     add = step.add_argument
     add("--net", dest="nets", action="append", metavar="NAME",
-        help="resnet18 or convnext; may be repeated (default: both)")  # fmt: skip
+        help="resnet18, convnext, resnet50 or convnext_tiny; may be repeated (default: the "
+        "first two)")  # fmt: skip
+    add("--dtype", choices=("f32", "bf16", "f16"), default="f32",
+        help="of activations; parameters are float32 (default f32)")  # fmt: skip
     add("--batch", type=_count, default=8, help="images of a step (default 8)")
     add("--image", type=_count, default=64, help="their height and width (default 64)")
     add("--precision", choices=("default", "highest"), default="default",

@@ -60,7 +60,7 @@ def test_step_prints_and_writes_both_nets(tiny, tmp_path, capsys):
     assert run("--json", str(path)) == 0
     report = json.loads(path.read_text())
     assert report["complete"]
-    assert [net["net"] for net in report["nets"]] == list(models.NETS)
+    assert [net["net"] for net in report["nets"]] == list(models.DEFAULT_NETS)
     out = capsys.readouterr().out
     for net in report["nets"]:
         assert net["failures"] == []
@@ -88,6 +88,27 @@ def test_step_can_take_one_net_and_draw_it(tiniest, tmp_path, capsys):
     assert run("--net", "convnext", "--png", str(path)) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
     assert "ResNet" not in capsys.readouterr().out
+
+
+@pytest.mark.native
+def test_step_in_bfloat16(tiniest, tmp_path, capsys):
+    path = tmp_path / "step.json"
+    assert run("--net", "resnet50", "--dtype", "bf16", "--json", str(path)) == 0
+    (net,) = json.loads(path.read_text())["nets"]
+    assert net["native"] == net["input_gradients"] == net["convolutions"] - 1
+    assert net["gradient_error"] <= net["bound"]
+    assert "images, bfloat16" in capsys.readouterr().out
+
+
+def test_bfloat16_keeps_float32_parameters():
+    net = dataclasses.replace(
+        models.NETS["convnext_tiny"], widths=(8,), depths=(1,), dtype="bfloat16"
+    )
+    images, labels = np.ones((1, 8, 8, 3), np.float32), np.zeros(1, np.int32)
+    loss, gradients = jax.eval_shape(jax.value_and_grad(net.loss), net.params(0), images, labels)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((loss, gradients))} == {"float32"}
+    text = jax.make_jaxpr(net.loss)(net.params(0), images, labels).pretty_print()
+    assert "bf16[1,2,2,8] = conv_general_dilated" in text
 
 
 def test_a_wrong_input_gradient_fails_the_step(tiniest, monkeypatch, capsys):
@@ -121,3 +142,4 @@ def test_the_nets_have_the_published_sizes():
     resnet50 = jax.tree.leaves(models.RESNET50.params(0))
     assert sum(leaf.size for leaf in resnet50) == 25_557_032
     assert sizes["convnext"] == pytest.approx(3.70e6, rel=2e-3)
+    assert sizes["convnext_tiny"] == 28_589_128

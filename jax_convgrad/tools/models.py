@@ -1,15 +1,19 @@
-"""The nets of `step` and of `overhead`, in plain JAX: ResNets and ConvNeXt-Atto.
+"""The nets of `step` and of `overhead`, in plain JAX: ResNets and ConvNeXts.
 
 Images are NHWC, filters HWIO, and every convolution is `lax.conv_general_dilated`, which is
 what `install()` changes. The ResNets are those of He et al. (arXiv:1512.03385) with projections
 of option B: 7x7 stem of stride 2, max-pooling, four stages. ResNet-50 strides in the 3x3
 convolution of a bottleneck, as everyone's does. ConvNeXt is that of
-Liu et al. (arXiv:2201.03545) in the size that timm calls Atto. Its 1x1 convolutions are matrix
-products over the channels, as in the authors' code, so they are no convolutions here either.
+Liu et al. (arXiv:2201.03545) in their smallest size and in that which timm calls Atto. Its 1x1
+convolutions are matrix products over the channels, as in the authors' code, so they are no
+convolutions here either.
 
 Batch norm is in training mode; running means, which no gradient depends on, are left out. The
 scale of ConvNeXt's layers starts at 1 instead of 1e-6, at which float32 would hide an error in
 the gradient of a block behind its residual connection.
+
+In another dtype than float32 parameters stay float32 and are cast where they are used;
+statistics of norms and the loss are float32, all else has that dtype.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ class Net:
         depths: blocks of each stage.
         init: makes the parameters from (generator, widths, depths).
         logits: [N, H, W, 3] images under those parameters to [N, CLASSES].
+        dtype: of activations and of the parameters that meet them.
     """
 
     title: str
@@ -47,6 +52,7 @@ class Net:
     depths: tuple[int, ...]
     init: Callable[[np.random.Generator, Sequence[int], Sequence[int]], Params]
     logits: Callable[[Params, jax.Array], jax.Array]
+    dtype: str = "float32"
 
     def params(self, seed: int) -> Params:
         """Random float32 parameters, as NumPy arrays."""
@@ -54,7 +60,9 @@ class Net:
 
     def loss(self, params: Params, images: jax.Array, labels: jax.Array) -> jax.Array:
         """The mean cross-entropy of a batch."""
-        scores = jax.nn.log_softmax(self.logits(params, images))
+        used = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
+        logits = self.logits(used, jnp.asarray(images, self.dtype))
+        scores = jax.nn.log_softmax(logits.astype(jnp.float32))
         return -jnp.mean(jnp.take_along_axis(scores, labels[:, None], axis=1))
 
 
@@ -85,9 +93,11 @@ def _conv(x: jax.Array, w: jax.Array, stride: int, pad: int, groups: int = 1) ->
 
 
 def _norm(p: Params, x: jax.Array, axes: tuple[int, ...], epsilon: float) -> jax.Array:
-    centred = x - jnp.mean(x, axes, keepdims=True)
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axes, keepdims=True)
     variance = jnp.mean(jnp.square(centred), axes, keepdims=True)
-    return centred * (lax.rsqrt(variance + epsilon) * p["scale"]) + p["offset"]
+    normal = centred * (lax.rsqrt(variance + epsilon) * p["scale"]) + p["offset"]
+    return normal.astype(x.dtype)
 
 
 def _batch_norm(p: Params, x: jax.Array) -> jax.Array:
@@ -202,11 +212,6 @@ def _convnext(params: Params, x: jax.Array) -> jax.Array:
     return _linear(params["head"], _layer_norm(params["norm"], jnp.mean(x, (1, 2))))
 
 
-NETS = {
-    "resnet18": Net("ResNet-18", (64, 128, 256, 512), (2, 2, 2, 2), _init_resnet, _resnet),
-    "convnext": Net("ConvNeXt-Atto", (40, 80, 160, 320), (2, 2, 6, 2), _init_convnext, _convnext),
-}
-
 RESNET50 = Net(
     "ResNet-50",
     (64, 128, 256, 512),
@@ -214,3 +219,12 @@ RESNET50 = Net(
     functools.partial(_init_resnet, bottleneck=True),
     _resnet,
 )
+NETS = {
+    "resnet18": Net("ResNet-18", (64, 128, 256, 512), (2, 2, 2, 2), _init_resnet, _resnet),
+    "convnext": Net("ConvNeXt-Atto", (40, 80, 160, 320), (2, 2, 6, 2), _init_convnext, _convnext),
+    "resnet50": RESNET50,
+    "convnext_tiny": Net(
+        "ConvNeXt-T", (96, 192, 384, 768), (3, 3, 9, 3), _init_convnext, _convnext
+    ),
+}
+DEFAULT_NETS = ("resnet18", "convnext")

@@ -26,7 +26,7 @@ its operands in a cache more or less than the step does, so the shares are estim
 The JSON is what `machine.describe` gives, `options`, `complete`, and
 
     nets        one object for each net:
-      net, title, parameters, batch, image
+      net, title, dtype, parameters, batch, image
       convolutions, input_gradients, native    in the forward pass; in the step; of these, those
                                                that a kernel computes
       kernels                   how many by kernel, "lax" among them
@@ -50,9 +50,9 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from . import ToolError, machine, models, require, results
+from . import DTYPES, ToolError, machine, models, require, results
 from .console import Console, table
-from .training import DTYPE, PROGRAMS, Report, measure_net
+from .training import PROGRAMS, Report, measure_net
 
 
 def describe(report: Report) -> list[str]:
@@ -60,7 +60,7 @@ def describe(report: Report) -> list[str]:
     kernels = ", ".join(f"{name} {number}" for name, number in sorted(report["kernels"].items()))
     lines = [
         f"{report['title']}, {report['parameters'] / 1e6:.3g} M parameters, batch "
-        f"{report['batch']}, {report['image']}x{report['image']} images, {DTYPE}",
+        f"{report['batch']}, {report['image']}x{report['image']} images, {report['dtype']}",
         f"  {report['convolutions']} convolutions; {report['input_gradients']} input gradients in "
         f"a step, {report['native']} of them by a kernel ({kernels})",
         f"  losses {report['losses']['lax']:.7g} by lax and {report['losses']['ours']:.7g}; "
@@ -128,6 +128,7 @@ def summary(nets: Sequence[Report]) -> str:
 def main(
     *,
     nets: list[str] | None,
+    dtype: str,
     batch: int,
     image: int,
     precision: str,
@@ -151,10 +152,10 @@ def main(
     results.check_writable(json_path, png_path)
     console = Console()
     report: Report = machine.describe() | {"options": options, "complete": False, "nets": []}
-    names = nets or list(models.NETS)
+    names = nets or list(models.DEFAULT_NETS)
     for name in names:
-        net = measure_net(name, batch=batch, image=image, seconds=seconds, precision=precision,
-                          seed=seed)  # fmt: skip
+        net = measure_net(name, dtype=DTYPES[dtype], batch=batch, image=image, seconds=seconds,
+                          precision=precision, seed=seed)  # fmt: skip
         report["nets"].append(net)
         report["complete"] = len(report["nets"]) == len(names)
         for line in describe(net):

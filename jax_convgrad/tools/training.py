@@ -19,7 +19,6 @@ from ..geometry import ConvGeometry
 from . import ToolError, layers, machine, models, results, timing
 from .workloads import Workload, distance, make_pool, reference
 
-DTYPE = "float32"
 PROGRAMS = ("lax", "ours")
 _MOMENTUM, _LEARNING_RATE = 0.9, 0.01
 
@@ -129,8 +128,8 @@ def _layers(net: models.Net, operands: Sequence[Any], precision: str) -> tuple[i
     counts = collections.Counter((p["geometry"], p["precision"]) for p in bound)
     found = []
     for index, ((geometry, canonical), count) in enumerate(counts.items()):
-        choice = dispatch.choose(geometry, DTYPE, machine.lowering_platform(), None, canonical)
-        workload = Workload(_named(geometry, index, net.title), "dx", DTYPE, precision)
+        choice = dispatch.choose(geometry, net.dtype, machine.lowering_platform(), None, canonical)
+        workload = Workload(_named(geometry, index, net.title), "dx", net.dtype, precision)
         found.append(_Layer(workload, choice, count))
     return convolutions, found
 
@@ -154,12 +153,13 @@ def _layer_row(layer: _Layer) -> Report:
     }
 
 
-def measure_net(name: str, *, batch: int, image: int, seconds: float, precision: str,
-                seed: int) -> Report:  # fmt: skip
+def measure_net(name: str, *, dtype: str, batch: int, image: int, seconds: float,
+                precision: str, seed: int) -> Report:  # fmt: skip
     """Checks and times one net.
 
     Args:
         name: a key of `models.NETS`.
+        dtype: as `models.Net` has it.
         batch: images.
         image: their height and width.
         seconds: time to spend on timing.
@@ -169,7 +169,7 @@ def measure_net(name: str, *, batch: int, image: int, seconds: float, precision:
     Returns:
         The net's object, as `step` documents it.
     """
-    net = models.NETS[name]
+    net = dataclasses.replace(models.NETS[name], dtype=dtype)
     rng = np.random.default_rng(seed)
     params = net.params(seed)
     data = (
@@ -181,6 +181,7 @@ def measure_net(name: str, *, batch: int, image: int, seconds: float, precision:
         report: Report = {
             "net": name,
             "title": net.title,
+            "dtype": dtype,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "batch": batch,
             "image": image,
