@@ -17,7 +17,7 @@ from conftest import SEED
 from emulator import build
 from test_numerics import NAMED, NONFINITE
 
-from jax_convgrad import custom_call
+from jax_convgrad import custom_call, native
 from jax_convgrad.tools.geometries import (
     classify,
     make_geometry,
@@ -57,8 +57,7 @@ def amx():
     """The module with the emulated kernel, its handler registered for the CPU."""
     module = build.amx_module()
     assert module.isa() == "amx"
-    (handler,) = module.targets().values()
-    jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
+    jax.ffi.register_ffi_target(TARGET, module.targets()[native.TARGET], platform="cpu")
     return module
 
 

@@ -284,6 +284,7 @@ def test_calibrate_measures_fits_and_writes(lowered_for_cuda, emulated, monkeypa
     }
     few = [rate_problems.layer_of(name, g) for name, g in geometries.items()]
     monkeypatch.setattr(rate_problems, "constructed", lambda: few)
+    monkeypatch.setattr(rate_problems.layers, "default_path", lambda: None)
     monkeypatch.setattr(rate_problems.layers, "load", lambda *_: [])
     monkeypatch.setattr(rate_problems, "_RANGE_US", (0, 1e9))
     monkeypatch.setattr(rate_problems, "_SHARE", 0)
@@ -327,6 +328,9 @@ def test_calibrate_measures_fits_and_writes(lowered_for_cuda, emulated, monkeypa
 
 def test_calibrate_has_problems_for_every_factor(emulated, monkeypatch):
     monkeypatch.setattr(native, "cuda", emulated)
+    # The package that is tested may be no checkout.
+    listed = build.ROOT / "benchmarks/layers.json"
+    monkeypatch.setattr(rate_problems.layers, "default_path", lambda: listed)
     table = rates.Rates.from_json(emulated.rates())
     candidates = rate_problems.candidates_on(90)
     chosen = rate_problems.select(candidates, table, 6)

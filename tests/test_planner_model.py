@@ -34,7 +34,7 @@ IN_PARTS = {
                                feature_groups=64),
     "grouped": make_geometry((64, 64), (3, 3), (64, 64), batch=9000, padding=1, feature_groups=8),
 }  # fmt: skip
-LAYERS = [layer.geometry for layer in layers.load(layers.default_path(), "NHWC")]
+LAYERS = [layer.geometry for layer in layers.load(build.ROOT / "benchmarks/layers.json", "NHWC")]
 GEOMETRIES = [*IN_PARTS.values(), *LAYERS[::3]]
 REQUESTS = [(dtype, True) for dtype in cases.DTYPES] + [("float32", False)]
 

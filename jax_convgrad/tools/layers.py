@@ -63,7 +63,8 @@ def default_path() -> pathlib.Path:
     path = machine.ROOT / "benchmarks" / "layers.json"
     if not path.is_file():
         raise ToolError(
-            "bench needs --layers FILE: this installation has no benchmarks/layers.json"
+            "this installation has no benchmarks/layers.json: bench takes --layers FILE, "
+            "calibrate runs in a checkout"
         )
     return path
 

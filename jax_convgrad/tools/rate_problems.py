@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from .. import custom_call, native
 from ..compat import canonicalize_precision
 from ..geometry import ConvGeometry
-from . import layers, machine
+from . import layers
 from .geometries import make_geometry
 from .layers import Layer
 from .rates import Bound, Cost, Rates
@@ -165,7 +165,7 @@ def _spread(queue: list[_Entry], count: int) -> list[_Entry]:
 
 def candidates_on(capability: int) -> list[Candidate]:
     """Every problem that could be measured, with the plans for a GPU of that capability."""
-    listed = layers.load(machine.ROOT / "benchmarks" / "layers.json", "NHWC")
+    listed = layers.load(layers.default_path(), "NHWC")
     found = []
     for layer in (*listed, *constructed()):
         for operands, request in REQUESTS.items():

@@ -180,7 +180,8 @@ def copied_cases() -> list[Case]:
         "copied_long_strided_sum": g((5, 5), (3, 3), (18, 522), batch=1, stride=2, padding=1),
         "copied_groups": g((6, 5), (3, 3), (48, 192), stride=2, padding=((2, 2), (1, 1)),
                            lhs_dilation=(9, 1), feature_groups=3),
-        "copied_batch_groups": g((5, 4), (3, 3), (8, 128), batch=4, padding=1, batch_groups=2),
+        "copied_batch_groups": g((5, 4), (3, 3), (8, 128), batch=4, stride=2,
+                                 padding=((2, 2), (1, 1)), lhs_dilation=(9, 1), batch_groups=2),
         # Beyond the copy engine: its steps, its corners, its offsets, one map for each phase.
         "copied_lhs_dilated": g((4, 5), (3, 3), (16, 16), lhs_dilation=(9, 11), padding=3),
         "copied_far_padding": g((6, 5), (3, 3), (16, 16), padding=((130, 2), (1, 140))),
