@@ -81,6 +81,7 @@ _WGMMA_COPIES = (*_WGMMA, "LDGSTS.128", "LDGSTS.64", "FENCE.ASYNC")
 ROWS = (
     Row("DirectKernel<.*, int>", 256, 4, never=NO_TENSOR_CORES),
     Row("DirectKernel<.*, long>", 256, 1, never=NO_TENSOR_CORES, divides=_WIDE_OFFSETS),
+    Row("EpilogueKernel<.*>", 256, 1, never=NO_TENSOR_CORES),
     Row("TiledKernel<float, int>", 128, 3, needs=("LDS.128", "STG.128"), never=NO_TENSOR_CORES),
     Row("TiledKernel<double, int>", 128, 2, needs=("LDS.128", "STG.128"), never=NO_TENSOR_CORES),
     Row(f"TiledKernel<{_BITS_16}, int>", 128, 3, needs=("LDS.128", "STG.64"),
