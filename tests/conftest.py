@@ -70,6 +70,9 @@ def pytest_cmdline_main(config):
     if whole and free and processes > 1 and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = processes
         config.option.dist = "loadfile"
+        # By default files of many tests come first. The slow ones have few, and would be last,
+        # on one process.
+        config.option.loadscopereorder = False
 
 
 def pytest_configure(config):

@@ -325,7 +325,7 @@ MUTATIONS = [
              "const int rest = left - byte < kBytes ? left - byte : kBytes;",
              "const int rest = kBytes;", variant="address"),
     Mutation("wgmma stores whole vectors of any channels", _WGMMA,
-             "Consume<!kCopies, T, S>", "Consume<true, T, S>"),
+             "Consume<!kCopies, T, S>", "Consume<true, T, S>", variant="address"),
     Mutation("wgmma has the engine copy the first group only", _WGMMA_FEED,
              "at.group * g.out_channels + next.k0", "next.k0"),
     Mutation("wgmma's threads copy the first group's filter only", _WGMMA_FEED,
