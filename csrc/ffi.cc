@@ -350,13 +350,11 @@ auto Binding() {
       .Ret<ffi::Buffer<ffi::U8>>();
 }
 
+constexpr std::initializer_list<ffi::Traits> kTraits = {
 #if defined(CONVGRAD_CUDA) && !defined(CONVGRAD_EMULATED)
-#define kTraits {ffi::Traits::kCmdBufferCompatible}
-#else
-#define kTraits \
-  {             \
-  }
+    ffi::Traits::kCmdBufferCompatible
 #endif
+};
 XLA_FFI_DEFINE_HANDLER(kInputGrad, CONVGRAD_INPUT_GRAD<false>, Binding(), kTraits);
 XLA_FFI_DEFINE_HANDLER(kInputGradFused, CONVGRAD_INPUT_GRAD<true>, Binding(), kTraits);
 
@@ -397,16 +395,21 @@ Problem ProblemByAttributes(const std::string& dtype, const Ints& lhs_shape,
   return problem;
 }
 
+Plan PlanOf(const Problem& problem, const py::dict& call, int capability) {
+  Plan plan{};
+  const std::string error =
+      PlanProblem(problem, call["kernel"].cast<std::string>(), GpuOf(capability), &plan);
+  if (!error.empty()) throw py::value_error(error);
+  return plan;
+}
+
 // The planner: what runs a request.
 py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
                           const Ints& rhs_shape, const Ints& out_shape,
                           const py::dict& call, int capability) {
   const Problem problem =
       ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call);
-  Plan plan{};
-  const std::string error =
-      PlanProblem(problem, call["kernel"].cast<std::string>(), GpuOf(capability), &plan);
-  if (!error.empty()) throw py::value_error(error);
+  const Plan plan = PlanOf(problem, call, capability);
   py::dict result;
   result["kernel"] = plan.kernel;
   result["workspace_bytes"] =
@@ -439,10 +442,7 @@ py::dict CostByAttributes(const std::string& dtype, const Ints& lhs_shape,
                           const py::dict& call, int capability) {
   const Problem problem =
       ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call);
-  Plan plan{};
-  const std::string error =
-      PlanProblem(problem, call["kernel"].cast<std::string>(), GpuOf(capability), &plan);
-  if (!error.empty()) throw py::value_error(error);
+  const Plan plan = PlanOf(problem, call, capability);
   py::dict result;
   result["operands"] = NameOf(CorrectionOf(plan.kernel, problem).operands);
   result["launches"] = plan.cost.launches;

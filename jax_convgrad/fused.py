@@ -21,7 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from . import compat, dispatch, lax_maps, lowering, native
 from .dispatch import Implementation
 from .geometry import ConvGeometry
-from .primitive import bind_input_grad, result_type
+from .primitive import bind_input_grad, compiled, result_type
 
 fused_input_grad_p = jex_core.Primitive("conv_input_grad_fused")
 
@@ -110,17 +110,6 @@ def _steps(
     return _finish(bind_input_grad(dy, rhs, **params), **dict(zip(epilogue, arrays, strict=True)))
 
 
-@functools.partial(jax.jit, static_argnames=("geometry", "precision", "implementation", "epilogue"))
-def _compiled(*operands: jax.Array, **params: Any) -> jax.Array:
-    return fused_input_grad_p.bind(*operands, **params)
-
-
-def _evaluate(*operands: jax.Array, **params: Any) -> jax.Array:
-    # See primitive.py: also where jit is disabled.
-    with jax.disable_jit(False):
-        return _compiled(*operands, **params)
-
-
 def _abstract_eval(dy: Any, rhs: Any, *arrays: Any, geometry: ConvGeometry, **_: Any) -> Any:
     for array in arrays:
         assert array.shape == geometry.lhs_shape, (array.shape, geometry)
@@ -138,13 +127,14 @@ def _jvp(primals: Any, tangents: Any, *, epilogue: tuple[str, ...], **params: An
         terms.append(bind_input_grad(dy_dot, rhs, **params))
     if not isinstance(rhs_dot, ad.Zero):
         terms.append(bind_input_grad(dy, rhs_dot, **params))
-    named = dict(zip(epilogue, array_dots, strict=True))
-    residual_dot = named.get("residual")
-    if residual_dot is not None and not isinstance(residual_dot, ad.Zero):
-        terms.append(residual_dot)
+    mask = None
+    for name, array, array_dot in zip(epilogue, arrays, array_dots, strict=True):
+        if name == "relu_mask":
+            mask = array
+        elif not isinstance(array_dot, ad.Zero):
+            terms.append(array_dot)
     if not terms:
         return out, jnp.zeros_like(out)
-    mask = dict(zip(epilogue, arrays, strict=True)).get("relu_mask")
     return out, _finish(functools.reduce(jnp.add, terms), relu_mask=mask)
 
 
@@ -154,16 +144,13 @@ def _transpose(ct: Any, *operands: Any, epilogue: tuple[str, ...], **params: Any
         return [None] * len(operands)
     unknown = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
     # A residual that is known is no part of it.
-    kept = [
-        i for i, name in enumerate(("dy", "rhs", *epilogue)) if i in unknown or name != "residual"
-    ]
+    names = ("dy", "rhs", *epilogue)
+    kept = [i for i, name in enumerate(names) if i in unknown or name != "residual"]
 
     def linear(*values: jax.Array) -> jax.Array:
         given = dict(zip(unknown, values, strict=True))
         chosen = [given.get(i, operands[i]) for i in kept]
-        return _steps(
-            *chosen, epilogue=tuple(("dy", "rhs", *epilogue)[i] for i in kept[2:]), **params
-        )
+        return _steps(*chosen, epilogue=tuple(names[i] for i in kept[2:]), **params)
 
     types = [operands[i].aval for i in unknown]
     cotangents = dict(zip(unknown, jax.linear_transpose(linear, *types)(ct), strict=True))
@@ -215,14 +202,11 @@ def _lower(
     )
 
 
-fused_input_grad_p.def_impl(_evaluate)
+fused_input_grad_p.def_impl(
+    compiled(fused_input_grad_p, ("geometry", "precision", "implementation", "epilogue"))
+)
 fused_input_grad_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[fused_input_grad_p] = _jvp
 ad.primitive_transposes[fused_input_grad_p] = _transpose
 batching.primitive_batchers[fused_input_grad_p] = _batch
-compat.requires_devices_during_lowering(fused_input_grad_p)
-mlir.register_lowering(fused_input_grad_p, functools.partial(_lower, platform="other"))
-for _platform in ("cpu", "cuda"):
-    mlir.register_lowering(
-        fused_input_grad_p, functools.partial(_lower, platform=_platform), platform=_platform
-    )
+lowering.register(fused_input_grad_p, _lower)

@@ -47,8 +47,8 @@ def conv_input_grad(
         dX + residual, and then zero where relu_mask <= 0,
 
     each rounded to the result's dtype, bit for bit as if written out (but for the bits of a
-    NaN). In programs that are
-    split over devices, under `vmap`, and in derivatives they are written out.
+    NaN). In programs that are split over devices, under `vmap`, and in derivatives they are
+    written out.
 
     Args:
         dy: cotangent of the convolution's result, of that result's shape.

@@ -13,11 +13,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex_core
 from jax.interpreters import mlir
 
 from . import compat, custom_call, dispatch, lax_maps, native, partition, symbolic
 from .dispatch import Implementation
 from .geometry import ConvGeometry
+
+
+def register(primitive: jex_core.Primitive, rule: Callable[..., Any]) -> None:
+    """Gives a primitive its lowering, rule(ctx, *operands, platform=..., **params)."""
+    compat.requires_devices_during_lowering(primitive)
+    mlir.register_lowering(primitive, functools.partial(rule, platform="other"))
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(
+            primitive, functools.partial(rule, platform=platform), platform=platform
+        )
 
 
 def choice_in(

@@ -9,6 +9,7 @@ call.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 from jax.extend import core as jex_core
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import compat, dispatch, lax_maps, lowering, partition
@@ -25,7 +26,6 @@ from .folding import fold, folded_sharding, unfold, unmapped
 from .geometry import ConvGeometry
 
 conv_input_grad_p = jex_core.Primitive("conv_input_grad")
-_PARAMETERS = ("geometry", "precision", "implementation", "out_sharding")
 
 
 def bind_input_grad(
@@ -125,17 +125,21 @@ def _bind(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
     return conv_input_grad_p.bind(dy, rhs, **params)
 
 
-@functools.partial(
-    jax.jit, static_argnames=("geometry", "precision", "implementation", "out_sharding")
-)
-def _compiled(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    return conv_input_grad_p.bind(dy, rhs, **params)
+def compiled(
+    primitive: jex_core.Primitive, parameters: tuple[str, ...]
+) -> Callable[..., jax.Array]:
+    """What a primitive with these parameters does outside of `jit`."""
 
+    @functools.partial(jax.jit, static_argnames=parameters)
+    def bind(*operands: jax.Array, **params: Any) -> jax.Array:
+        return primitive.bind(*operands, **params)
 
-def _evaluate(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    # A primitive is compiled also where jit is disabled: it would come back here for ever.
-    with jax.disable_jit(False):
-        return _compiled(dy, rhs, **params)
+    def evaluate(*operands: jax.Array, **params: Any) -> jax.Array:
+        # Compiled also where jit is disabled: it would come back here for ever.
+        with jax.disable_jit(False):
+            return bind(*operands, **params)
+
+    return evaluate
 
 
 def _abstract_eval(
@@ -251,13 +255,10 @@ def _bind_shard(dy: jax.Array, rhs: jax.Array, geometry: ConvGeometry, **params:
 
 _lower = functools.partial(lowering.lower, bind=_bind_shard)
 
-conv_input_grad_p.def_impl(_evaluate)
+conv_input_grad_p.def_impl(
+    compiled(conv_input_grad_p, ("geometry", "precision", "implementation", "out_sharding"))
+)
 conv_input_grad_p.def_abstract_eval(_abstract_eval)
 ad.defbilinear(conv_input_grad_p, _transpose_dy, _transpose_rhs)
 batching.primitive_batchers[conv_input_grad_p] = _batch
-compat.requires_devices_during_lowering(conv_input_grad_p)
-mlir.register_lowering(conv_input_grad_p, functools.partial(_lower, platform="other"))
-for _platform in ("cpu", "cuda"):
-    mlir.register_lowering(
-        conv_input_grad_p, functools.partial(_lower, platform=_platform), platform=_platform
-    )
+lowering.register(conv_input_grad_p, _lower)

@@ -7,6 +7,8 @@ where they are used and nowhere else, so the rest works without them.
 from __future__ import annotations
 
 import importlib
+import json
+import pathlib
 from typing import Any
 
 # As the command line spells them.
@@ -37,3 +39,13 @@ def require(module: str, purpose: str, install: str = "pip install 'jax-convgrad
         if e.name != module.partition(".")[0]:
             raise
         raise ToolError(f"{purpose} needs {e.name}, which is not installed: {install}") from None
+
+
+def read_json(path: pathlib.Path, what: str) -> Any:
+    """What a JSON file holds, or a ToolError that says what could not be read from where."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as e:
+        raise ToolError(f"cannot read {what} from {path}: {e.strerror}") from None
+    except ValueError as e:
+        raise ToolError(f"{path} is not JSON: {e}") from None

@@ -35,7 +35,17 @@ import jax
 
 from .. import native, roofline
 from ..compat import canonicalize_precision
-from . import ToolError, layers, machine, rate_fit, rate_problems, rates, results, timing
+from . import (
+    ToolError,
+    layers,
+    machine,
+    rate_fit,
+    rate_problems,
+    rates,
+    read_json,
+    results,
+    timing,
+)  # fmt: skip
 from .check import forced_kernel
 from .console import Console
 from .rate_problems import Planned
@@ -196,12 +206,7 @@ def _measure_all(
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        report = json.loads(path.read_text())
-    except OSError as e:
-        raise ToolError(f"cannot read measurements from {path}: {e.strerror}") from None
-    except ValueError as e:
-        raise ToolError(f"{path} is not JSON: {e}") from None
+    report = read_json(path, "measurements")
     if not isinstance(report, dict):
         raise ToolError(f"{path} must hold an object, got {type(report).__name__}")
     return report

@@ -10,13 +10,12 @@ input and filter depth. A row with h = r = 1 is one-dimensional and runs as such
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from ..geometry import ConvGeometry
-from . import ToolError, machine
+from . import ToolError, machine, read_json
 from .geometries import make_geometry
 
 # --batch-budget counts a byte of least traffic as so many FLOP, so that it bounds the
@@ -84,12 +83,7 @@ def load(path: pathlib.Path, layout: str, batch_budget_mflop: float | None = Non
     Raises:
         ToolError: the file cannot be read or a row is wrong; names the row and the key.
     """
-    try:
-        rows = json.loads(path.read_text())
-    except OSError as e:
-        raise ToolError(f"cannot read layers from {path}: {e.strerror}") from None
-    except ValueError as e:
-        raise ToolError(f"{path} is not JSON: {e}") from None
+    rows = read_json(path, "layers")
     if not isinstance(rows, list):
         raise ToolError(f"{path} must hold a list of rows, got {type(rows).__name__}")
     if batch_budget_mflop is not None and not batch_budget_mflop > 0:
@@ -101,6 +95,12 @@ def load(path: pathlib.Path, layout: str, batch_budget_mflop: float | None = Non
         except (ValueError, TypeError) as e:
             raise ToolError(f"{path} row {index}: {e}") from None
     return layers
+
+
+def of_geometry(geometry: ConvGeometry, name: str, class_name: str = "", index: int = -1) -> Layer:
+    """A geometry that stands in no list, at the batch that it has."""
+    batch = geometry.lhs_shape[geometry.dimension_numbers.lhs_spec[0]]
+    return Layer(index, name, class_name, "", geometry, batch, batch)
 
 
 def short(geometry: ConvGeometry) -> str:

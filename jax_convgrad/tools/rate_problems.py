@@ -44,8 +44,7 @@ class Planned:
 
 def layer_of(name: str, geometry: ConvGeometry) -> Layer:
     """A constructed problem as a row of the table of layers."""
-    batch = geometry.lhs_shape[geometry.dimension_numbers.lhs_spec[0]]
-    return Layer(-1, name, "constructed", "", geometry, batch, batch)
+    return layers.of_geometry(geometry, name, "constructed")
 
 
 def constructed() -> Iterator[Layer]:

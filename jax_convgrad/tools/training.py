@@ -15,7 +15,6 @@ import numpy as np
 from jax import lax
 
 from .. import dispatch, integration
-from ..geometry import ConvGeometry
 from . import ToolError, layers, machine, models, results, timing
 from .workloads import Workload, distance, make_pool, reference
 
@@ -129,14 +128,11 @@ def _layers(net: models.Net, operands: Sequence[Any], precision: str) -> tuple[i
     found = []
     for index, ((geometry, canonical), count) in enumerate(counts.items()):
         choice = dispatch.choose(geometry, net.dtype, machine.lowering_platform(), None, canonical)
-        workload = Workload(_named(geometry, index, net.title), "dx", net.dtype, precision)
+        workload = Workload(
+            layers.of_geometry(geometry, net.title, index=index), "dx", net.dtype, precision
+        )
         found.append(_Layer(workload, choice, count))
     return convolutions, found
-
-
-def _named(geometry: ConvGeometry, index: int, name: str) -> layers.Layer:
-    batch = geometry.lhs_shape[geometry.dimension_numbers.lhs_spec[0]]
-    return layers.Layer(index, name, "", "", geometry, batch, batch)
 
 
 def _layer_row(layer: _Layer) -> Report:
