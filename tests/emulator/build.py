@@ -7,6 +7,7 @@ compiled twice, not even for a copy of the sources in which one file was changed
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -95,12 +96,16 @@ def _cached(name: str, key: bytes, command: list[str], cwd: pathlib.Path) -> pat
     """Runs a command that ends in `-o PATH`, unless the cache has its output."""
     digest = hashlib.sha256("\0".join(command).encode() + key).hexdigest()[:24]
     path = cache_folder() / f"{digest}-{name}"
-    if not path.exists():
-        # Renamed when complete: several test processes may build at once.
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-            unfinished = pathlib.Path(folder, name)
-            _run([*command, "-o", str(unfinished)], cwd)
-            unfinished.rename(path)
+    if path.exists():
+        return path
+    # Several test processes may want it at once: one makes it. Renamed when complete.
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+                unfinished = pathlib.Path(folder, name)
+                _run([*command, "-o", str(unfinished)], cwd)
+                unfinished.rename(path)
     return path
 
 
