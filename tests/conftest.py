@@ -79,6 +79,10 @@ def pytest_configure(config):
     if IS_WORKER:
         # Each process would else take most of a GPU's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Programs are small and run once: optimising them took half of the time. Not for a GPU's
+    # own run; the programs of run_python and the examples are compiled as users' are.
+    if "cuda" not in config.option.markexpr and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+        jax.config.update("jax_disable_most_optimizations", True)
     # Not on import, which the programs of run_python do too: each device has a pool of threads.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()
     config.addinivalue_line("markers", "native: needs the compiled CPU module")

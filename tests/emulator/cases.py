@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -297,13 +298,24 @@ def line(
     return " ".join(map(str, words))
 
 
-def lines(all_cases: Iterable[Case], dtypes: Sequence[str] = DTYPES) -> Iterator[str]:
-    """Every case in every dtype, float32 with and without TF32, and some with NaN and Inf."""
+# A group is at least one tile of a product, which an emulator computes in full: some seconds.
+MOST_GROUPS = 8
+WITHOUT_PRODUCTS = ("direct", "depthwise", "grouped")
+
+
+def lines(
+    all_cases: Iterable[Case], dtypes: Sequence[str] = DTYPES, most_groups: float = math.inf
+) -> Iterator[str]:
+    """Every case in every dtype, float32 with and without TF32, and some with NaN and Inf.
+
+    Only two lines of a case of more groups are for the kernels that multiply matrices too.
+    """
     for index, case in enumerate(all_cases):
-        for dtype in dtypes:
-            yield line(case, dtype, allow_tf32=True)
+        kernels = ("*",) if case.geometry.groups <= most_groups else WITHOUT_PRODUCTS
+        for dtype, kernel in itertools.product(dtypes, kernels):
+            yield line(case, dtype, kernel=kernel, allow_tf32=True)
             if dtype == "float32":
-                yield line(case, dtype, allow_tf32=False)
+                yield line(case, dtype, kernel=kernel, allow_tf32=False)
         yield line(case, dtypes[index % len(dtypes)], platform="cpu", allow_tf32=False)
         yield line(case, dtypes[(index + 1) % len(dtypes)], special=True, allow_tf32=False)
 

@@ -1,7 +1,8 @@
 // The CUDA kernels without Python or JAX, which sanitizers would have to watch too: under
 // the emulator, or on a GPU if nvcc compiles this. Runs every kernel that takes a problem
-// on buffers of exact size, and compares with the literal sum in double; and once more
-// with an epilogue, and compares with its steps one after the other, bit by bit.
+// on buffers of exact size, and compares with the literal sum in double; and three times in
+// four once more with an epilogue, and compares with its steps one after the other, bit by
+// bit.
 //
 //   core FILE [REPEATS]    one problem a line, see problem_lines.h
 //
@@ -278,9 +279,9 @@ int RunLine(const Line& line, size_t number, int repeats) {
     const double off = error == nullptr ? Error(dx, expected) : 0;
     // The pass of a rung that does not apply it by itself wants dX without gaps.
     const bool gaps = line.apart > 0 && std::string(*kernel) == "depthwise";
-    if (error == nullptr && !gaps) {
-      // One of the three epilogues, another one for the next kernel and line.
-      const size_t turn = (number + static_cast<size_t>(kernel - CudaKernelNames())) % 3;
+    // One of the three epilogues or none, another one for the next kernel and line.
+    const size_t turn = (number + static_cast<size_t>(kernel - CudaKernelNames())) % 4;
+    if (error == nullptr && !gaps && turn != 3) {
       const Arrays fused = {dy, w, residual, relu, turn != 1, turn != 0};
       Array with_epilogue(problem.dtype, line.lhs_shape);
       error = Launch(line, launched, plan, fused, with_epilogue);
