@@ -63,15 +63,6 @@ def cells():
 MATRIX = list(cells())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    """Half of the time of this file would be optimisations of programs that run once."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def convolution(geometry, implementation):
     """The convolution of a cell; None for lax's own without the package."""
     if implementation in ("lax", "installed"):

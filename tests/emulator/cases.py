@@ -223,7 +223,7 @@ def layer_cases() -> Iterator[Case]:
                 lhs_spec[2:], window, g.rhs_dilation, g.lhs_dilation, strict=True
             )
         ]
-        most = 72 if math.prod(window) <= 27 else 16
+        most = 72 if math.prod(window) <= 9 else 16
         channels = tuple(-(-min(size, most) // 8) * 8 for size in _channels(g))
         yield Case(f"layer_{len(seen)}_{layer.class_name.replace(' ', '_')}",
                    rescaled(g, spatial, channels, 2))  # fmt: skip
