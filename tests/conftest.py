@@ -69,7 +69,8 @@ def pytest_cmdline_main(config):
     processes = min(MOST_PROCESSES, usable_cores())
     if whole and free and processes > 1 and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = processes
-        config.option.dist = "loadfile"
+        # Mutants have a program each, and all are in one file.
+        config.option.dist = "worksteal" if "mutation" in config.option.markexpr else "loadfile"
         # By default files of many tests come first. The slow ones have few, and would be last,
         # on one process.
         config.option.loadscopereorder = False
