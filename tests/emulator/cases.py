@@ -77,6 +77,10 @@ def few_channel_cases() -> list[Case]:
         "few_two_slices": g((5, 6), (3, 3), (1, 40), padding=1),
         "few_7x7": g((9, 9), (7, 7), (2, 5), batch=1, padding=3),
         "few_1d": g((31,), (10,), (1, 12), stride=5, padding=2),
+        # One row, so that it is stored in vectors though its end is none.
+        "few_one_row": g((1, 61), (1, 10), (1, 12), batch=1, stride=(1, 5),
+                         padding=((0, 0), (2, 2))),
+        "few_one_row_in_tiles": g((231,), (3,), (3, 9), batch=1, padding=1),
         # K in parts, a row in tiles, rows in classes, phases in groups, planes, many strips.
         "few_deep": g((4, 5), (3, 3), (2, 200), batch=1, padding=1),
         "few_long_row": g((2, 110), (3, 3), (1, 100), batch=1, padding=1),

@@ -429,6 +429,7 @@ def problems(check: str) -> list[str]:
         "few_deep": make_geometry((4, 5), (3, 3), (2, 200), batch=1, padding=1),
         "few_rows_dilated": make_geometry((9, 8), (3, 2), (2, 9), rhs_dilation=(2, 3),
                                           padding=3),
+        "few_one_row": make_geometry((61,), (10,), (1, 12), batch=1, stride=5, padding=2),
         "few_many_images": make_geometry((2, 3), (2, 2), (1, 2), batch=1700),
     }  # fmt: skip
     lines = []
