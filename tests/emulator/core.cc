@@ -1,8 +1,8 @@
 // The CUDA kernels without Python or JAX, which sanitizers would have to watch too: under
 // the emulator, or on a GPU if nvcc compiles this. Runs every kernel that takes a problem
-// on buffers of exact size, and compares with the literal sum in double; and three times in
-// four once more with an epilogue, and compares with its steps one after the other, bit by
-// bit.
+// on buffers of exact size, and compares with the literal sum in double; and three times
+// in four once more with an epilogue, and compares with its steps one after the other,
+// bit by bit.
 //
 //   core FILE [REPEATS]    one problem a line, see problem_lines.h
 //
