@@ -1,6 +1,7 @@
 """Fresh random data with a seed that is printed, and skips that CI turns into failures."""
 
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -41,6 +42,11 @@ MODULES = {
 }
 
 
+def chosen(config, *markers):
+    """Whether `-m` asks for tests with one of these markers."""
+    return any(re.search(rf"(?<!\bnot ){m}\b", config.option.markexpr) for m in markers)
+
+
 def missing(marker):
     """What a marked test lacks on this machine, or None."""
     if marker == "native":
@@ -63,14 +69,14 @@ def pytest_cmdline_main(config):
     By files, whose tests share compiled programs. `-n` says otherwise, `-n 0` for one process.
     """
     whole = config.args_source is config.ArgsSource.TESTPATHS and not config.option.keyword
-    apart = ("cuda", "static")  # one memory; a table is printed
-    free = not config.option.usepdb and not any(m in config.option.markexpr for m in apart)
-    free = free and not IS_WORKER  # whose options are not those of the command line
+    apart = chosen(config, "cuda", "static")  # one memory; a table is printed
+    # A worker's options are not those of the command line.
+    free = not (config.option.usepdb or apart or IS_WORKER)
     processes = min(MOST_PROCESSES, usable_cores())
     if whole and free and processes > 1 and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = processes
         # Mutants have a program each, and all are in one file.
-        config.option.dist = "worksteal" if "mutation" in config.option.markexpr else "loadfile"
+        config.option.dist = "worksteal" if chosen(config, "mutation") else "loadfile"
         # By default files of many tests come first. The slow ones have few, and would be last,
         # on one process.
         config.option.loadscopereorder = False
@@ -81,8 +87,8 @@ def pytest_configure(config):
         # Each process would else take most of a GPU's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # Programs are small and run once: optimising them took half of the time. Not for a GPU's
-    # own run; the programs of run_python and the examples are compiled as users' are.
-    if "cuda" not in config.option.markexpr and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    # own run; the programs of run_python and examples/ are compiled as users' are.
+    if not chosen(config, "cuda") and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
         jax.config.update("jax_disable_most_optimizations", True)
     # Not on import, which the programs of run_python do too: each device has a pool of threads.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICES_FLAG}".strip()

@@ -115,7 +115,7 @@ def check(module, case, dtype, rng, precision=None):
         assert normwise_error(dx, reference) <= bound, (name, g)
 
 
-# Two dtypes for each: test_emulator_core.py has all, and is faster.
+# Two dtypes for each: test_emulator_core.py has all, but for many groups, and is faster.
 @pytest.mark.parametrize("turn", [0, 1])
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
 def test_kernels_against_float64(emulated, set_mode, rng, index, turn):
@@ -141,7 +141,7 @@ def test_kernels_against_float64_in_every_mode(emulated, set_mode, rng, dtype, m
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["dense", "pointwise_strided", "depthwise", "few_channels"])
 def test_epilogues_have_the_bits_of_their_steps(emulated, rng, name, dtype):
-    # The core program has all kernels and dtypes: here are the handler and its operands.
+    # The core program has the kernels and dtypes: here are the handler and its operands.
     strided = make_geometry((5, 4), (1, 1), (72, 8), stride=2)
     g = strided if name == "pointwise_strided" else SPECIAL[name]
     operands = oracles.operands(rng, g, dtype)

@@ -18,15 +18,6 @@ from jax_convgrad.tools import models, training
 CONVOLUTIONS = {"resnet18": 6, "convnext": 4}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-    """Nothing here is about how fast the programs run."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def narrow(monkeypatch, *widths):
     """Makes both nets ones of a narrow block for each stage."""
     nets = {

@@ -308,20 +308,24 @@ WITHOUT_PRODUCTS = ("direct", "depthwise", "grouped")
 
 
 def lines(
-    all_cases: Iterable[Case], dtypes: Sequence[str] = DTYPES, most_groups: float = math.inf
+    all_cases: Iterable[Case],
+    dtypes: Sequence[str] = DTYPES,
+    most_groups: float = math.inf,
+    first: int = 0,
 ) -> Iterator[str]:
     """Every case in every dtype, float32 with and without TF32, and some with NaN and Inf.
 
-    Only two lines of a case of more groups are for the kernels that multiply matrices too.
+    Of a case of more groups than `most_groups` only two lines are for the kernels that
+    multiply matrices too, with dtypes in turn from the `first`.
     """
-    for index, case in enumerate(all_cases):
+    for index, case in enumerate(all_cases, first):
         kernels = ("*",) if case.geometry.groups <= most_groups else WITHOUT_PRODUCTS
         for dtype, kernel in itertools.product(dtypes, kernels):
             yield line(case, dtype, kernel=kernel, allow_tf32=True)
             if dtype == "float32":
                 yield line(case, dtype, kernel=kernel, allow_tf32=False)
         yield line(case, dtypes[index % len(dtypes)], platform="cpu", allow_tf32=False)
-        yield line(case, dtypes[(index + 1) % len(dtypes)], special=True, allow_tf32=False)
+        yield line(case, dtypes[(index + 1) % len(dtypes)], special=True, allow_tf32=index % 8 < 4)
 
 
 # Tiles that a kernel has. The planner gives large ones to problems that are too large for
