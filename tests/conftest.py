@@ -100,7 +100,7 @@ LONG = ("slow", "sanitizer", "cross", "mutation", "static")
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = [marker for marker in LONG if marker not in config.option.markexpr]
+    left_out = [marker for marker in LONG if not chosen(config, marker)]
     deselected = {item for item in items if any(map(item.get_closest_marker, left_out))}
     if deselected:
         config.hook.pytest_deselected(items=list(deselected))
