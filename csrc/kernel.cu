@@ -1,6 +1,6 @@
 // The CUDA side of kernel.h: the planner, which chooses a rung of the ladder
-// (cuda/rungs.h), and the two rungs that take anything. The others are in the .cu files
-// of cuda/.
+// (cuda/rungs.h), and the two rungs that take anything, or nearly. The others are in the
+// .cu files of cuda/.
 //
 // - direct: any problem, by the definition (cuda/direct.cuh);
 // - tiled: implicit GEMM on the FP32 and FP64 units (cuda/tiled.cuh);
@@ -9,7 +9,8 @@
 // - few_channels, few_channels_3xtf32: few input channels, on the tensor cores
 //   (cuda/few_channels.cuh);
 // - grouped: groups of few channels, on the tensor cores (cuda/grouped.cuh);
-// - wgmma: implicit GEMM on the tensor cores of sm_90a (cuda/wgmma.cuh).
+// - wgmma: implicit GEMM on the tensor cores of sm_90a (cuda/wgmma.cuh), in the builds
+//   that compile for it: CONVGRAD_WGMMA.
 // "3xtf32" is TF32 with the accuracy of float32.
 
 #include <algorithm>
@@ -51,7 +52,9 @@ constexpr Rung kRungs[] = {
     {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, true, 80,
      kAnyLater},
     {"grouped", PlanGrouped, LaunchGrouped, true, 80, kAnyLater},
+#if defined(CONVGRAD_WGMMA)
     {"wgmma", PlanWgmma, LaunchWgmma, true, 90, 90},
+#endif
 };
 // The kinds of GPU that plans are made for: each up to the next. From CUDA's table of
 // technical specifications by compute capability.
@@ -149,15 +152,11 @@ bool PlanTiled(const Problem& problem, int64_t, Plan* plan) {
   };
   problem.dtype == DType::kF64 ? fill(Tile<double>{}) : fill(Tile<float>{});
   const int64_t tiles = CountTiles(problem, plan->tile_m, plan->tile_n);
-  if (tiles > kMaxBlocks) return false;
+  if (tiles > kMaxBlocks || ImagesIn32Bits(problem, kTiledSlack) == 0) return false;
   plan->stages = 2;
   plan->blocks = tiles;
-  const bool small = FitsIn32Bits(problem, kTiledSlack);
-  const auto resident = [&](auto acc) {
-    using Acc = decltype(acc);
-    return small ? kTiledMinBlocks<Acc, int32_t> : kTiledMinBlocks<Acc, int64_t>;
-  };
-  plan->resident = problem.dtype == DType::kF64 ? resident(double{}) : resident(float{});
+  plan->resident =
+      problem.dtype == DType::kF64 ? kTiledMinBlocks<double> : kTiledMinBlocks<float>;
   // A wave of blocks takes as long as its slowest one: the taps of the phase that may
   // have the most, K padded to whole slices. Two thirds of the arithmetic rate, by count
   // of the instructions in the inner loop.
@@ -180,11 +179,14 @@ bool PlanTiled(const Problem& problem, int64_t, Plan* plan) {
 const char* LaunchTiled(CUstream_st* stream, const Problem& problem, const Plan&,
                         const void* dy, const void* w, void* dx, void*,
                         const Epilogue& epilogue) {
-  const bool small = FitsIn32Bits(problem, kTiledSlack);
   return ByDType(problem, dy, w, dx, [&](auto* y, auto* f, auto* x) {
     using T = std::remove_pointer_t<decltype(x)>;
-    return small ? EnqueueTiled<T, int32_t>(stream, problem, y, f, x, epilogue)
-                 : EnqueueTiled<T, int64_t>(stream, problem, y, f, x, epilogue);
+    return LaunchInParts<T>(problem, kTiledSlack, y, x, epilogue,
+                            [&](const Problem& part, const T* part_dy, T* part_dx,
+                                const Epilogue& part_epilogue) {
+                              return EnqueueTiled<T>(stream, part, part_dy, f, part_dx,
+                                                     part_epilogue);
+                            });
   });
 }
 
@@ -267,6 +269,17 @@ Gpu CurrentGpu() {
     return {};
   }
   return {10 * major + minor, shared_bytes};
+}
+
+int CudaToolkitVersion() { return CUDART_VERSION; }
+
+int CudaDriverVersion() {
+  int version = 0;
+  if (cudaDriverGetVersion(&version) != cudaSuccess) {
+    (void)cudaGetLastError();
+    return 0;
+  }
+  return version;
 }
 
 const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& plan,

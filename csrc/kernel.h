@@ -139,7 +139,11 @@ struct Gpu {
   int capability;        // times ten: 90 for 9.0
   int64_t shared_bytes;  // that a block may have
 };
-Gpu CurrentGpu();           // of capability 0 if there is none
+Gpu CurrentGpu();  // of capability 0 if there is none
+// CUDA's number for the toolkit of the build, such as 13000 for 13.0; and for the newest
+// one that the driver here can serve, 0 if there is no driver.
+int CudaToolkitVersion();
+int CudaDriverVersion();
 Gpu GpuOf(int capability);  // such as are sold
 
 bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* plan);

@@ -48,7 +48,7 @@ class Row:
         planned_shared: whether a plan says how many bytes its launch adds.
         needs: instructions that must occur.
         never: instructions that must not.
-        only: the architectures that have it, all that are shipped if none are named.
+        only: the architectures that have it, all of `shipped` if none are named.
         divides: why 64-bit integer divisions are called, "" if they must not be.
         local: why there is local memory, "" if there must be none.
     """
@@ -82,12 +82,10 @@ ROWS = (
     Row("DirectKernel<.*, int>", 256, 4, never=NO_TENSOR_CORES),
     Row("DirectKernel<.*, long>", 256, 1, never=NO_TENSOR_CORES, divides=_WIDE_OFFSETS),
     Row("EpilogueKernel<.*>", 256, 1, never=NO_TENSOR_CORES),
-    Row("TiledKernel<float, int>", 128, 3, needs=("LDS.128", "STG.128"), never=NO_TENSOR_CORES),
-    Row("TiledKernel<double, int>", 128, 2, needs=("LDS.128", "STG.128"), never=NO_TENSOR_CORES),
-    Row(f"TiledKernel<{_BITS_16}, int>", 128, 3, needs=("LDS.128", "STG.64"),
+    Row("TiledKernel<float>", 128, 3, needs=("LDS.128", "STG.128"), never=NO_TENSOR_CORES),
+    Row("TiledKernel<double>", 128, 2, needs=("LDS.128", "STG.128"), never=NO_TENSOR_CORES),
+    Row(f"TiledKernel<{_BITS_16}>", 128, 3, needs=("LDS.128", "STG.64"),
         never=NO_TENSOR_CORES),
-    Row("TiledKernel<.*, long>", 128, 2, needs=("LDS.128",), never=NO_TENSOR_CORES,
-        divides=_WIDE_OFFSETS),
     Row(f"MmaKernel<{_BITS_16}, false, 128, 128, true>", 256, 2, 69748, needs=_MMA_16),
     Row(f"MmaKernel<{_BITS_16}, false, 128, 64, .*>", 128, 3, 53364, needs=_MMA_16),
     Row(f"MmaKernel<{_BITS_16}, false, 64, 64, .*>", 128, 4, 34932, needs=_MMA_16),
@@ -148,6 +146,7 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip(164 << 10, 163 << 10, 2048),
+    "sm_90": Chip(228 << 10, 227 << 10, 2048),
     "sm_90a": Chip(228 << 10, 227 << 10, 2048),
     "sm_100": Chip(228 << 10, 227 << 10, 2048),
     "sm_120": Chip(100 << 10, 99 << 10, 1536),
@@ -157,11 +156,11 @@ SMALL = ("sm_120",)
 
 
 def shipped() -> list[str]:
-    """The architectures that the build makes machine code for."""
-    text = pathlib.Path(__file__).parents[1].joinpath("cmake/FindNvcc.cmake").read_text()
-    found = re.search(r"set\(CMAKE_CUDA_ARCHITECTURES (.*)\)", text)
+    """What JAX_CONVGRAD_CUDA_ARCHITECTURES=all makes machine code for."""
+    text = pathlib.Path(__file__).parents[1].joinpath("cmake/CudaArchitectures.cmake").read_text()
+    found = re.search(r"set\(_all (.*)\)", text)
     assert found is not None
-    return [f"sm_{word.removesuffix('-real')}" for word in found[1].split() if "-real" in word]
+    return [f"sm_{word}" for word in found[1].split() if word != "ptx"]
 
 
 # ---- reading machine code -----------------------------------------------------------
@@ -173,7 +172,7 @@ class Kernel:
 
     Attributes:
         name: without namespaces and parameters.
-        arch: "sm_90a".
+        arch: "sm_90".
         registers: of a thread.
         static_shared: bytes of a block.
         stack: bytes of a thread, spilled registers included.

@@ -91,7 +91,6 @@ constexpr FewShape FewShapeOf(bool three_products, int64_t taps, int64_t slices)
          : taps == 3 && slices == 1 ? FewShape{3, 1, 5, 12}
          : taps == 3 && slices == 2 ? FewShape{3, 2, 4, 12}
          : taps == 3                ? FewShape{3, 3, 2, 12}
-         : taps == 4 && slices == 1 ? FewShape{4, 1, 3, 12}
          : taps == 4                ? FewShape{4, 2, 2, 12}
                                     : FewShape{kFewMostTaps, 1, 1, 12};
 }
@@ -561,21 +560,20 @@ __global__ void __launch_bounds__(FewShapeOf(kThreeProducts, kTaps, kSlices).war
       }
     };
 
+    // The rounds before the first only fill the ring; the one after the last step only
+    // gathers.
 #pragma unroll 1
-    for (int32_t x = 0; x < kFewStages - 1; ++x) {
-      copy_row(x);
-      CopyAsyncCommit();
-    }
-    // One round more than there are steps, for the gather of the last one.
-#pragma unroll 1
-    for (int32_t x = 0; x <= at.steps; ++x) {
+    for (int32_t x = 1 - kFewStages; x <= at.steps; ++x) {
       // The barrier publishes row x and the sums of step x - 1. It also means that nobody
       // still reads the row before, whose stage is filled next, or the sums of step
       // x - 2, which are overwritten.
-      CopyAsyncWait<kFewStages - 2>();
-      __syncthreads();
+      if (x >= 0) {
+        CopyAsyncWait<kFewStages - 2>();
+        __syncthreads();
+      }
       copy_row(x + kFewStages - 1);
       CopyAsyncCommit();
+      if (x < 0) continue;
       if (x == 0) {
         for (int32_t output = thread; output < at.outputs; output += threads) {
           table[output] = TermsOf(params, at, output);

@@ -41,9 +41,9 @@
 // pointwise one with R*S*C channels, which lie in runs of S*C, a row of dX apart.
 //
 // Epilogues (kernel.h) are applied to what is about to be stored, sums and zeros alike.
-// Their operands lie as dX does and are loaded as it is stored, in vectors of 16 bytes
+// Their operands lie as dX does and are loaded as it is stored: in vectors of 16 bytes
 // (f32: 8) where alignment permits, a strip's all at once and before its sums are
-// exchanged.
+// exchanged, else two or one at a time.
 //
 // Padding. Taps that see nothing but padding from every row of the tile are left out.
 // Otherwise a pixel outside dY is a row of zeros in A, and so is what lies beyond the
@@ -246,71 +246,44 @@ __device__ __forceinline__ int32_t ChannelAt(const MmaParams& params, int32_t c)
 template <typename T>
 constexpr int kMmaStoreCount = sizeof(T) == 2 ? 8 : 2;
 
-// Calls access(width, first, at) for vectors that together are kCount adjacent channels
-// of a row, those that exist: the one from channel c + first on lies at `at` in dX. With
-// kVectorsOnly all exist or none, and are aligned: params.vector_store.
-template <bool kVectorsOnly, int kCount, typename Access>
-__device__ __forceinline__ void ForChannels(const MmaParams& params, int32_t row_at,
-                                            int32_t c, Access access) {
-  const Geometry<int32_t>& g = params.geometry;
-  const auto one = [&](auto width, int first) {
-    access(width, first, row_at + ChannelAt(params, c + first));
-  };
-  if (kVectorsOnly || params.vector_store) {
-    if (c + kCount <= g.in_channels) {
-      one(std::integral_constant<int, kCount>{}, 0);
-      return;
-    }
-  }
-  if (kVectorsOnly) return;
-  if (params.pair_store && c + kCount <= g.in_channels) {
-#pragma unroll
-    for (int e = 0; e < kCount; e += 2) one(std::integral_constant<int, 2>{}, e);
-  } else {
-#pragma unroll
-    for (int e = 0; e < kCount; ++e) {
-      if (c + e < g.in_channels) one(std::integral_constant<int, 1>{}, e);
-    }
-  }
+// Whether the kCount channels from c on all exist and are stored as one vector. With
+// kVectorsOnly all exist or none.
+template <bool kVectorsOnly, int kCount>
+__device__ __forceinline__ bool IsVector(const MmaParams& params, int32_t c) {
+  return (kVectorsOnly || params.vector_store) &&
+         c + kCount <= params.geometry.in_channels;
 }
 
-template <bool kVectorsOnly = false, int kCount, typename T>
-__device__ __forceinline__ void StoreChannels(const MmaParams& params,
-                                              const T (&value)[kCount], int32_t row_at,
-                                              int32_t c, T* __restrict__ dx) {
-  ForChannels<kVectorsOnly, kCount>(
-      params, row_at, c, [&](auto width, int first, int32_t at) {
-        Adjacent<T, decltype(width)::value> packed;
+// Applies the epilogue to adjacent channels of a row, from channel c on, and stores those
+// that exist: in pairs if the row permits, else one by one. A loop that shifts registers,
+// which have no index: unrolled, this is much code, of which few problems run any.
+template <int kCount, typename T>
+__device__ __forceinline__ void StoreNarrow(const MmaParams& params, T (&value)[kCount],
+                                            int32_t row_at, int32_t c,
+                                            T* __restrict__ dx) {
+  const int32_t channels = params.geometry.in_channels;
+#pragma unroll 1
+  for (int e = 0; e < kCount && c + e < channels; e += 2) {
+    if (sizeof(T) == 2 && params.pair_store && c + e + 2 <= channels) {
+      Adjacent<T, 2> pair = {{value[0], value[1]}};
+      const int32_t at = row_at + ChannelAt(params, c + e);
+      ApplyEpilogue(params.epilogue, pair.element, at);
+      *reinterpret_cast<Adjacent<T, 2>*>(dx + at) = pair;
+    } else {
 #pragma unroll
-        for (int e = 0; e < decltype(width)::value; ++e) {
-          packed.element[e] = value[first + e];
-        }
-        *reinterpret_cast<decltype(packed)*>(dx + at) = packed;
-      });
+      for (int i = 0; i < 2; ++i) {
+        if (c + e + i >= channels) continue;
+        const int32_t at = row_at + ChannelAt(params, c + e + i);
+        dx[at] = ApplyEpilogue(params.epilogue, value[i], at);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i + 2 < kCount; ++i) value[i] = value[i + 2];
+  }
 }
 
 template <typename T>
 using MmaOperands = EpilogueOperands<T, kMmaStoreCount<T>>;
-
-template <bool kVectorsOnly, typename T>
-__device__ __forceinline__ void LoadOperands(const MmaParams& params, int32_t row_at,
-                                             int32_t c, MmaOperands<T>& to) {
-  const auto load = [&](const void* from, T(&value)[kMmaStoreCount<T>]) {
-    if (from == nullptr) return;
-    ForChannels<kVectorsOnly, kMmaStoreCount<T>>(
-        params, row_at, c, [&](auto width, int first, int32_t at) {
-          using Packed = Adjacent<T, decltype(width)::value>;
-          const Packed packed =
-              *reinterpret_cast<const Packed*>(static_cast<const T*>(from) + at);
-#pragma unroll
-          for (int e = 0; e < decltype(width)::value; ++e) {
-            value[first + e] = packed.element[e];
-          }
-        });
-  };
-  load(params.epilogue.residual, to.residual.element);
-  load(params.epilogue.relu, to.relu.element);
-}
 
 // Whether no tap reaches the phase of a tile, as with three quarters of the tiles of a
 // 1x1 filter at stride 2.
@@ -331,11 +304,14 @@ __device__ __forceinline__ void StoreZeros(const MmaParams& params,
     if (at.m0 + r >= at.row_count) return;
     const RowPlace<int32_t> row = PlaceRow(params.geometry, at, at.m0 + r);
     const int32_t row_at = OffsetInDx(params.geometry, at, row);
-    T value[kCount] = {};
-    MmaOperands<T> operands = {};
-    LoadOperands<false>(params, row_at, c, operands);
-    ApplyOperands(params.epilogue, operands, value);
-    StoreChannels(params, value, row_at, c, dx);
+    Adjacent<T, kCount> value = {};
+    if (IsVector<false, kCount>(params, c)) {
+      const int32_t at = row_at + ChannelAt(params, c);
+      ApplyEpilogue(params.epilogue, value.element, at);
+      *reinterpret_cast<Adjacent<T, kCount>*>(dx + at) = value;
+    } else {
+      StoreNarrow(params, value.element, row_at, c, dx);
+    }
   }
 }
 
@@ -358,20 +334,36 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
     }
   }
   // The channels that a lane stores: of each row, 8 or 4 times 2.
-  constexpr int kStores = kMmaWarpN / 4 / kMmaStoreCount<T>;
+  constexpr int kCount = kMmaStoreCount<T>;
+  constexpr int kStores = kMmaWarpN / 4 / kCount;
   const auto channel = [&](int j) {
     return sizeof(T) == 2 ? c + lane % 4 * 8 : c + j * 8 + lane % 4 * 2;
   };
+  const auto is_vector = [&](int j) {
+    return IsVector<kVectorsOnly, kCount>(params, channel(j));
+  };
+  // Of vectors, well before they are needed. Narrow stores load theirs themselves.
   MmaOperands<T> operands[2][kStores] = {};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int j = 0; j < kStores; ++j) {
-      if (row_exists[half]) {
-        LoadOperands<kVectorsOnly>(params, row_at[half], channel(j), operands[half][j]);
+      if (row_exists[half] && is_vector(j)) {
+        LoadOperands(params.epilogue, row_at[half] + ChannelAt(params, channel(j)),
+                     operands[half][j]);
       }
     }
   }
+  const auto store = [&](int half, int j, Adjacent<T, kCount> value) {
+    if (!row_exists[half]) return;
+    if (is_vector(j)) {
+      ApplyOperands(params.epilogue, operands[half][j], value.element);
+      *reinterpret_cast<Adjacent<T, kCount>*>(dx + row_at[half] +
+                                              ChannelAt(params, channel(j))) = value;
+    } else if (!kVectorsOnly) {
+      StoreNarrow(params, value.element, row_at[half], channel(j), dx);
+    }
+  };
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     if constexpr (sizeof(T) == 2) {
@@ -385,20 +377,13 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
         std::memcpy(&word[j], pair, sizeof(pair));
       }
       TransposeQuad(word, lane);
-      T value[8];
-      std::memcpy(value, word, sizeof(value));
-      ApplyOperands(params.epilogue, operands[half][0], value);
-      if (row_exists[half]) {
-        StoreChannels<kVectorsOnly>(params, value, row_at[half], channel(0), dx);
-      }
+      Adjacent<T, kCount> value;
+      std::memcpy(&value, word, sizeof(value));
+      store(half, 0, value);
     } else {
 #pragma unroll
       for (int j = 0; j < kMmaStripTiles; ++j) {
-        T value[2] = {sum[j][2 * half], sum[j][2 * half + 1]};
-        ApplyOperands(params.epilogue, operands[half][j], value);
-        if (row_exists[half]) {
-          StoreChannels<kVectorsOnly>(params, value, row_at[half], channel(j), dx);
-        }
+        store(half, j, {{sum[j][2 * half], sum[j][2 * half + 1]}});
       }
     }
   }

@@ -21,8 +21,10 @@
 // verdicts, and a slice with a non-finite W is multiplied row by row under a mask. The
 // test costs about one instruction in a hundred; masking always would cost far more.
 //
-// Limits: any Problem with fewer than 2^31 tiles. Worth it only where C and K fill a good
-// part of kN and kK. Fetches are scalar, so that any stride, size and alignment will do.
+// Limits: any Problem with fewer than 2^31 tiles, of which an image can be addressed by
+// 32-bit indices (the host launches part after part of the batch). Worth it only where C
+// and K fill a good part of kN and kK. Fetches are scalar, so that any stride, size and
+// alignment will do.
 
 #pragma once
 
@@ -76,9 +78,9 @@ struct Tile : TileShape<Acc> {
 };
 
 // Blocks that a multiprocessor should hold. Three leave 168 registers to a thread, which
-// 64-bit sums or 64-bit indices would spill.
-template <typename Acc, typename Index>
-constexpr int kTiledMinBlocks = sizeof(Acc) == 4 && sizeof(Index) == 4 ? 3 : 2;
+// 64-bit sums would spill.
+template <typename Acc>
+constexpr int kTiledMinBlocks = sizeof(Acc) == 4 ? 3 : 2;
 
 // Counts beyond a channel dimension that a block may form but never reads.
 constexpr int kTiledSlack = 64;
@@ -104,14 +106,13 @@ FetchSteps MakeFetchSteps(bool along_k, int width, int pitch) {
   return {along_k, x, k, k * pitch + x};
 }
 
-template <typename Index>
 struct TiledParams {
-  Geometry<Index> geometry;
+  Geometry<int32_t> geometry;
   TileGrid grid;
   FetchSteps dy_step, w_step;
-  Index dy_per_fetch;  // the step along k, in dY
-  Index w_per_fetch;   // both steps, in W
-  bool vector_store;   // dX takes aligned vectors of kVector channels
+  int32_t dy_per_fetch;  // the step along k, in dY
+  int32_t w_per_fetch;   // both steps, in W
+  bool vector_store;     // dX takes aligned vectors of kVector channels
   Epilogue epilogue;
 };
 
@@ -151,35 +152,35 @@ __device__ __forceinline__ void Multiply(
   }
 }
 
-template <typename T, typename Index>
+template <typename T>
 __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
-                                  kTiledMinBlocks<Accumulator<T>, Index>)
-    TiledKernel(const __grid_constant__ TiledParams<Index> params,
-                const T* __restrict__ dy, const T* __restrict__ w, T* __restrict__ dx) {
+                                  kTiledMinBlocks<Accumulator<T>>)
+    TiledKernel(const __grid_constant__ TiledParams params, const T* __restrict__ dy,
+                const T* __restrict__ w, T* __restrict__ dx) {
   using Acc = Accumulator<T>;
   using S = Tile<Acc>;
   alignas(16) __shared__ Acc dy_slices[2][S::kK][S::kPitchM];
   alignas(16) __shared__ Acc w_slices[2][S::kK][S::kPitchN];
   // Needed rarely, so not worth their registers.
-  __shared__ TileRow<Index> rows[S::kM];
-  __shared__ TapSpan<Index> spans[kAxes];
+  __shared__ TileRow<int32_t> rows[S::kM];
+  __shared__ TapSpan<int32_t> spans[kAxes];
   static_assert(
       sizeof(dy_slices) + sizeof(w_slices) + sizeof(rows) + sizeof(spans) <= 48 * 1024,
       "static shared memory ends at 48 KiB");
 
-  const Geometry<Index>& g = params.geometry;
+  const Geometry<int32_t>& g = params.geometry;
   const int thread = static_cast<int>(threadIdx.x);
 
-  const TilePlace<Index> at = PlaceTile(g, params.grid, blockIdx.x);
+  const TilePlace<int32_t> at = PlaceTile(g, params.grid, blockIdx.x);
   if (at.m0 >= at.row_count) return;
   for (int r = thread; r < S::kM; r += S::kThreads) {
     rows[r] = MakeTileRow(g, at, at.m0 + r);
   }
   __syncthreads();
-  const Index taps = FindLiveTaps(g, at, rows, S::kM, thread == 0, spans);
+  const int32_t taps = FindLiveTaps(g, at, rows, S::kM, thread == 0, spans);
   __syncthreads();
-  const Index slices_per_tap = (g.out_channels + S::kK - 1) / S::kK;
-  const Index slices = taps * slices_per_tap;
+  const int32_t slices_per_tap = (g.out_channels + S::kK - 1) / S::kK;
+  const int32_t slices = taps * slices_per_tap;
 
   // This thread's first fetches of a slice, and their offsets for tap zero and k = 0.
   const FetchSteps& dy_step = params.dy_step;
@@ -188,8 +189,8 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
   const int dy_k = dy_step.along_k ? thread % S::kK : thread / S::kM;
   const int w_x = w_step.along_k ? thread / S::kK : thread % S::kN;
   const int w_k = w_step.along_k ? thread % S::kK : thread / S::kN;
-  const Index dy_from = dy_k * g.dy_channel;  // a row's own offset stays in `rows`
-  const Index w_from =
+  const int32_t dy_from = dy_k * g.dy_channel;  // a row's own offset stays in `rows`
+  const int32_t w_from =
       at.group * g.w_group + (at.c0 + w_x) * g.w_in_channel + w_k * g.w_out_channel;
   unsigned w_inside = 0;  // bit j: fetch j of W is a channel that exists
 #pragma unroll
@@ -198,13 +199,13 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
   }
 
   // How far back on each axis, and how far along the filter, live tap number `tap` is.
-  Index shift[kAxes];
-  const auto locate_tap = [&](Index tap) {
-    Index w_tap = 0;
+  int32_t shift[kAxes];
+  const auto locate_tap = [&](int32_t tap) {
+    int32_t w_tap = 0;
 #pragma unroll
     for (int a = kAxes - 1; a >= 0; --a) {
-      const AxisGeometry<Index>& axis = g.axis[a];
-      const Index t = tap % spans[a].count;
+      const AxisGeometry<int32_t>& axis = g.axis[a];
+      const int32_t t = tap % spans[a].count;
       tap /= spans[a].count;
       shift[a] = spans[a].shift + t * axis.p_per_r.divisor;
       w_tap += (spans[a].r + t * axis.r_step) * axis.w_stride;
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
   };
 
   // The slice being fetched.
-  Index tap = -1, k0 = 0, dy_slice = 0, w_slice = 0;
+  int32_t tap = -1, k0 = 0, dy_slice = 0, w_slice = 0;
   unsigned dy_inside = 0;  // bit j: fetch j of dY is inside for this tap
   Acc dy_fetched[S::kFetchesM], w_fetched[S::kFetchesN];
 
@@ -235,18 +236,18 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
       dy_slice += S::kK * g.dy_channel;
       w_slice += S::kK * g.w_out_channel;
     }
-    const Index k_left = g.out_channels - k0;
+    const int32_t k_left = g.out_channels - k0;
 #pragma unroll
     for (int j = 0; j < S::kFetchesM; ++j) {
       const bool inside = (dy_inside >> j & 1) && dy_k + j * dy_step.k < k_left;
-      const Index from =
+      const int32_t from =
           rows[dy_x + j * dy_step.x].dy + dy_from + dy_slice + j * params.dy_per_fetch;
       dy_fetched[j] = inside ? Widen(dy[from]) : Acc{0};
     }
 #pragma unroll
     for (int j = 0; j < S::kFetchesN; ++j) {
       const bool inside = (w_inside >> j & 1) && w_k + j * w_step.k < k_left;
-      const Index from = w_from + w_slice + j * params.w_per_fetch;
+      const int32_t from = w_from + w_slice + j * params.w_per_fetch;
       w_fetched[j] = inside ? Widen(w[from]) : Acc{0};
     }
   };
@@ -279,7 +280,7 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
     fetch();
     special = publish(0);
   }
-  for (Index slice = 0; slice < slices; ++slice) {
+  for (int32_t slice = 0; slice < slices; ++slice) {
     const int buffer = static_cast<int>(slice & 1);
     // Publishes this slice. It also means that nobody still reads the one before, so
     // that the other buffer is free.
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
 #pragma unroll
   for (int i = 0; i < S::kThreadM; ++i) {
     if (at.m0 + row_of(i) >= at.row_count) continue;
-    const Index dx_row = rows[row_of(i)].dx;
+    const int32_t dx_row = rows[row_of(i)].dx;
 #pragma unroll
     for (int v = 0; v < S::kThreadN / S::kVector; ++v) {
       Adjacent<T, S::kVector> packed;
@@ -312,7 +313,7 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
       for (int j = 0; j < S::kVector; ++j) {
         packed.element[j] = Narrow(sum[i][v * S::kVector + j], T{});
       }
-      const Index c = at.c0 + n + v * S::kSpreadN;
+      const int32_t c = at.c0 + n + v * S::kSpreadN;
       if (params.vector_store && c + S::kVector <= g.in_channels) {
         ApplyEpilogue(params.epilogue, packed.element, dx_row + c);
         *reinterpret_cast<decltype(packed)*>(dx + dx_row + c) = packed;
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
 #pragma unroll
         for (int j = 0; j < S::kVector; ++j) {
           if (c + j < g.in_channels) {
-            const Index dx_at = dx_row + (c + j) * g.dx_channel;
+            const int32_t dx_at = dx_row + (c + j) * g.dx_channel;
             dx[dx_at] = ApplyEpilogue(params.epilogue, packed.element[j], dx_at);
           }
         }
@@ -329,15 +330,15 @@ __global__ void __launch_bounds__(Tile<Accumulator<T>>::kThreads,
   }
 }
 
-template <typename T, typename Index>
+template <typename T>
 cudaError_t EnqueueTiled(cudaStream_t stream, const Problem& problem, const T* dy,
                          const T* w, T* dx, const Epilogue& epilogue) {
   using Acc = Accumulator<T>;
   using S = Tile<Acc>;
-  static_assert(sizeof(TiledParams<Index>) + 3 * sizeof(void*) <= kMaxParameterBytes,
+  static_assert(sizeof(TiledParams) + 3 * sizeof(void*) <= kMaxParameterBytes,
                 "the kernel's parameters must fit in constant memory's 4 KiB");
-  TiledParams<Index> params{};
-  params.geometry = MakeGeometry<Index>(problem);
+  TiledParams params{};
+  params.geometry = MakeGeometry<int32_t>(problem);
   params.grid = MakeTileGrid(problem, S::kM, S::kN);
   params.epilogue = epilogue;
   const uintptr_t addresses = reinterpret_cast<uintptr_t>(dx) |
@@ -358,11 +359,12 @@ cudaError_t EnqueueTiled(cudaStream_t stream, const Problem& problem, const T* d
   params.w_step = MakeFetchSteps<Acc>(
       std::llabs(problem.w.out_channel) < std::llabs(problem.w.in_channel), S::kN,
       S::kPitchN);
-  params.dy_per_fetch = static_cast<Index>(params.dy_step.k) * params.geometry.dy_channel;
+  params.dy_per_fetch =
+      static_cast<int32_t>(params.dy_step.k) * params.geometry.dy_channel;
   params.w_per_fetch =
-      static_cast<Index>(params.w_step.x) * params.geometry.w_in_channel +
-      static_cast<Index>(params.w_step.k) * params.geometry.w_out_channel;
-  return CU_LAUNCH((TiledKernel<T, Index>), dim3(params.grid.total), dim3(S::kThreads), 0,
+      static_cast<int32_t>(params.w_step.x) * params.geometry.w_in_channel +
+      static_cast<int32_t>(params.w_step.k) * params.geometry.w_out_channel;
+  return CU_LAUNCH((TiledKernel<T>), dim3(params.grid.total), dim3(S::kThreads), 0,
                    stream, params, dy, w, dx);
 }
 
