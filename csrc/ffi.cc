@@ -1,12 +1,9 @@
-// The XLA FFI handlers and their pybind11 module. One file, compiled once into
-// each module: `_cpu`, and `_cuda` with CONVGRAD_CUDA defined. Handlers check,
-// translate and delegate; the arithmetic is behind kernel.h.
+// The XLA FFI handlers. One file, compiled once for each module: `_cpu`, and `_cuda`
+// with CONVGRAD_CUDA defined. Handlers check, translate and delegate; the arithmetic is
+// behind kernel.h, and what Python sees of a module is in bindings.cc.
 //
 // With CONVGRAD_EMULATED as well, the handler is one for the CPU: the tests run the CUDA
 // kernels there (tests/emulator).
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
@@ -27,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/rungs.h"
+#include "bindings.h"
 #include "kernel.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
@@ -358,169 +355,34 @@ constexpr std::initializer_list<ffi::Traits> kTraits = {
 XLA_FFI_DEFINE_HANDLER(kInputGrad, CONVGRAD_INPUT_GRAD<false>, Binding(), kTraits);
 XLA_FFI_DEFINE_HANDLER(kInputGradFused, CONVGRAD_INPUT_GRAD<true>, Binding(), kTraits);
 
-namespace py = pybind11;
-
-DType DTypeByName(const std::string& name) {
-  if (name == "float64") return DType::kF64;
-  if (name == "float32") return DType::kF32;
-  if (name == "bfloat16") return DType::kBF16;
-  if (name == "float16") return DType::kF16;
-  throw py::value_error("dtype must be float64, float32, bfloat16 or float16, got " +
-                        name);
-}
-
-// A problem that dispatch.py describes by the same words as the custom call.
-Problem ProblemByAttributes(const std::string& dtype, const Ints& lhs_shape,
-                            const Ints& rhs_shape, const Ints& out_shape,
-                            const py::dict& call) {
-  const auto ints = [&call](const char* name) { return call[name].cast<Ints>(); };
-  const Attributes attributes{ints("window_strides"),
-                              ints("padding"),
-                              ints("lhs_dilation"),
-                              ints("rhs_dilation"),
-                              ints("lhs_spec"),
-                              ints("rhs_spec"),
-                              ints("out_spec"),
-                              ints("lhs_layout"),
-                              ints("rhs_layout"),
-                              ints("out_layout"),
-                              call["feature_group_count"].cast<int64_t>(),
-                              call["batch_group_count"].cast<int64_t>()};
-  Problem problem;
-  const std::string error =
-      MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, &problem);
-  if (!error.empty()) throw py::value_error(error);
-  problem.dtype = DTypeByName(dtype);
-  problem.allow_tf32 = call["allow_tf32"].cast<bool>();
-  return problem;
-}
-
-Plan PlanOf(const Problem& problem, const py::dict& call, int capability) {
-  Plan plan{};
-  const std::string error =
-      PlanProblem(problem, call["kernel"].cast<std::string>(), GpuOf(capability), &plan);
-  if (!error.empty()) throw py::value_error(error);
-  return plan;
-}
-
-// The planner: what runs a request.
-py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
-                          const Ints& rhs_shape, const Ints& out_shape,
-                          const py::dict& call, int capability) {
-  const Problem problem =
-      ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call);
-  const Plan plan = PlanOf(problem, call, capability);
-  py::dict result;
-  result["kernel"] = plan.kernel;
-  result["workspace_bytes"] =
-      WorkspaceBytes(problem, plan, call["kernel"].cast<std::string>());
-  result["tile"] = py::make_tuple(plan.tile_m, plan.tile_n, plan.tile_k);
-  result["stages"] = plan.stages;
-  result["split_k"] = plan.split_k;
-  result["blocks"] = plan.blocks;
-  result["threads"] = plan.threads;
-  result["resident"] = plan.resident;
-  result["shared_bytes"] = plan.shared_bytes;
-  result["model_us"] = plan.model_us;
-  return result;
-}
-
-#ifdef CONVGRAD_CUDA
-const char* NameOf(Operands operands) {
-  switch (operands) {
-    case Operands::kF64: return "f64";
-    case Operands::kF32: return "f32";
-    case Operands::kTf32: return "tf32";
-    case Operands::k16Bit: break;
-  }
-  return "16bit";
-}
-
-// What a plan's estimate is made of, for jax_convgrad/tools/calibrate.py.
-py::dict CostByAttributes(const std::string& dtype, const Ints& lhs_shape,
-                          const Ints& rhs_shape, const Ints& out_shape,
-                          const py::dict& call, int capability) {
-  const Problem problem =
-      ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call);
-  const Plan plan = PlanOf(problem, call, capability);
-  py::dict result;
-  result["operands"] = NameOf(CorrectionOf(plan.kernel, problem).operands);
-  result["launches"] = plan.cost.launches;
-  result["fixed_us"] = plan.cost.fixed_us;
-  result["arithmetic_us"] = plan.cost.arithmetic_us;
-  result["memory_us"] = plan.cost.memory_us;
-  result["unhidden"] = plan.cost.unhidden;
-  return result;
-}
-
-py::dict RatesAsDict() {
-  py::list corrections;
-  for (const Correction& c : kCorrections) {
-    corrections.append(py::make_tuple(c.rung, NameOf(c.operands), c.arithmetic, c.memory,
-                                      c.arithmetic_rows, c.memory_rows));
-  }
-  py::dict result;
-  result["gpu"] = kRatesGpu;
-  result["source"] = kRatesSource;
-  result["launch_us"] = kRatesLaunchUs;
-  result["copy_bytes_per_us"] = kRatesCopyBytesPerUs;
-  result["corrections"] = corrections;
-  return result;
-}
-#endif
-
-PYBIND11_MODULE(CONVGRAD_MODULE, m) {
-  m.doc() = "FFI handlers of jax_convgrad. Private: use the jax_convgrad package.";
-  m.attr("version") = CONVGRAD_VERSION;
-  m.attr("ffi_api_version") = py::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
-  m.def("targets", [] {
-    py::dict targets;
-    targets["convgrad_input_grad"] = py::capsule(reinterpret_cast<void*>(kInputGrad));
-    targets["convgrad_input_grad_fused"] =
-        py::capsule(reinterpret_cast<void*>(kInputGradFused));
-    return targets;
-  });
-  m.def("plan", &PlanByAttributes, py::arg("dtype"), py::arg("lhs_shape"),
-        py::arg("rhs_shape"), py::arg("out_shape"), py::arg("attributes"),
-        py::arg("capability") = 90);
-  m.def(
-      "workspace_bound",
-      [](const std::string& dtype, const Ints& lhs_shape, const Ints& rhs_shape,
-         const Ints& out_shape, const py::dict& call) {
-        const WorkspaceBound bound = BoundWorkspace(
-            ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call));
-        return py::make_tuple(bound.bytes, bound.bytes_per_position);
-      },
-      py::arg("dtype"), py::arg("lhs_shape"), py::arg("rhs_shape"), py::arg("out_shape"),
-      py::arg("attributes"));
-  m.def("kernel_names", [] {
-    std::vector<std::string> names;
-    for (const char* const* name = KernelNames(); *name != nullptr; ++name) {
-      names.emplace_back(*name);
-    }
-    return names;
-  });
-#ifdef CONVGRAD_CUDA
-  m.def(
-      "reference_gpu",
-      [](const std::string& dtype, bool allow_tf32) {
-        py::dict result;
-        result["name"] = ReferenceGpu::kName;
-        result["multiprocessors"] = ReferenceGpu::kMultiprocessors;
-        const double peak = ReferenceGpu::PeakPerUs(DTypeByName(dtype), allow_tf32);
-        result["flops_per_s"] = 2e6 * peak;
-        result["bytes_per_s"] = 1e6 * ReferenceGpu::kCopyBytesPerUs;
-        return result;
-      },
-      py::arg("dtype"), py::arg("allow_tf32"));
-  m.def("rates", &RatesAsDict);
-  m.def("cost", &CostByAttributes, py::arg("dtype"), py::arg("lhs_shape"),
-        py::arg("rhs_shape"), py::arg("out_shape"), py::arg("attributes"),
-        py::arg("capability") = 90);
-#else
-  m.def("isa", &CpuIsa);
-#endif
+std::string PlanFor(const Problem& problem, const std::string& kernel, int capability,
+                    Plan* plan) {
+  return PlanProblem(problem, kernel, GpuOf(capability), plan);
 }
 
 }  // namespace
+
+const ModuleParts& Parts() {
+  static const ModuleParts parts = [] {
+    ModuleParts p{};
+    p.ffi_api_major = XLA_FFI_API_MAJOR;
+    p.ffi_api_minor = XLA_FFI_API_MINOR;
+    p.input_grad = reinterpret_cast<void*>(kInputGrad);
+    p.input_grad_fused = reinterpret_cast<void*>(kInputGradFused);
+    p.kernel_names = KernelNames;
+    p.plan = PlanFor;
+    p.workspace_bytes = WorkspaceBytes;
+    p.bound_workspace = BoundWorkspace;
+#ifdef CONVGRAD_CUDA
+    p.cuda_code = CONVGRAD_CUDA_CODE;
+    p.cuda_toolkit_version = CudaToolkitVersion();
+    p.cuda_driver_version = CudaDriverVersion;
+#else
+    p.cpu_isa = CpuIsa;
+#endif
+    return p;
+  }();
+  return parts;
+}
+
 }  // namespace convgrad

@@ -40,7 +40,7 @@ extern const CpuKernels kKernels;
 namespace portable {
 extern const CpuKernels kKernels;
 }
-// Those that the build has; of kernels_bf16.cc.
+// bf16 kernels, present if the compiler knows the instruction set (cpu/gemm_bf16.cc).
 #if defined(CONVGRAD_AVX512_BF16)
 namespace avx512_bf16 {
 void GemmBf16(const CpuArgs& args, CpuJob* job);

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from emulator import build, cases
 
 DRIVER = pathlib.Path("tests/cpu_driver.cc")
-KERNELS = pathlib.Path("csrc/cpu/kernels.cc")
 # Sets that add a kernel to another's, from a source and with a definition of their own.
-ADDED_KERNELS = pathlib.Path("csrc/cpu/kernels_bf16.cc")
+ADDED_KERNELS = pathlib.Path("csrc/cpu/gemm_bf16.cc")
 ADDED = ("avx512_bf16", "amx")
 SHARED = (DRIVER, pathlib.Path("csrc/kernel_cpu.cc"), pathlib.Path("csrc/problem.cc"))
 
@@ -32,7 +31,7 @@ FEATURES = {
 
 def flags_by_set(machine: str = "") -> dict[str, tuple[str, ...]]:
     """{instruction set: compiler flags} that CMakeLists.txt compiles for a machine."""
-    text = (build.ROOT / "CMakeLists.txt").read_text()
+    text = (build.ROOT / "csrc/CMakeLists.txt").read_text()
     values: dict[str, str] = {}
     for name, value in re.findall(r'set\(_flags_(\w+)\s+"?([^")]*)"?\)', text):
         values[name] = re.sub(r"\$\{_flags_(\w+)\}", lambda m: values[m[1]], value)
@@ -50,6 +49,12 @@ def lacking(isa: str) -> str | None:
     flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
     lacks = FEATURES[isa] - set(flags)
     return f"this processor has no {', '.join(sorted(lacks))}" if lacks else None
+
+
+def kernel_sources(root: pathlib.Path = build.ROOT) -> list[pathlib.Path]:
+    """The sources of the kernels that every instruction set has, relative to the root."""
+    found = [path.relative_to(root) for path in sorted((root / "csrc/cpu").glob("*.cc"))]
+    return [path for path in found if path != ADDED_KERNELS]
 
 
 def driver(
@@ -81,8 +86,8 @@ def driver(
         root, more = build.ROOT, ()
         if replaced is not None and replaced[0] == isa:
             root, more = replaced[1:]
-        source = ADDED_KERNELS if isa in ADDED else KERNELS
-        parts.append((source, (f"-DCONVGRAD_ISA={isa}", *isa_flags, *more), root))
+        for source in (ADDED_KERNELS,) if isa in ADDED else kernel_sources(root):
+            parts.append((source, (f"-DCONVGRAD_ISA={isa}", *isa_flags, *more), root))
     parts += [(source, added, build.ROOT) for source in SHARED]
     return build.program_of(DRIVER.stem, parts, flags, cxx)
 

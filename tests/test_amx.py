@@ -1,6 +1,6 @@
 """The gemm kernel for AMX on any processor: its instructions are csrc/cpu/amx_emulation.h.
 
-What runs is csrc/cpu/kernels_bf16.cc as it is, through JAX; where the tile instructions are
+What runs is csrc/cpu/gemm_bf16.cc as it is, through JAX; where the tile instructions are
 and what is around them is read from the object that a processor with AMX would run.
 """
 

@@ -1,5 +1,5 @@
 // What kernel_cpu.cc, compiled for the baseline processor, hands to the kernels,
-// which are compiled once per instruction set (kernels.cc), and what it gets back.
+// which are compiled once per instruction set (entries.h), and what it gets back.
 //
 // The rule that keeps the library running on an old processor: a translation unit
 // compiled for AVX must not emit an inline or template function with external

@@ -24,8 +24,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 EMULATOR = pathlib.Path("tests/emulator")
 MODULE = "_emulated"
 
+# Every kernel that there is: the module's build leaves some out.
+_ALL_KERNELS = "-DCONVGRAD_WGMMA"
 _COMMON = (
     "-std=c++17",
+    _ALL_KERNELS,
     "-fPIC",
     "-Wall",
     "-Wextra",
@@ -192,6 +195,7 @@ def program(
 def gpu_object(source: pathlib.Path, architecture: str) -> pathlib.Path:
     """Compiles a source for a GPU; arguments and errors as `gpu_program`'s."""
     command = [str(gpu_compiler()), "-std=c++17", "-O2", "--expt-relaxed-constexpr", "-lineinfo"]
+    command += [_ALL_KERNELS]
     command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
     command += [f"-I{EMULATOR}", "-Icsrc"]
     language = ["-x", "cu", str(source)]
@@ -262,7 +266,7 @@ def _handlers(
     definitions: tuple[str, ...],
     libraries: tuple[pathlib.Path, ...] = (),
 ) -> types.ModuleType:
-    """The module of csrc/ffi.cc and other sources."""
+    """The module of csrc/ffi.cc, csrc/bindings.cc and other sources."""
     import jax
     import pybind11
 
@@ -277,7 +281,8 @@ def _handlers(
         *definitions,
         *(f"-isystem{path}" for path in includes),
     )
-    sources = [pathlib.Path("csrc/ffi.cc"), pathlib.Path("csrc/problem.cc"), *sources]
+    handlers = ["csrc/ffi.cc", "csrc/bindings.cc", "csrc/problem.cc"]
+    sources = [*map(pathlib.Path, handlers), *sources]
     objects = _objects(sources, flags, ROOT)
     file_name = name + sysconfig.get_config_var("EXT_SUFFIX")
     path = _link(file_name, [*objects, *libraries], ("-shared",), ROOT)
@@ -287,6 +292,9 @@ def _handlers(
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+_EMULATED = ("-DCONVGRAD_CUDA", "-DCONVGRAD_EMULATED", '-DCONVGRAD_CUDA_CODE="emulated"')
 
 
 def module() -> types.ModuleType:
@@ -299,7 +307,7 @@ def module() -> types.ModuleType:
     # memory: the emulator fills them all with NaNs.
     objects = _objects(kernel_sources(), VARIANTS["plain"], ROOT)
     kernels = _link("kernels.so", objects, ("-shared",), ROOT)
-    return _handlers(MODULE, [], ("-DCONVGRAD_CUDA", "-DCONVGRAD_EMULATED"), (kernels,))
+    return _handlers(MODULE, [], _EMULATED, (kernels,))
 
 
 def amx_module() -> types.ModuleType:
@@ -308,7 +316,7 @@ def amx_module() -> types.ModuleType:
     Raises:
         BuildError: something does not compile.
     """
-    sources = ["csrc/kernel_cpu.cc", "csrc/cpu/kernels_bf16.cc", EMULATOR / "no_kernels.cc"]
+    sources = ["csrc/kernel_cpu.cc", "csrc/cpu/gemm_bf16.cc", EMULATOR / "no_kernels.cc"]
     definitions = ("-DCONVGRAD_EMULATE_AMX", "-DCONVGRAD_AMX", "-DCONVGRAD_ISA=amx")
     return _handlers("_emulated_amx", [pathlib.Path(source) for source in sources], definitions)
 
@@ -322,4 +330,4 @@ def amx_object() -> pathlib.Path:
     vectors = ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
     flags = (*vectors, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
     definitions = ("-DCONVGRAD_ISA=amx", "-DNDEBUG", "-fvisibility=hidden")
-    return _object(pathlib.Path("csrc/cpu/kernels_bf16.cc"), ("-O3", *flags, *definitions), ROOT)
+    return _object(pathlib.Path("csrc/cpu/gemm_bf16.cc"), ("-O3", *flags, *definitions), ROOT)

@@ -58,6 +58,12 @@ inline const char* cudaGetErrorString(cudaError_t status) {
   }
   return "unrecognized error code";
 }
+#define CUDART_VERSION 13000
+inline cudaError_t cudaDriverGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;

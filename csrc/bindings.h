@@ -1,0 +1,34 @@
+// What a module's handlers (ffi.cc) give to its Python bindings (bindings.cc).
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "kernel.h"
+
+namespace convgrad {
+
+struct ModuleParts {
+  int ffi_api_major, ffi_api_minor;  // of the headers that the handlers were built with
+  void *input_grad, *input_grad_fused;  // the handlers
+
+  const char* const* (*kernel_names)();  // null-terminated
+  // Returns an error, empty if there is none.
+  std::string (*plan)(const Problem& problem, const std::string& kernel, int capability,
+                      Plan* plan);
+  int64_t (*workspace_bytes)(const Problem& problem, const Plan& plan,
+                             const std::string& kernel);
+  WorkspaceBound (*bound_workspace)(const Problem& problem);
+
+  const char* (*cpu_isa)();  // null for CUDA, and what follows is empty for the CPU
+
+  const char* cuda_code;  // "sm_80 compute_80": what the kernels were compiled for
+  int cuda_toolkit_version;
+  int (*cuda_driver_version)();
+};
+
+// Of the module that this is linked into.
+const ModuleParts& Parts();
+
+}  // namespace convgrad

@@ -1,0 +1,106 @@
+"""What the CUDA module is compiled for: cmake/CudaArchitectures.cmake with stand-ins."""
+
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+SCRIPT = """
+cmake_minimum_required(VERSION 3.24)
+include(cmake/CudaArchitectures.cmake)
+message("${CONVGRAD_GENCODE}|${CONVGRAD_HOPPER_GENCODE}|${CONVGRAD_CUDA_CODE}|"
+  "${CONVGRAD_CUDA_DEFINITIONS}|${CONVGRAD_CUDA_SUMMARY}")
+"""
+DRIVER = """
+static const int capabilities[] = {GPUS};
+int cuInit(unsigned flags) { return (int)flags; }
+int cuDeviceGetCount(int* count) { *count = sizeof(capabilities) / sizeof(int) - 1; return 0; }
+int cuDeviceGet(int* device, int index) { *device = index; return 0; }
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = attribute == 75 ? capabilities[device] / 10 : capabilities[device] % 10;
+  return attribute != 75 && attribute != 76;
+}
+"""
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """Runs the file for some wish, GPUs, and architectures that nvcc knows."""
+    cmake, compiler = shutil.which("cmake"), shutil.which("gcc") or shutil.which("cc")
+    if cmake is None or compiler is None:
+        pytest.skip("no cmake or no C compiler")
+
+    def run(wish, gpus=(), known=(75, 80, 86, 89, 90, 100, 120)):
+        (tmp_path / "script.cmake").write_text(SCRIPT)
+        nvcc = tmp_path / "nvcc"
+        nvcc.write_text("#!/bin/sh\n" + "".join(f"echo sm_{number}\n" for number in known))
+        nvcc.chmod(0o755)
+        environment = {"LD_LIBRARY_PATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+        (tmp_path / "cuda.c").write_text(DRIVER.replace("GPUS", ", ".join(map(str, [*gpus, 0]))))
+        subprocess.run([compiler, "-shared", "-fPIC", tmp_path / "cuda.c", "-o",
+                        tmp_path / "libcuda.so.1"], check=True)  # fmt: skip
+        done = subprocess.run(
+            [cmake, f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DPython_EXECUTABLE={sys.executable}",
+             f"-DJAX_CONVGRAD_CUDA_ARCHITECTURES={wish}", "-P", tmp_path / "script.cmake"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+def result(text):
+    return next(line for line in text.splitlines() if line.count("|") == 4).split("|")
+
+
+FROM_80 = "-gencode=arch=compute_80,code=[{}]"
+HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
+
+CASES = [
+    # wish, GPUs, code of all kernels, wgmma, all code
+    ("", (), "compute_80", False, "compute_80"),
+    ("", (80,), "sm_80", False, "sm_80"),
+    ("", (90, 80, 90), "sm_80,sm_90", True, "sm_80 sm_90 sm_90a"),
+    ("", (75,), "compute_80", False, "compute_80"),
+    ("", (75, 86), "sm_86", False, "sm_86"),
+    ("", (130,), "compute_80", False, "compute_80"),  # newer than nvcc
+    ("native", (120,), "sm_120", False, "sm_120"),
+    ("ptx", (90,), "compute_80", False, "compute_80"),
+    ("80,90", (), "sm_80,sm_90", True, "sm_80 sm_90 sm_90a"),
+    ("89 ptx", (), "sm_89,compute_80", False, "sm_89 compute_80"),
+    ("all", (), "sm_80,sm_90,sm_100,sm_120,compute_80", True,
+     "sm_80 sm_90 sm_100 sm_120 compute_80 sm_90a"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("wish", "gpus", "codes", "wgmma", "code"), CASES)
+def test_what_is_compiled(configure, wish, gpus, codes, wgmma, code):
+    status, text = configure(wish, gpus)
+    assert status == 0, text
+    gencode, hopper, all_code, definitions, summary = result(text)
+    assert gencode == FROM_80.format(codes)
+    assert hopper == (HOPPER if wgmma else "")
+    assert ("CONVGRAD_WGMMA" in definitions) == wgmma
+    assert all_code == code
+    if not wish:  # what was not asked for is explained, and how to ask
+        assert "JAX_CONVGRAD_CUDA_ARCHITECTURES=all" in summary
+    if 75 in gpus:
+        assert "below 80: lax will run on it" in text
+
+
+def test_an_older_nvcc_leaves_out_what_it_does_not_know(configure):
+    status, text = configure("all", known=(80, 86, 90))
+    assert status == 0
+    assert result(text)[2] == "sm_80 sm_90 compute_80 sm_90a"
+    assert "capability 120 (times ten): left out" in text
+
+
+@pytest.mark.parametrize("wish", ["70", "sm_90", "90a", "95", "everything", "native"])
+def test_what_cannot_be_compiled_is_refused(configure, wish):
+    status, text = configure(wish)
+    assert status != 0
+    assert "JAX_CONVGRAD_CUDA_ARCHITECTURES" in text
