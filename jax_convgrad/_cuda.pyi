@@ -3,7 +3,10 @@ from typing import Any
 
 version: str
 ffi_api_version: tuple[int, int]
+code: str
+toolkit_version: int
 
+def driver_version() -> int: ...
 def targets() -> dict[str, Any]: ...
 def plan(
     dtype: str,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import custom_call, native, symbolic
+from . import custom_call, gpu_code, native, symbolic
 from .geometry import ConvGeometry, certainly
 
 Implementation: TypeAlias = Literal["native", "xla"] | None
@@ -282,6 +282,8 @@ def choose(
         reason = f"no kernel for platform {platform}"
     if reason is None and native.module_for(platform) is None:
         reason = f"the {platform} module was not built"
+    if reason is None and platform == "cuda":
+        reason = gpu_code.local_obstacle()
     reason = obstacle if reason is None else reason
     if reason is not None:
         require_not_native(implementation, reason)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import compat, dispatch, native, roofline
+from . import compat, dispatch, gpu_code, native, roofline
 from .conv import check_dtypes
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
@@ -37,6 +37,8 @@ class Explanation:
             rates that were measured on it; None for a platform that it is not.
         roofs: those rates.
         reference: the GPU that the plan is made for, None if not on "cuda".
+        rebuild: a kernel that a rebuild of the package would add for this machine's GPU,
+            None if there is none.
     """
 
     geometry: ConvGeometry
@@ -51,6 +53,7 @@ class Explanation:
     roofline_us: float | None
     roofs: roofline.Roofs | None
     reference: dispatch.ReferenceGpu | None
+    rebuild: str | None = None
 
     @property
     def workspace_bytes(self) -> int:
@@ -104,6 +107,8 @@ class Explanation:
             f"  work      {self.flops / 1e6:.6g} MFLOP, {self.bytes_moved / 1e6:.6g} MB, "
             f"workspace {self.workspace_bytes / 1e6:.6g} MB",
         ]
+        if self.rebuild is not None:
+            lines.append(f"  rebuild   {self.rebuild}")
         lines += self._reference_lines()
         if self.roofs is not None and self.roofline_us is not None:
             lines.append(
@@ -217,4 +222,5 @@ def explain(
         roofline_us=None if roofs is None else roofs.time_us(geometry.flops, bytes_moved),
         roofs=roofs,
         reference=reference,
+        rebuild=gpu_code.local_missing_kernel() if platform == "cuda" else None,
     )

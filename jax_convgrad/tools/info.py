@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from .. import dispatch, native
+from .. import dispatch, gpu_code, native
 from ..geometry import ConvGeometry
 from . import machine
 from .geometries import make_geometry
@@ -39,7 +39,15 @@ def _module_line(platform: str) -> str:
     ffi = ".".join(map(str, module.ffi_api_version))
     isa = f", {module.isa()} instructions" if platform == "cpu" else ""
     kernels = ", ".join(module.kernel_names())
-    return f"{platform} module".ljust(14) + f"built with XLA FFI {ffi}{isa}; kernels: {kernels}"
+    code = f" for {module.code}" if platform == "cuda" else ""
+    built = f"built with XLA FFI {ffi}{isa}{code}; kernels: {kernels}"
+    return f"{platform} module".ljust(14) + built
+
+
+def _gpu_lines() -> list[str]:
+    """What the CUDA module lacks for this machine's GPUs."""
+    notes = (gpu_code.local_obstacle(), gpu_code.local_missing_kernel())
+    return [f"rebuild       {note}" for note in notes if note is not None]
 
 
 def report() -> list[str]:
@@ -63,6 +71,7 @@ def report() -> list[str]:
         f"XLA FFI       {runtime_ffi} in this jaxlib",
         _module_line("cpu"),
         _module_line("cuda"),
+        *_gpu_lines(),
         f"kill switch   {dispatch.SWITCH}={state}",
         "",
         f"what runs for typical layers on {machine.lowering_platform()} (NHWC, batch 8):",
