@@ -14,10 +14,7 @@
 set(_lowest 80)
 set(_all 80 90 100 120 ptx)
 
-# By the driver's library, as CUDA itself counts them: capabilities times ten.
-execute_process(
-  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/visible_gpus.py"
-  OUTPUT_VARIABLE _visible OUTPUT_STRIP_TRAILING_WHITESPACE)
+include("${CMAKE_CURRENT_LIST_DIR}/VisibleGpus.cmake")
 execute_process(
   COMMAND "${CMAKE_CUDA_COMPILER}" --list-gpu-code
   OUTPUT_VARIABLE _known OUTPUT_STRIP_TRAILING_WHITESPACE)
@@ -26,12 +23,12 @@ string(REPLACE "\n" ";" _known "${_known}")
 set(_wanted "${JAX_CONVGRAD_CUDA_ARCHITECTURES}")
 string(REGEX REPLACE "[, ]+" ";" _wanted "${_wanted}")
 set(_hint "JAX_CONVGRAD_CUDA_ARCHITECTURES=all, or a list such as 80,90, compiles for others")
-if(_wanted STREQUAL "native" AND _visible STREQUAL "")
+if(_wanted STREQUAL "native" AND CONVGRAD_VISIBLE_GPUS STREQUAL "")
   message(FATAL_ERROR "JAX_CONVGRAD_CUDA_ARCHITECTURES=native but no GPU is visible here: ${_hint}")
 endif()
 if(_wanted STREQUAL "")
   set(_wanted native)
-  if(_visible STREQUAL "")
+  if(CONVGRAD_VISIBLE_GPUS STREQUAL "")
     set(_wanted ptx)
     set(_why "as no GPU is visible; ${_hint}")
   endif()
@@ -39,7 +36,7 @@ endif()
 if(_wanted STREQUAL "native")
   set(_wanted "")
   set(_why "as in this machine; ${_hint}")
-  foreach(capability IN LISTS _visible)
+  foreach(capability IN LISTS CONVGRAD_VISIBLE_GPUS)
     if(capability LESS _lowest)
       message(STATUS "a GPU of compute capability ${capability} (times ten) is below ${_lowest}: lax will run on it")
     elseif("sm_${capability}" IN_LIST _known)

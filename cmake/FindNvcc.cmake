@@ -1,18 +1,21 @@
 # Finds nvcc and enables the language CUDA, setting _have_cuda; without it, fails if
-# JAX_CONVGRAD_CUDA is ON. Looked for: PATH, CUDA_HOME or CUDA_PATH, a toolkit's usual
-# place, then NVIDIA's wheels. Not find_package(CUDAToolkit): it wants an unversioned
-# libcudart.so, which the wheels lack.
+# JAX_CONVGRAD_CUDA is ON. Looked for: PATH, CUDA_HOME and CUDA_PATH; and, where a GPU is
+# visible or the module is asked for, a toolkit's usual place and NVIDIA's wheels. Not
+# find_package(CUDAToolkit): it wants an unversioned libcudart.so, which the wheels lack.
 
 if(DEFINED ENV{CUDACXX})
   set(JAX_CONVGRAD_NVCC "$ENV{CUDACXX}")
 elseif(CMAKE_CUDA_COMPILER)
   set(JAX_CONVGRAD_NVCC "${CMAKE_CUDA_COMPILER}")
 else()
-  execute_process(
-    COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/find_in_package.py" nvidia cu13/bin
-    OUTPUT_VARIABLE _wheel_bin OUTPUT_STRIP_TRAILING_WHITESPACE)
-  find_program(JAX_CONVGRAD_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin)
-  find_program(JAX_CONVGRAD_NVCC nvcc PATHS /usr/local/cuda/bin ${_wheel_bin} NO_DEFAULT_PATH)
+  find_program(JAX_CONVGRAD_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin NO_CMAKE_SYSTEM_PATH)
+  include(cmake/VisibleGpus.cmake)
+  if(JAX_CONVGRAD_CUDA STREQUAL "ON" OR NOT CONVGRAD_VISIBLE_GPUS STREQUAL "")
+    execute_process(
+      COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/find_in_package.py" nvidia cu13/bin
+      OUTPUT_VARIABLE _wheel_bin OUTPUT_STRIP_TRAILING_WHITESPACE)
+    find_program(JAX_CONVGRAD_NVCC nvcc PATHS /usr/local/cuda/bin ${_wheel_bin} NO_DEFAULT_PATH)
+  endif()
 endif()
 
 # An nvcc that cannot work here, mostly because the host compiler is too new for it, must
