@@ -30,12 +30,32 @@ from jax._src.sharding_impls import canonicalize_sharding as canonicalize_shardi
 
 # See `partition_spec`.
 from jax._src.sharding_impls import parse_flatten_op_sharding
+from jax.experimental import jet
 from jax.interpreters import ad, mlir
 
 try:  # what comparing symbolic sizes raises; JAX 0.10.0 has it elsewhere
     from jax.errors import InconclusiveDimensionOperation as InconclusiveDimensionOperation
 except ImportError:
     from jax.extend.core import InconclusiveDimensionOperation as InconclusiveDimensionOperation
+
+
+def set_bilinear_jet_rule(primitive: Any) -> None:
+    """Gives a bilinear primitive a rule in `jax.experimental.jet`, that of lax's convolution.
+
+    jet has no public way to add one, and its product rule is a private name.
+    """
+    rules: dict[Any, Any] = jet.jet_rules
+    rules[primitive] = functools.partial(jet._bilinear_taylor_rule, primitive)
+
+
+def set_composed_jet_rule(primitive: Any, steps: Callable[..., Any]) -> None:
+    """Lets jet take a primitive for the function that writes it out."""
+
+    def rule(primals: Any, series: Any, **params: Any) -> Any:
+        return jet.jet(functools.partial(steps, **params), primals, series)
+
+    rules: dict[Any, Any] = jet.jet_rules
+    rules[primitive] = rule
 
 
 def varying_axes(x: Any) -> frozenset[str]:

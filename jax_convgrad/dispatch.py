@@ -24,6 +24,7 @@ Implementation: TypeAlias = Literal["native", "xla"] | None
 SWITCH = "JAX_CONVGRAD"
 NATIVE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 MAX_AXES = 3
+MAX_AXIS_SIZE = 2**31  # positions of an image or taps of a filter, along one axis
 
 # Whether lax's own convolution takes the kernel: what `install` and `installed` set. A JAX
 # user context, so it is part of every jit cache key.
@@ -181,7 +182,11 @@ def unsupported(geometry: ConvGeometry, dtype: Any) -> str | None:
         return reason
     if not 1 <= geometry.axes <= MAX_AXES:
         return f"{geometry.axes} spatial axes, the kernels take 1 to {MAX_AXES}"
-    return None if geometry.is_static else symbolic.unsupported(geometry)
+    if not geometry.is_static:
+        return symbolic.unsupported(geometry)
+    if (longest := max(*geometry.in_sizes, *geometry.window_sizes)) > MAX_AXIS_SIZE:
+        return f"a spatial axis of {longest} elements, the kernels take {MAX_AXIS_SIZE}"
+    return None
 
 
 def require_not_native(implementation: Implementation, reason: str) -> None:

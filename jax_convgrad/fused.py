@@ -208,5 +208,6 @@ fused_input_grad_p.def_impl(
 fused_input_grad_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[fused_input_grad_p] = _jvp
 ad.primitive_transposes[fused_input_grad_p] = _transpose
+compat.set_composed_jet_rule(fused_input_grad_p, _steps)
 batching.primitive_batchers[fused_input_grad_p] = _batch
 lowering.register(fused_input_grad_p, _lower)

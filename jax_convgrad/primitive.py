@@ -260,5 +260,6 @@ conv_input_grad_p.def_impl(
 )
 conv_input_grad_p.def_abstract_eval(_abstract_eval)
 ad.defbilinear(conv_input_grad_p, _transpose_dy, _transpose_rhs)
+compat.set_bilinear_jet_rule(conv_input_grad_p)
 batching.primitive_batchers[conv_input_grad_p] = _batch
 lowering.register(conv_input_grad_p, _lower)

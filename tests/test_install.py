@@ -9,8 +9,10 @@ import numpy as np
 import oracles
 import pytest
 from jax import lax
+from jax.experimental import jet
 
 import jax_convgrad
+from jax_convgrad import native
 
 PARAMS = {"window_strides": (2,), "padding": [(1, 1)]}
 
@@ -215,3 +217,62 @@ def test_preferred_element_type(operands, dtype):
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == b.dtype == jnp.dtype(dtype)
         np.testing.assert_allclose(a.astype("f4"), b.astype("f4"), rtol=2e-2, atol=2e-2)
+
+
+def test_jet_of_a_gradient_under_install(operands):
+    """Taylor coefficients: `KeyError: conv_input_grad` where plain JAX worked."""
+    x, w = operands
+
+    def coefficients():
+        gradient = jax.grad(loss)
+        return jet.jet(lambda x: gradient(x, w), (x,), ([x, 0.5 * x],))
+
+    plain, plain_terms = coefficients()
+    with jax_convgrad.installed():
+        ours, our_terms = coefficients()
+    for expected, found in zip([plain, *plain_terms], [ours, *our_terms], strict=True):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_jet_of_an_epilogue(operands):
+    """The primitive with a residual and a mask, for which jet had no rule either."""
+    x, w = operands
+    dy = conv(x, w)
+
+    def gradient(dy, residual):
+        args = (w, x.shape, PARAMS["window_strides"], PARAMS["padding"])
+        return jax_convgrad.conv_input_grad(dy, *args, residual=residual, relu_mask=x)
+
+    series = ([0.3 * dy, dy], [x, 0.1 * x])
+    found, found_terms = jet.jet(gradient, (dy, 2 * x), series)
+
+    def along(t):
+        return gradient(dy + t * (0.3 * dy) + t * t / 2 * dy, 2 * x + t * x + t * t / 2 * (0.1 * x))
+
+    first = jax.jacfwd(along)
+    for expected, term in zip(
+        [along, first, jax.jacfwd(first)], [found, *found_terms], strict=True
+    ):
+        np.testing.assert_allclose(term, expected(0.0), rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("size", [2**31, 2**31 + 1, 2**33])
+def test_axis_beyond_2_31_lowers_under_install(size):
+    """lax lowers it, so it must not raise; nothing of that size is allocated."""
+    x, w = (jax.ShapeDtypeStruct((1, 1, n), "float32") for n in (size, 3))
+
+    def layer(x, w, dilation):
+        return lax.conv_general_dilated(x, w, (1,), [(1, 1)], lhs_dilation=(dilation,))
+
+    def gradient(x, w):
+        return jax.grad(lambda x: layer(x, w, 1).sum())(x)
+
+    with jax_convgrad.installed():
+        for function in (gradient, functools.partial(layer, dilation=2)):
+            text = jax.jit(function).lower(x, w).as_text()
+            fits = size <= 2**31 and function is gradient
+            assert ("convgrad_input_grad" in text) == (fits and native.cpu is not None)
+    spec = jax.ShapeDtypeStruct((1, 1, size), "float32")
+    explanation = jax_convgrad.explain(spec, w, (1,), [(1, 1)], platform="cpu")
+    if size > 2**31:
+        assert "a spatial axis of" in explanation.reason
