@@ -73,6 +73,7 @@ py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
   result["kernel"] = plan.kernel;
   result["workspace_bytes"] =
       Parts().workspace_bytes(problem, plan, call["kernel"].cast<std::string>());
+  result["exchanged"] = plan.exchanged;
   result["tile"] = py::make_tuple(plan.tile_m, plan.tile_n, plan.tile_k);
   result["stages"] = plan.stages;
   result["split_k"] = plan.split_k;

@@ -73,6 +73,8 @@ struct Plan {
   const char* kernel;
   int64_t workspace_bytes;
 
+  bool exchanged;  // a CPU kernel takes dY for the filter and W for dY (kernel_cpu.cc)
+
   // How a CUDA kernel cuts the problem up; zero where it does not apply.
   int64_t tile_m, tile_n, tile_k;  // of the matrix product that a block computes
   int64_t box[1 + kAxes];          // images and positions of a phase that are its rows

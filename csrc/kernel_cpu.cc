@@ -146,6 +146,101 @@ const Isa& ChosenIsa() {
   return isa;
 }
 
+// ---- one form for problems that are the same --------------------------------------
+
+// An axis along which nothing happens: one position of x meets one of y by one tap.
+bool IsTrivial(const Axis& x) {
+  return x.in == 1 && x.out == 1 && x.win == 1 && x.pad_lo == 0;
+}
+
+// The problem with its trivial axes first, and those without the stride and dilations
+// that no tap uses. Kernels are made for long rows along the last axis, which a net for
+// signals may write as [N, T, 1, C].
+Problem Canonical(const Problem& given) {
+  Problem p = given;
+  int to = kAxes;
+  const auto place = [&](int from) {
+    --to;
+    p.axis[to] = IsTrivial(given.axis[from]) ? Axis{} : given.axis[from];
+    p.dx.axis[to] = given.dx.axis[from];
+    p.dy.axis[to] = given.dy.axis[from];
+    p.w.axis[to] = given.w.axis[from];
+  };
+  for (const bool trivial : {false, true}) {
+    for (int x = kAxes - 1; x >= 0; --x) {
+      if (IsTrivial(given.axis[x]) == trivial) place(x);
+    }
+  }
+  return p;
+}
+
+// The same sum with the roles of dY and W exchanged: an image of dY is a filter for one
+// input channel, and the filter of an input channel is an image.
+//   dX[c, n, h] = sum over k, p  W[c, k, r] * dY[k, n, p],   where h is as before
+Problem Exchanged(const Problem& given) {
+  Problem p = given;
+  std::swap(p.batch, p.in_channels);
+  std::swap(p.dx.batch, p.dx.channel);
+  p.dy = {given.w.in_channel, given.w.group, given.w.out_channel, {}};
+  p.w = {given.dy.group, given.dy.channel, given.dy.batch, {}};
+  for (int x = 0; x < kAxes; ++x) {
+    std::swap(p.axis[x].out, p.axis[x].win);
+    std::swap(p.axis[x].stride, p.axis[x].rhs_dilation);
+    p.dy.axis[x] = given.w.axis[x];
+    p.w.axis[x] = given.dy.axis[x];
+  }
+  return p;
+}
+
+// Whether that is worth trying. Kernels keep a filter at hand and walk along rows of dY;
+// a window many times as large as the result (template matching, deconvolution, and the
+// derivatives of a filter gradient, whose filters are images) is the wrong way round.
+bool HasLongWindow(const Problem& p) {
+  constexpr int64_t kManyTaps = 64, kTimesResult = 4;
+  const int64_t taps = p.axis[0].win * p.axis[1].win * p.axis[2].win;
+  const int64_t results = p.axis[0].out * p.axis[1].out * p.axis[2].out;
+  return p.groups == 1 && results > 0 && taps >= kManyTaps &&
+         taps > kTimesResult * results;
+}
+
+// ---- positions that no tap reaches -------------------------------------------------
+
+int64_t StoredPhases(const Axis& x) { return std::min(PhaseCount(x), x.in); }
+
+// The part of dX that some tap reaches: one in 64 under a 1x1 filter of stride 8.
+double LivePart(const Problem& p) {
+  double part = 1;
+  for (const Axis& x : p.axis) {
+    // Taps differ in their phases until these repeat.
+    const int64_t step = PhaseCount(x);
+    const int64_t live = std::min(x.win, x.stride / Gcd(x.stride, x.rhs_dilation));
+    part *= std::min(1.0, static_cast<double>(live) / static_cast<double>(step));
+  }
+  return part;
+}
+
+// Whether dX is worth clearing as a whole, so that the gemm kernel visits live phases
+// alone. Stores between which others lie, as along rows of a channels-first dX, cost more
+// than clearing does.
+bool IsMostlyZeros(const Problem& p) {
+  const bool apart = p.dx.axis[2] == 1 && p.in_channels > 1;
+  return LivePart(p) <= (apart ? 0.25 : 0.125);
+}
+
+// The elements of dX if it has no gaps, else 0.
+int64_t DenseElements(const Problem& p) {
+  int64_t elements = 1, furthest = 0;
+  const auto add = [&](int64_t size, int64_t stride) {
+    elements *= size;
+    furthest += (size - 1) * stride;
+  };
+  add(p.batch, p.dx.batch);
+  add(p.groups, p.dx.group);
+  add(p.in_channels, p.dx.channel);
+  for (int x = 0; x < kAxes; ++x) add(p.axis[x].in, p.dx.axis[x]);
+  return furthest + 1 == elements ? elements : 0;
+}
+
 // ---- planning ---------------------------------------------------------------------
 
 enum class Kernel { kDirect, kGemm, kChannels, kPlanes, kDots };
@@ -303,6 +398,7 @@ bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* ker
     const bool planes = p.dx.axis[2] == 1 && p.dy.axis[2] == 1;
     if (small && (planes || asked(2)) && PlanesTakes(p)) return pick(2, Kernel::kPlanes);
   }
+  if (any && p.groups == 1 && IsMostlyZeros(p)) return pick(1, Kernel::kGemm);
   const int64_t columns = Folded(p).in_channels;
   if (asked(4) || (any && p.groups == 1 && DotsAreFaster(p, columns))) {
     if (DotsTakes(p)) return pick(4, Kernel::kDots);
@@ -325,8 +421,6 @@ struct Workspace {
   bool pack_dy;
   int64_t bytes;
 };
-
-int64_t StoredPhases(const Axis& x) { return std::min(PhaseCount(x), x.in); }
 
 // `p` is folded already if it is to be.
 Workspace LayOut(const Problem& p, Kernel kernel) {
@@ -411,7 +505,8 @@ const char* const* CpuKernelNames() { return kNames; }
 
 const char* CpuIsa() { return ChosenIsa().name; }
 
-bool PlanCpu(const Problem& problem, const char* kernel, Plan* plan) {
+bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
+  Problem problem = Canonical(given);
   const auto make = [&](const char* wanted) {
     Kernel chosen;
     if (!Choose(problem, wanted, &plan->kernel, &chosen)) return false;
@@ -419,8 +514,18 @@ bool PlanCpu(const Problem& problem, const char* kernel, Plan* plan) {
         LayOut(chosen == Kernel::kGemm ? Folded(problem) : problem, chosen).bytes;
     return true;
   };
-  if (!make(kernel)) return false;
   const auto fits = [&] { return plan->workspace_bytes <= problem.workspace_limit; };
+  plan->exchanged = false;
+  if (std::strcmp(kernel, "auto") == 0 && HasLongWindow(problem)) {
+    const Problem as_given = problem;
+    problem = Exchanged(problem);
+    if (make(kernel) && fits()) {
+      plan->exchanged = true;
+      return true;
+    }
+    problem = as_given;
+  }
+  if (!make(kernel)) return false;
   if (fits() || std::strcmp(kernel, "auto") != 0) return true;
   // The most special first: `direct`, which takes everything and wants next to nothing,
   // is the slowest.
@@ -457,9 +562,14 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
   return bound;
 }
 
-void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void* w,
+void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* w,
             void* dx, void* workspace, const Epilogue& epilogue, int64_t threads,
             const ParallelFor& parallel_for) {
+  Problem problem = Canonical(given);
+  if (plan.exchanged) {
+    problem = Exchanged(problem);
+    std::swap(dy, w);
+  }
   const char* name;
   Kernel kernel;
   if (!Choose(problem, plan.kernel, &name, &kernel)) return;
@@ -477,13 +587,26 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
   args.dx = dx;
   args.epilogue = epilogue;
   args.threads = threads;
+  const bool clears = kernel == Kernel::kGemm && epilogue.IsNone() &&
+                      IsMostlyZeros(args.problem) && DenseElements(problem) > 0;
+  if (clears) {
+    constexpr int64_t kTaskBytes = 256 * 1024;
+    const int64_t bytes = DenseElements(problem) * SizeInBytes(problem.dtype);
+    parallel_for(CeilDiv(bytes, kTaskBytes), [&](int64_t i) {
+      std::memset(static_cast<unsigned char*>(dx) + i * kTaskBytes, 0,
+                  static_cast<size_t>(std::min(kTaskBytes, bytes - i * kTaskBytes)));
+    });
+  }
   for (int x = 0; x < kAxes; ++x) {
-    args.phase_count[x] = StoredPhases(args.problem.axis[x]);
-    Phase* phases = reinterpret_cast<Phase*>(base + at.phases[x]);
-    for (int64_t i = 0; i < args.phase_count[x]; ++i) {
-      phases[i] = MakePhase(args.problem.axis[x], i);
+    Phase* const phases = reinterpret_cast<Phase*>(base + at.phases[x]);
+    int64_t count = 0;
+    for (int64_t i = 0; i < StoredPhases(args.problem.axis[x]); ++i) {
+      phases[count] = MakePhase(args.problem.axis[x], i);
+      if (!clears || phases[count].r_count > 0) ++count;
     }
+    if (count == 0) return;  // every sum is empty
     args.phase[x] = phases;
+    args.phase_count[x] = count;
   }
   args.filter = base + at.filter;
   args.taint = base + at.taint;

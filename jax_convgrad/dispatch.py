@@ -127,6 +127,8 @@ class NativePlan:
     Attributes:
         kernel: the kernel's name.
         workspace_bytes: scratch memory that the custom call brings as a result.
+        exchanged: whether dy is taken for the filter and the filter for dy, as the CPU
+            planner does where the window is many times as large as dy.
         tile: rows, columns and slice of the matrix product that a CUDA block computes;
             zeros for kernels that are no such product.
         stages: slices of the operands that a block has in flight.
@@ -140,6 +142,7 @@ class NativePlan:
 
     kernel: str
     workspace_bytes: int
+    exchanged: bool
     tile: tuple[int, int, int]
     stages: int
     split_k: int

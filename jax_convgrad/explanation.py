@@ -99,6 +99,8 @@ class Explanation:
 
     def __str__(self) -> str:
         name = self.implementation if self.kernel is None else f"native, kernel {self.kernel}"
+        if self.plan is not None and self.plan.exchanged:
+            name += " with dy for the filter"
         if self.instruction_set is not None:
             name += f", {self.instruction_set} instructions"
         lines = [

@@ -117,10 +117,16 @@ int RunLine(const Line& line, const std::vector<int>& threads, const std::string
   std::vector<double> expected;
 
   int failures = 0;
-  for (const char* const* kernel = CpuKernelNames(); *kernel != nullptr; ++kernel) {
+  std::vector<const char*> kernels;
+  for (const char* const* name = CpuKernelNames(); *name != nullptr; ++name) {
+    kernels.push_back(*name);
+  }
+  kernels.push_back("auto");  // which alone exchanges operands
+  for (const char* const kernel : kernels) {
     Plan plan{};
-    if ((line.kernel != "*" && line.kernel != *kernel) ||
-        !PlanCpu(problem, *kernel, &plan)) {
+    if ((line.kernel != "*" && line.kernel != kernel) ||
+        !PlanCpu(problem, kernel, &plan) ||
+        (std::strcmp(kernel, "auto") == 0 && !plan.exchanged)) {
       continue;
     }
     const Array first(problem.dtype, line.lhs_shape, Lacks(fault, "dx"));
@@ -158,7 +164,7 @@ int RunLine(const Line& line, const std::vector<int>& threads, const std::string
     const double off = fault.empty() ? Error(first, expected) : 0;
     const bool passed = off <= line.tolerance && same && finished;
     std::printf("%s %s %s %s error %.2e of %.2e %s%s\n", passed ? "pass" : "FAIL",
-                line.name.c_str(), line.dtype.c_str(), *kernel, off, line.tolerance,
+                line.name.c_str(), line.dtype.c_str(), kernel, off, line.tolerance,
                 same ? "" : "other bits with other threads",
                 finished ? "" : "another epilogue than that of the bits without one");
     failures += passed ? 0 : 1;

@@ -227,19 +227,20 @@ def _poisoned(shape, dtype):
     return jax.device_put(values.view(dtype).reshape(shape))
 
 
-def call_kernels_of_many(problems):
+def call_kernels_of_many(problems, kernels=kernels_for):
     """dX of every CPU kernel that takes each problem, by one compiled program.
 
     The kernels write into memory that is poisoned, dX and workspace alike.
 
     Args:
         problems: tuples (dy, w, g).
+        kernels: names of the kernels to call for a geometry and a dtype.
 
     Returns:
         A list as long as `problems`, of {name: dX} as NumPy arrays.
     """
     planned = [
-        {name: plan(g, dy.dtype.name, name)[1] for name in kernels_for(g, dy.dtype.name)}
+        {name: plan(g, dy.dtype.name, name)[1] for name in kernels(g, dy.dtype.name)}
         for dy, _, g in problems
     ]
 

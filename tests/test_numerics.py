@@ -8,7 +8,7 @@ import pytest
 from conftest import SEED
 
 import jax_convgrad
-from jax_convgrad import native
+from jax_convgrad import dispatch, native
 from jax_convgrad.tools.geometries import (
     make_geometry,
     named_cases,
@@ -164,3 +164,77 @@ def test_kernel_inside_scan_and_map(rng):
 
     expected = 36 * oracles.lax_input_grad(dy, w, g)
     assert normwise_error(total(steps), expected) < 1e-6
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", ["first", "last"])
+def test_signal_has_the_same_bits_along_either_axis(rng, layout, dtype):
+    """As [N, C, T, 1] it took a kernel made for images, and four times as long as lax."""
+    shape = {"channels": (3, 12), "stride": 2, "dimension_numbers": layout}
+    tall = make_geometry((301, 1), (5, 1), **shape)
+    wide = make_geometry((1, 301), (1, 5), **shape)
+    assert oracles.plan(tall, dtype) == oracles.plan(wide, dtype)
+    dy, w = oracles.operands(rng, tall, dtype)
+    dx = oracles.call_kernel(dy, w, tall)
+    turned = dy.reshape(wide.out_shape), w.reshape(wide.rhs_shape)
+    assert np.asarray(dx).tobytes() == np.asarray(oracles.call_kernel(*turned, wide)).tobytes()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", ["stride_8_pointwise_nchw", "stride_100_1d"])
+def test_epilogue_is_applied_to_what_no_tap_reaches(rng, x64, name, dtype):
+    """There dX is only cleared, if nothing else happens to it."""
+    g = NAMED[name]
+    dy, w = oracles.operands(rng, g, dtype)
+    residual = rng.standard_normal(g.lhs_shape).astype(dy.dtype)
+    dx = np.asarray(oracles.call_kernel(dy, w, g))
+    assert np.mean(dx == 0) > 0.7
+    arrays = (residual, np.zeros((0,), dy.dtype))
+    fused = np.asarray(oracles.call_kernel(dy, w, g, arrays=arrays))
+    expected = (dx.astype(np.float64) + residual.astype(np.float64)).astype(dy.dtype)
+    assert fused.tobytes() == expected.tobytes()
+
+
+LONG_WINDOWS = [name for name in NAMED if name.startswith("long_window")]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", LONG_WINDOWS)
+def test_window_longer_than_the_result_exchanges_the_operands(rng, x64, name, dtype):
+    """It took up to 60 times as long as lax: kernels walked along rows of dY that are short."""
+    g = NAMED[name]
+    dy, w = oracles.operands(rng, g, dtype)
+    assert dispatch.plan(g, dtype, "cpu").exchanged
+    (results,) = oracles.call_kernels_of_many([(dy, w, g)], lambda g, dtype: ["auto"])
+    bound = tolerance(dtype, reduction_taps(g))
+    assert normwise_error(results["auto"], oracles.sliced_input_grad(dy, w, g)) <= bound
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("operand", ["dy", "w"])
+@pytest.mark.parametrize("name", LONG_WINDOWS)
+def test_exchanged_operands_keep_what_is_not_finite_in_its_place(rng, name, operand):
+    g = NAMED[name]
+    operands = dict(zip(("dy", "w"), oracles.operands(rng, g, "float32"), strict=True))
+    array = operands[operand] = np.array(operands[operand])
+    array.reshape(-1)[rng.integers(array.size, size=2)] = (np.inf, np.nan)
+    dx = np.asarray(oracles.call_kernel(operands["dy"], operands["w"], g))
+    with np.errstate(invalid="ignore"):
+        expected = oracles.sliced_input_grad(operands["dy"], operands["w"], g)
+    np.testing.assert_array_equal(np.isfinite(dx), np.isfinite(expected))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LONG_WINDOWS)
+def test_exchanged_operands_apply_an_epilogue(rng, name, dtype):
+    g = NAMED[name]
+    dy, w = oracles.operands(rng, g, dtype)
+    residual, mask = (rng.standard_normal(g.lhs_shape).astype(dy.dtype) for _ in range(2))
+    dx = oracles.call_kernel(dy, w, g)
+    fused = oracles.call_kernel(dy, w, g, arrays=(residual, mask))
+    expected = oracles.finish(dx, residual=residual, relu_mask=mask)
+    assert np.asarray(fused).tobytes() == np.asarray(expected).tobytes()
