@@ -21,6 +21,7 @@ execute_process(
 string(REPLACE "\n" ";" _known "${_known}")
 
 set(_wanted "${JAX_CONVGRAD_CUDA_ARCHITECTURES}")
+string(REGEX REPLACE "^[, ]+|[, ]+$" "" _wanted "${_wanted}")
 string(REGEX REPLACE "[, ]+" ";" _wanted "${_wanted}")
 set(_hint "JAX_CONVGRAD_CUDA_ARCHITECTURES=all, or a list such as 80,90, compiles for others")
 if(_wanted STREQUAL "native" AND CONVGRAD_VISIBLE_GPUS STREQUAL "")

@@ -9,6 +9,7 @@ later GPU. (CUDA C++ Programming Guide, "Application Compatibility".)
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import jax
 
@@ -37,7 +38,19 @@ def _has_machine_code(code: str, capability: int) -> bool:
     return False
 
 
-def obstacle(capability: int, code: str, toolkit_version: int, driver_version: int) -> str | None:
+def _rebuild(capabilities: Iterable[int]) -> str:
+    """The rebuild that suits all of these GPUs."""
+    wanted = sorted({c for c in capabilities if c >= LOWEST_CAPABILITY})
+    return f"rebuild with {ARCHITECTURES}={','.join(map(str, wanted))}"
+
+
+def obstacle(
+    capability: int,
+    code: str,
+    toolkit_version: int,
+    driver_version: int,
+    others: Iterable[int] = (),
+) -> str | None:
     """Why a module's kernels cannot run on a GPU, or None.
 
     Args:
@@ -45,6 +58,7 @@ def obstacle(capability: int, code: str, toolkit_version: int, driver_version: i
         code: what the module holds, such as "sm_80 sm_90a compute_80".
         toolkit_version: of the CUDA that it was built with, such as 13000.
         driver_version: the newest CUDA that the driver serves, 0 if that is not known.
+        others: capabilities of the machine's other GPUs, which a rebuild is to serve too.
 
     Returns:
         The reason, with the rebuild that helps.
@@ -59,7 +73,7 @@ def obstacle(capability: int, code: str, toolkit_version: int, driver_version: i
         )
     if _has_machine_code(code, capability):
         return None
-    rebuild = f"rebuild with {ARCHITECTURES}={capability}"
+    rebuild = _rebuild((capability, *others))
     if "compute_" not in code:
         return f"the cuda module holds {code}, none of it for {gpu}: {rebuild}"
     if driver_version and driver_version < toolkit_version:
@@ -70,12 +84,12 @@ def obstacle(capability: int, code: str, toolkit_version: int, driver_version: i
     return None
 
 
-def missing_kernel(capability: int, code: str) -> str | None:
+def missing_kernel(capability: int, code: str, others: Iterable[int] = ()) -> str | None:
     """What a rebuild for a GPU would add to a module that runs on it, or None."""
     if capability == _HOPPER and "sm_90a" not in code:
         return (
-            "the cuda module lacks the wgmma kernel, which Hopper GPUs alone run: rebuild "
-            f"with {ARCHITECTURES}={_HOPPER}"
+            "the cuda module lacks the wgmma kernel, which Hopper GPUs alone run: "
+            f"{_rebuild((_HOPPER, *others))}"
         )
     return None
 
@@ -98,7 +112,7 @@ def local_obstacle() -> str | None:
         return None
     driver_version = module.driver_version()
     reasons = (
-        obstacle(capability, module.code, module.toolkit_version, driver_version)
+        obstacle(capability, module.code, module.toolkit_version, driver_version, found)
         for capability in found
     )
     return next((reason for reason in reasons if reason is not None), None)
@@ -108,5 +122,6 @@ def local_missing_kernel() -> str | None:
     """What a rebuild for this process's GPUs would add, or None."""
     if native.cuda is None:
         return None
-    notes = (missing_kernel(capability, native.cuda.code) for capability in local_capabilities())
+    found = local_capabilities()
+    notes = (missing_kernel(capability, native.cuda.code, found) for capability in found)
     return next((note for note in notes if note is not None), None)

@@ -72,6 +72,7 @@ CASES = [
     ("ptx", (90,), "compute_80", False, "compute_80"),
     ("80,90", (), "sm_80,sm_90", True, "sm_80 sm_90 sm_90a"),
     ("89 ptx", (), "sm_89,compute_80", False, "sm_89 compute_80"),
+    (" 80, 86 ,", (), "sm_80,sm_86", False, "sm_80 sm_86"),
     ("all", (), "sm_80,sm_90,sm_100,sm_120,compute_80", True,
      "sm_80 sm_90 sm_100 sm_120 compute_80 sm_90a"),
 ]  # fmt: skip

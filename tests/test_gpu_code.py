@@ -57,6 +57,15 @@ def test_only_a_hopper_gpu_lacks_the_wgmma_kernel(capability, code, lacks):
         assert "JAX_CONVGRAD_CUDA_ARCHITECTURES=90" in found
 
 
+def test_a_rebuild_serves_all_gpus_of_the_machine():
+    reason = gpu_code.obstacle(90, "sm_80", 13000, 13000, [75, 80, 90])
+    assert reason is not None
+    assert reason.endswith("JAX_CONVGRAD_CUDA_ARCHITECTURES=80,90")
+    note = gpu_code.missing_kernel(90, PTX, [80, 90])
+    assert note is not None
+    assert note.endswith("=80,90")
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Makes this process one with a GPU, and with a CUDA module whose planner is the CPU's."""
@@ -112,7 +121,7 @@ def test_explain_and_info_name_the_rebuild_that_brings_wgmma(gpu):
     assert "wgmma" in explanation.rebuild
     assert "  rebuild   the cuda module lacks the wgmma kernel" in str(explanation)
     (line,) = info._gpu_lines()
-    assert line.startswith("rebuild ")
+    assert line.startswith("GPU code ")
     gpu("9.0", ALL)
     assert info._gpu_lines() == []
     assert f" for {ALL};" in info._module_line("cuda")

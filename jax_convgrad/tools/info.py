@@ -46,8 +46,8 @@ def _module_line(platform: str) -> str:
 
 def _gpu_lines() -> list[str]:
     """What the CUDA module lacks for this machine's GPUs."""
-    notes = (gpu_code.local_obstacle(), gpu_code.local_missing_kernel())
-    return [f"rebuild       {note}" for note in notes if note is not None]
+    note = gpu_code.local_obstacle() or gpu_code.local_missing_kernel()
+    return [] if note is None else [f"GPU code      {note}"]
 
 
 def report() -> list[str]:
