@@ -146,6 +146,8 @@ const Isa& ChosenIsa() {
   return isa;
 }
 
+int64_t Taps(const Problem& p) { return p.axis[0].win * p.axis[1].win * p.axis[2].win; }
+
 // ---- one form for problems that are the same --------------------------------------
 
 // An axis along which nothing happens: one position of x meets one of y by one tap.
@@ -197,7 +199,7 @@ Problem Exchanged(const Problem& given) {
 // derivatives of a filter gradient, whose filters are images) is the wrong way round.
 bool HasLongWindow(const Problem& p) {
   constexpr int64_t kManyTaps = 64, kTimesResult = 4;
-  const int64_t taps = p.axis[0].win * p.axis[1].win * p.axis[2].win;
+  const int64_t taps = Taps(p);
   const int64_t results = p.axis[0].out * p.axis[1].out * p.axis[2].out;
   return p.groups == 1 && results > 0 && taps >= kManyTaps &&
          taps > kTimesResult * results;
@@ -250,8 +252,6 @@ constexpr const char* kNames[] = {"direct",           "gemm", "depthwise", "few_
 constexpr int kKernelCount = sizeof(kNames) / sizeof(kNames[0]) - 1;
 
 int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
-
-int64_t Taps(const Problem& p) { return p.axis[0].win * p.axis[1].win * p.axis[2].win; }
 
 bool IsEmpty(const Problem& p) {
   return p.batch * p.groups * p.out_channels * Taps(p) == 0 ||
