@@ -155,15 +155,91 @@ bool IsTrivial(const Axis& x) {
   return x.in == 1 && x.out == 1 && x.win == 1 && x.pad_lo == 0;
 }
 
-// The problem with its trivial axes first, and those without the stride and dilations
-// that no tap uses. Kernels are made for long rows along the last axis, which a net for
-// signals may write as [N, T, 1, C].
+constexpr int64_t kMaxFewChannels = 16;
+constexpr int64_t kMaxRowChannels = 32;  // out channels of a window that lies in rows
+constexpr int64_t kLongRow = 16;         // positions that fill vectors
+
+int64_t PhasePositions(const Axis& x) { return CeilDiv(x.in, PhaseCount(x)); }
+
+// The axis that should be the last, whose neighbouring positions of one phase kernels
+// compute together. If dX is contiguous along the last one only very few positions there
+// outweigh that.
+int ChooseRowAxis(const Problem& p) {
+  const int64_t enough = p.dx.axis[2] == 1 && p.axis[2].in > 1 ? 4 : 8;
+  const int64_t positions = PhasePositions(p.axis[2]);
+  int best = 2;
+  for (int x = 0; x < 2; ++x) {
+    const Axis& axis = p.axis[x];
+    const bool for_planes =
+        axis.stride % axis.lhs_dilation == 0 && PhaseCount(axis) <= kMaxRowPhases;
+    const int64_t most = best == 2 ? 2 * positions : PhasePositions(p.axis[best]);
+    if (for_planes && PhasePositions(axis) >= most) best = x;
+  }
+  return positions < enough ? best : 2;
+}
+
+void SwapAxes(int a, int b, Problem* p) {
+  std::swap(p->axis[a], p->axis[b]);
+  std::swap(p->dx.axis[a], p->dx.axis[b]);
+  std::swap(p->dy.axis[a], p->dy.axis[b]);
+  std::swap(p->w.axis[a], p->w.axis[b]);
+}
+
+// Without the stride and dilations that no tap uses.
+Axis WithoutIdleSteps(Axis x) {
+  if (IsTrivial(x)) return Axis{};
+  if (x.win == 1) x.rhs_dilation = 1;
+  // All taps meet one y: as if the window moved on by its own width, so that each tap is
+  // a phase of its own.
+  if (x.out == 1 && x.lhs_dilation == 1) x.stride = (x.win - 1) * x.rhs_dilation + 1;
+  return x;
+}
+
+// Whether each position of x along an axis meets the one of y with its number.
+bool IsPointwise(const Axis& x) {
+  return x.win == 1 && x.stride == 1 && x.lhs_dilation == 1 && x.pad_lo == 0 &&
+         x.in == x.out;
+}
+
+// Makes one long axis of those of a pointwise problem, images included, as far as
+// memory has them in a row. Not where the number of images would then decide between two
+// kernels (PlanesBeatGemm): an image's bits do not depend on its batch.
+void MergePointwiseAxes(Problem* p) {
+  for (const Axis& x : p->axis) {
+    if (!IsPointwise(x)) return;
+  }
+  const auto follows = [&](int64_t dx, int64_t dy, int64_t count) {
+    return count > 1 && dx == p->dx.axis[2] * p->axis[2].in &&
+           dy == p->dy.axis[2] * p->axis[2].in;
+  };
+  const auto lengthen = [&](int64_t count) {
+    p->axis[2].in *= count;
+    p->axis[2].out *= count;
+  };
+  for (int x = 1; x >= 0; --x) {
+    if (p->axis[x].in > 1 && !follows(p->dx.axis[x], p->dy.axis[x], p->axis[x].in)) {
+      return;
+    }
+    lengthen(p->axis[x].in);
+    p->axis[x] = Axis{};
+  }
+  const bool decides = p->axis[2].in < kLongRow && p->in_channels <= kMaxFewChannels &&
+                       p->out_channels <= kMaxRowChannels;
+  if (!decides && follows(p->dx.batch, p->dy.batch, p->batch)) {
+    lengthen(p->batch);
+    p->batch = 1;
+  }
+}
+
+// The problem with its trivial axes first, and without idle steps. Kernels are made for
+// long rows along the last axis, which a net for signals may write as [N, T, 1, C] or,
+// with a few sensors beside each other, as [N, T, 3, C].
 Problem Canonical(const Problem& given) {
   Problem p = given;
   int to = kAxes;
   const auto place = [&](int from) {
     --to;
-    p.axis[to] = IsTrivial(given.axis[from]) ? Axis{} : given.axis[from];
+    p.axis[to] = WithoutIdleSteps(given.axis[from]);
     p.dx.axis[to] = given.dx.axis[from];
     p.dy.axis[to] = given.dy.axis[from];
     p.w.axis[to] = given.w.axis[from];
@@ -173,6 +249,8 @@ Problem Canonical(const Problem& given) {
       if (IsTrivial(given.axis[x]) == trivial) place(x);
     }
   }
+  MergePointwiseAxes(&p);
+  if (const int x = ChooseRowAxis(p); x != 2) SwapAxes(x, 2, &p);
   return p;
 }
 
@@ -207,8 +285,6 @@ bool HasLongWindow(const Problem& p) {
 
 // ---- positions that no tap reaches -------------------------------------------------
 
-int64_t StoredPhases(const Axis& x) { return std::min(PhaseCount(x), x.in); }
-
 // The part of dX that some tap reaches: one in 64 under a 1x1 filter of stride 8.
 double LivePart(const Problem& p) {
   double part = 1;
@@ -221,13 +297,18 @@ double LivePart(const Problem& p) {
   return part;
 }
 
-// Whether dX is worth clearing as a whole, so that the gemm kernel visits live phases
-// alone. Stores between which others lie, as along rows of a channels-first dX, cost more
-// than clearing does.
+// Stores between which others lie, as along rows of a channels-first dX: each costs as
+// much as one of a whole cache line.
+bool StoresApart(const Problem& p) { return p.dx.axis[2] == 1 && p.in_channels > 1; }
+
+// Whether that is so little that the gemm kernel, which visits live phases alone once dX
+// is cleared as a whole, is the fastest.
 bool IsMostlyZeros(const Problem& p) {
-  const bool apart = p.dx.axis[2] == 1 && p.in_channels > 1;
-  return LivePart(p) <= (apart ? 0.25 : 0.125);
+  return LivePart(p) <= (StoresApart(p) ? 0.25 : 0.125);
 }
+
+// Whether the gemm kernel clears dX first.
+bool ClearsFirst(const Problem& p) { return LivePart(p) <= (StoresApart(p) ? 0.6 : 0.3); }
 
 // The elements of dX if it has no gaps, else 0.
 int64_t DenseElements(const Problem& p) {
@@ -305,8 +386,6 @@ PlaneTile ChoosePlaneTile(const Problem& p) {
   return none;
 }
 
-constexpr int64_t kMaxFewChannels = 16;
-
 bool PlanesTakes(const Problem& p) { return ChoosePlaneTile(p).rows > 0; }
 
 bool DotsTakes(const Problem& p) {
@@ -327,8 +406,13 @@ bool IsFoldable(const Problem& p) {
   return strided;
 }
 
-Problem Folded(Problem p) {
-  if (!IsFoldable(p)) return p;
+int64_t GemmWorkspaceBytes(const Problem& p);
+
+// As given if the workspace is that of a program that was stored before such problems
+// were folded, and too small.
+Problem Folded(const Problem& given) {
+  if (!IsFoldable(given)) return given;
+  Problem p = given;
   for (int x = 0; x < kAxes; ++x) {
     Axis& axis = p.axis[x];
     p.in_channels *= axis.win;
@@ -336,7 +420,7 @@ Problem Folded(Problem p) {
     axis.in = axis.out;
     axis.win = axis.stride = axis.rhs_dilation = 1;
   }
-  return p;
+  return GemmWorkspaceBytes(p) <= given.workspace_limit ? p : given;
 }
 
 struct Column {
@@ -345,8 +429,8 @@ struct Column {
 
 // The columns of one group of the problem once folded, by increasing place in dX.
 std::vector<Column> Columns(const Problem& p) {
-  const bool fold = IsFoldable(p);
-  const int64_t taps = fold ? Taps(p) : 1;
+  const int64_t taps = Folded(p).in_channels / p.in_channels;
+  const bool fold = taps > 1;
   std::vector<Column> out;
   out.reserve(p.in_channels * taps);
   for (int64_t c = 0; c < p.in_channels; ++c) {
@@ -383,6 +467,37 @@ bool DotsAreFaster(const Problem& p, int64_t columns) {
              1.25 * products * CeilDiv(columns, lanes);
 }
 
+// Whether pixels in lanes beat channels in lanes, for up to kMaxFewChannels of them: on
+// rows that fill vectors, if dY has so few channels that a gemm's sums are short. Copying
+// dY is cheap where it lies in rows.
+bool LiesInRows(const Problem& p) { return p.dx.axis[2] == 1 && p.dy.axis[2] == 1; }
+
+bool RowsFillVectors(const Problem& p) { return PhasePositions(p.axis[2]) >= kLongRow; }
+
+bool PlanesBeatGemm(const Problem& p) {
+  const bool in_rows = LiesInRows(p);
+  if (!RowsFillVectors(p)) return false;
+  // But gemm has bfloat16 arithmetic.
+  if (p.dtype == DType::kBF16 && p.in_channels > 4 && p.out_channels > 8) return false;
+  return p.in_channels <= (in_rows ? kMaxFewChannels : 12) &&
+         p.out_channels <= (in_rows ? kMaxRowChannels : 8);
+}
+
+// Whether the channels kernel's permutations, where groups have several channels, cost
+// more than they save.
+bool PermutesTooMuch(const Problem& p) {
+  constexpr int64_t kLargeGroup = 6;
+  if (p.in_channels <= 2 && p.out_channels >= kLargeGroup) return true;
+  return p.dtype == DType::kF64 && std::max(p.in_channels, p.out_channels) >= 4;
+}
+
+// Or whether its vectors would be nearly empty.
+bool ChannelsAreSlow(const Problem& p) {
+  constexpr int64_t kFewGroups = 10;
+  if (p.in_channels == 1 && p.out_channels == 1) return p.groups < 4;
+  return p.groups <= kFewGroups || PermutesTooMuch(p);
+}
+
 bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* kernel) {
   const auto pick = [&](int index, Kernel k) {
     *chosen = kNames[index];
@@ -393,13 +508,24 @@ bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* ker
   const auto asked = [&](int index) { return std::strcmp(name, kNames[index]) == 0; };
   if (asked(0) || (any && IsEmpty(p))) return pick(0, Kernel::kDirect);
   if (asked(2) || (any && p.groups > 1)) {
+    const int64_t largest = std::max(p.in_channels, p.out_channels);
+    const bool small = largest <= kMaxFewChannels;
+    if (any && small && ChannelsAreSlow(p)) {
+      const bool planes = LiesInRows(p) || p.dtype != DType::kF64;
+      if (planes && RowsFillVectors(p) && PlanesTakes(p)) return pick(3, Kernel::kPlanes);
+      if (ChannelsTakes(p) && PermutesTooMuch(p)) return pick(1, Kernel::kGemm);
+    }
     if (ChannelsTakes(p)) return pick(2, Kernel::kChannels);
-    const bool small = std::max(p.in_channels, p.out_channels) <= kMaxFewChannels;
-    const bool planes = p.dx.axis[2] == 1 && p.dy.axis[2] == 1;
-    if (small && (planes || asked(2)) && PlanesTakes(p)) return pick(2, Kernel::kPlanes);
+    if (small && (LiesInRows(p) || asked(2)) && PlanesTakes(p)) {
+      return pick(2, Kernel::kPlanes);
+    }
   }
   if (any && p.groups == 1 && IsMostlyZeros(p)) return pick(1, Kernel::kGemm);
   const int64_t columns = Folded(p).in_channels;
+  if (any && p.groups == 1 && columns == p.in_channels && PlanesBeatGemm(p) &&
+      PlanesTakes(p)) {
+    return pick(3, Kernel::kPlanes);
+  }
   if (asked(4) || (any && p.groups == 1 && DotsAreFaster(p, columns))) {
     if (DotsTakes(p)) return pick(4, Kernel::kDots);
   }
@@ -416,8 +542,7 @@ bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* ker
 
 // Offsets in bytes; sizes are bounds over all instruction sets.
 struct Workspace {
-  int64_t phases[kAxes];
-  int64_t filter, taint, zeros, packed_dy, column_w, column_dx;
+  int64_t filter, taint, zeros, packed_dy;
   bool pack_dy;
   int64_t bytes;
 };
@@ -438,9 +563,6 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
     out.packed_dy = take(p.batch * p.groups * p.axis[0].out * p.axis[1].out *
                          p.axis[2].out * p.out_channels * acc);
   };
-  for (int x = 0; x < kAxes; ++x) {
-    out.phases[x] = take(StoredPhases(p.axis[x]) * sizeof(Phase));
-  }
   const int64_t filter = p.out_channels * Taps(p) * acc;  // of one input channel
   if (kernel == Kernel::kGemm) {
     const int64_t columns = CeilDiv(p.in_channels, kMaxLanes) * kMaxLanes;
@@ -451,8 +573,6 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
     out.taint = take(p.groups * CeilDiv(p.in_channels, kMinPanelColumns) *
                      CeilDiv(p.out_channels, kFilterPackChannels));
     out.zeros = take(p.groups * p.out_channels * acc);
-    out.column_w = take(p.in_channels * sizeof(int64_t));
-    out.column_dx = take(p.in_channels * sizeof(int64_t));
     take_packed_dy();
   } else if (kernel == Kernel::kChannels) {
     const int64_t largest = std::max(p.in_channels, p.out_channels);
@@ -477,6 +597,23 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
     take_packed_dy();
   }
   return out;
+}
+
+int64_t GemmWorkspaceBytes(const Problem& p) { return LayOut(p, Kernel::kGemm).bytes; }
+
+// Whether one thread is done before another one would have woken up.
+bool IsTooSmallToShare(const Problem& p) {
+  constexpr double kLeastShared = 2e5;  // multiply-adds, and elements that are moved
+  const auto positions = [&p](auto size) {
+    return 1.0 * size(p.axis[0]) * size(p.axis[1]) * size(p.axis[2]);
+  };
+  const double in = positions([](const Axis& x) { return x.in; });
+  const double out = positions([](const Axis& x) { return x.out; });
+  const double taps = positions([](const Axis& x) { return x.win; });
+  const double images = 1.0 * p.batch * p.groups, c = 1.0 * p.in_channels,
+               k = 1.0 * p.out_channels;
+  return images * (out * taps * c * k + in * c + out * k) + taps * c * k * p.groups <
+         kLeastShared;
 }
 
 // XLA allocates large results and workspaces anew at every call: in pages of 4 KiB,
@@ -537,8 +674,7 @@ bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
 
 WorkspaceBound BoundCpuWorkspace(const Problem& given) {
   Problem p = given;
-  p.batch = 0;                                  // leaves out the packed dY
-  for (Axis& x : p.axis) x.in = PhaseCount(x);  // every phase
+  p.batch = 0;  // leaves out the packed dY
   WorkspaceBound bound{};
   const auto include = [&](const Problem& problem, Kernel kernel) {
     const Workspace w = LayOut(problem, kernel);
@@ -552,7 +688,9 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
     include(p, Kernel::kPlanes);
     include(p, Kernel::kDots);
   }
+  // Where y has one position, too, each tap may be a column (WithoutIdleSteps).
   for (Axis& x : p.axis) {
+    if (x.lhs_dilation == 1 && x.rhs_dilation == 1) x.stride = x.win;
     x.in = x.stride;
     x.out = 1;
     x.pad_lo = 0;
@@ -588,7 +726,7 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
   args.epilogue = epilogue;
   args.threads = threads;
   const bool clears = kernel == Kernel::kGemm && epilogue.IsNone() &&
-                      IsMostlyZeros(args.problem) && DenseElements(problem) > 0;
+                      ClearsFirst(args.problem) && DenseElements(problem) > 0;
   if (clears) {
     constexpr int64_t kTaskBytes = 256 * 1024;
     const int64_t bytes = DenseElements(problem) * SizeInBytes(problem.dtype);
@@ -597,30 +735,29 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
                   static_cast<size_t>(std::min(kTaskBytes, bytes - i * kTaskBytes)));
     });
   }
+  std::vector<Phase> phases[kAxes];
   for (int x = 0; x < kAxes; ++x) {
-    Phase* const phases = reinterpret_cast<Phase*>(base + at.phases[x]);
-    int64_t count = 0;
-    for (int64_t i = 0; i < StoredPhases(args.problem.axis[x]); ++i) {
-      phases[count] = MakePhase(args.problem.axis[x], i);
-      if (!clears || phases[count].r_count > 0) ++count;
+    const Axis& axis = args.problem.axis[x];
+    for (int64_t i = 0; i < std::min(PhaseCount(axis), axis.in); ++i) {
+      const Phase phase = MakePhase(axis, i);
+      if (!clears || phase.r_count > 0) phases[x].push_back(phase);
     }
-    if (count == 0) return;  // every sum is empty
-    args.phase[x] = phases;
-    args.phase_count[x] = count;
+    if (phases[x].empty()) return;  // every sum is empty
+    args.phase[x] = phases[x].data();
+    args.phase_count[x] = static_cast<int64_t>(phases[x].size());
   }
   args.filter = base + at.filter;
   args.taint = base + at.taint;
   args.zeros = base + at.zeros;
   args.packed_dy = at.pack_dy ? base + at.packed_dy : nullptr;
+  std::vector<int64_t> column_w, column_dx;
   if (kernel == Kernel::kGemm) {
-    int64_t* column_w = reinterpret_cast<int64_t*>(base + at.column_w);
-    int64_t* column_dx = reinterpret_cast<int64_t*>(base + at.column_dx);
-    args.column_w = column_w;
-    args.column_dx = column_dx;
     for (const Column& column : Columns(problem)) {
-      *column_w++ = column.w;
-      *column_dx++ = column.dx;
+      column_w.push_back(column.w);
+      column_dx.push_back(column.dx);
     }
+    args.column_w = column_w.data();
+    args.column_dx = column_dx.data();
   }
   if (kernel == Kernel::kPlanes) args.plane_tile = ChoosePlaneTile(problem);
 
@@ -634,9 +771,14 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
     case Kernel::kPlanes: kernels.planes(args, &job); break;
     case Kernel::kDots: kernels.dots(args, &job); break;
   }
+  const bool alone = IsTooSmallToShare(problem);
   for (int i = 0; i < job.stages; ++i) {
     const CpuStage& stage = job.stage[i];
-    parallel_for(stage.count, [&](int64_t index) { stage.task(job.state, index); });
+    if (alone) {
+      for (int64_t index = 0; index < stage.count; ++index) stage.task(job.state, index);
+    } else {
+      parallel_for(stage.count, [&](int64_t index) { stage.task(job.state, index); });
+    }
   }
 }
 

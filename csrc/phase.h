@@ -37,6 +37,22 @@ CONVGRAD_HOST_DEVICE constexpr int64_t Gcd(int64_t a, int64_t b) {
   return a;
 }
 
+// The number below m, at least 1, whose product with a is 1 (mod m); a and m have no
+// common factor.
+CONVGRAD_HOST_DEVICE constexpr int64_t InverseModulo(int64_t a, int64_t m) {
+  int64_t rest = a % m, old_rest = m, factor = 1, old_factor = 0;
+  while (rest != 0) {
+    const int64_t times = old_rest / rest;
+    const int64_t next_rest = old_rest - times * rest;
+    const int64_t next_factor = old_factor - times * factor;
+    old_rest = rest;
+    old_factor = factor;
+    rest = next_rest;
+    factor = next_factor;
+  }
+  return (old_factor % m + m) % m;
+}
+
 CONVGRAD_HOST_DEVICE constexpr int64_t PhaseCount(const Axis& a) {
   return a.stride / Gcd(a.stride, a.lhs_dilation);
 }
@@ -50,16 +66,15 @@ CONVGRAD_HOST_DEVICE constexpr Phase MakePhase(const Axis& a, int64_t phase) {
   const int64_t g = Gcd(a.stride, a.rhs_dilation);
   f.r_step = a.stride / g;
   f.p_per_r = a.rhs_dilation / g;
-  // At most stride candidates: the residues repeat after r_step.
   const int64_t target = phase * a.lhs_dilation + a.pad_lo;
-  for (int64_t r = 0; r < f.r_step && r < a.win; ++r) {
-    const int64_t rest = target - r * a.rhs_dilation;
-    if (rest % a.stride == 0) {
-      f.r0 = r;
-      f.r_count = (a.win - r + f.r_step - 1) / f.r_step;
-      f.p0 = rest / a.stride;
-      break;
-    }
+  if (target % g != 0) return f;
+  // The least r with r*p_per_r = target/g (mod r_step).
+  const int64_t residue = (target / g % f.r_step + f.r_step) % f.r_step;
+  const int64_t r = residue * InverseModulo(f.p_per_r, f.r_step) % f.r_step;
+  if (r < a.win) {
+    f.r0 = r;
+    f.r_count = (a.win - r + f.r_step - 1) / f.r_step;
+    f.p0 = (target - r * a.rhs_dilation) / a.stride;
   }
   return f;
 }

@@ -120,7 +120,10 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="layers.json (default: the checkout's)",
     )
-    add("--dtype", choices=tuple(DTYPES), default="f32")
+    add("--random", type=_count, metavar="COUNT",
+        help="instead of layers, so many convolutions drawn over all that lax accepts, of any "
+        "dtype and layout")  # fmt: skip
+    add("--dtype", choices=tuple(DTYPES), help="default f32; with --random, any")
     add("--layout", choices=("NHWC", "NCHW"), default="NHWC",
         help="channels last with HWIO filters, or channels first with OIHW")  # fmt: skip
     add("--peers", default="lax", help="comma-separated: lax,torch (default lax)")

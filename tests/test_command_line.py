@@ -12,7 +12,7 @@ from conftest import SEED
 
 import jax_convgrad
 from jax_convgrad import __main__, dispatch, native
-from jax_convgrad.tools import check
+from jax_convgrad.tools import check, random_layers, results
 from jax_convgrad.tools.geometries import named_cases
 
 MODULE = ("-m", "jax_convgrad")
@@ -190,3 +190,37 @@ def test_bench_runs_inside_a_scan(layers, tmp_path, layout):
         assert row["failures"] == []
         assert row["implementation"] == "native"
         assert {time["instances"] for time in row["times_us"].values()} == {3}
+
+
+@pytest.mark.native
+def test_bench_draws_convolutions_and_lists_its_losses(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(results, "LISTED_LOSS", 1e-9)  # everything is one
+    arguments = ("--random", "4", "--seed", str(SEED % 100), "--row-seconds", "0.02")
+    assert __main__.main(["bench", *arguments, "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert report["options"]["random"] == 4
+    assert len(report["rows"]) == 4
+    timed = [row for row in report["rows"] if row["ratios"]]
+    out = capsys.readouterr().out
+    assert f"{len(timed)} of {len(timed)} rows (1e+02 %) take over 1e-09 times lax's" in out
+    for row in timed:
+        assert f"{row['name']} {row['direction']} {row['dtype']} {row['geometry']}: " in out
+
+
+def test_random_problems_are_drawn_one_by_one_and_of_every_kind():
+    drawn = [random_layers.random_workload(SEED, i, None, "default") for i in range(300)]
+    again = random_layers.random_workload(SEED, 7, None, "default")
+    assert again == drawn[7]
+    assert {w.dtype for w in drawn} == {"float64", "float32", "bfloat16", "float16"}
+    assert {w.direction for w in drawn} == {"dx", "fwd"}
+    geometries = [w.geometry for w in drawn]
+    assert {g.axes for g in geometries} == {1, 2, 3}
+    assert any(g.batch_group_count > 1 for g in geometries)
+    assert any(g.feature_group_count > 1 for g in geometries)
+    assert any(max(g.window_sizes) >= 50 for g in geometries)
+    assert any(
+        s > w for g in geometries for s, w in zip(g.window_strides, g.window_sizes, strict=True)
+    )
+    # Images in the place of filters: their channels are the batch.
+    assert len({g.dimension_numbers.lhs_spec for g in geometries}) >= 8

@@ -238,3 +238,42 @@ def test_exchanged_operands_apply_an_epilogue(rng, name, dtype):
     fused = oracles.call_kernel(dy, w, g, arrays=(residual, mask))
     expected = oracles.finish(dx, residual=residual, relu_mask=mask)
     assert np.asarray(fused).tobytes() == np.asarray(expected).tobytes()
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("name", [name for name in NAMED if name.startswith("short_sums")])
+def test_short_sums_keep_what_is_not_finite_in_its_place(rng, name, value):
+    """Zeros stand for what a tap misses: a filter that is not finite must not meet them."""
+    g = NAMED[name]
+    dy, w = oracles.operands(rng, g, "float32")
+    w = np.array(w)
+    w.reshape(-1)[rng.integers(w.size)] = value
+    dx = np.asarray(oracles.call_kernel(dy, w, g))
+    with np.errstate(invalid="ignore"):
+        expected = oracles.sliced_input_grad(dy, w, g)
+    np.testing.assert_array_equal(np.isfinite(dx), np.isfinite(expected))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("channels", [(8, 40), (3, 5), (20, 33), (1, 1)])
+@pytest.mark.parametrize("layout", ["first", "last"])
+@pytest.mark.parametrize("size", [5, 40])
+def test_bits_of_a_pointwise_image_do_not_depend_on_its_batch(rng, size, layout, channels):
+    """Images may be taken for one long row, by a kernel that one of them would get too."""
+    many = make_geometry((size,), (1,), channels, batch=9, dimension_numbers=layout)
+    dy, w = oracles.operands(rng, many, "float32")
+    dx = np.asarray(oracles.call_kernel(dy, w, many))
+    one = make_geometry((size,), (1,), channels, batch=1, dimension_numbers=layout)
+    first = np.asarray(oracles.call_kernel(dy[:1], w, one))
+    assert dx[:1].tobytes() == first.tobytes()
+
+
+@pytest.mark.native
+def test_window_of_a_hundred_thousand_taps_that_meets_one_y(rng):
+    """Finding the taps of each phase took as many steps as there are phases: minutes."""
+    g = make_geometry((100_000,), (100_000,), (2, 3), batch=2)
+    dy, w = oracles.operands(rng, g, "float32")
+    dx = oracles.call_kernel(dy, w, g)
+    expected = np.einsum("nk,hck->nhc", dy[:, 0].astype(np.float64), w.astype(np.float64))
+    assert normwise_error(dx, expected) <= tolerance("float32", 3)

@@ -16,6 +16,7 @@
 //              on the stack that is then rounded, transposed if need be, and stored;
 //   a task     (phase, group, a range of rows, a range of panels), or, if groups are
 //              narrow, (phase, a range of groups, a range of rows).
+//              Short sums with many columns have a way of their own (gemm_short.h).
 // No reduction is ever split between tasks, so the bits do not depend on the threads.
 //
 // Multiplying the zero row is exact unless the filter holds an Inf or a NaN. Packing
@@ -27,6 +28,7 @@
 
 #include "gemm_pack.h"
 #include "gemm_rows.h"
+#include "gemm_short.h"
 #include "gemm_tiles.h"
 
 namespace convgrad {
@@ -43,6 +45,7 @@ struct GemmState {
   bool pack_dy, rows_first;
   bool small_blocks;  // that would fit the stack
   bool local_filter;  // and are packed there, each by the task that multiplies it
+  bool short_sums;    // the way of gemm_short.h
 };
 
 // A panel of the filter: packed, or to be packed block by block into `local`.
@@ -73,6 +76,22 @@ CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<O>& filter,
   return IsTainted(taint);
 }
 
+// How a panel of so many vectors is cut into blocks: k_step operands of up to `taps`
+// taps.
+struct BlockShape {
+  int64_t k_step, taps;
+};
+
+template <typename O>
+CONVGRAD_INLINE BlockShape ShapeOfBlocks(const Problem& p, int vectors, bool small) {
+  const int64_t block_rows = BlockRows(vectors, small ? kTileBytes : kBlockBytes);
+  const int64_t depth = Depth<O>(p);
+  const int64_t k_parts = CeilDiv(depth, block_rows);
+  const int64_t k_step = CeilDiv(CeilDiv(depth, k_parts), kDepthStep) * kDepthStep;
+  const int64_t taps = block_rows / k_step;
+  return {k_step, taps > kBlockTaps ? kBlockTaps : taps};
+}
+
 // Walks the blocks of B. Whole taps while they fit, else equal parts of one tap. Returns
 // whether a block packed on the way turned out to hold an Inf or a NaN though `exact` was
 // false: the sums are to be made anew then.
@@ -82,12 +101,9 @@ inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
                     const GemmSums<Sum<O>>& sums) {
   const Problem& p = s.args.problem;
   constexpr int64_t kWidth = kVecs * kLanes<O>;
-  const int64_t block_rows = BlockRows(kVecs, s.small_blocks ? kTileBytes : kBlockBytes);
   const int64_t depth = Depth<O>(p);
-  const int64_t k_parts = CeilDiv(depth, block_rows);
-  const int64_t k_step = CeilDiv(CeilDiv(depth, k_parts), kDepthStep) * kDepthStep;
-  int64_t taps_in_block = block_rows / k_step;
-  if (taps_in_block > kBlockTaps) taps_in_block = kBlockTaps;
+  const BlockShape shape = ShapeOfBlocks<O>(p, kVecs, s.small_blocks);
+  const int64_t k_step = shape.k_step, taps_in_block = shape.taps;
 
   const O* zeros = static_cast<const O*>(s.args.zeros);
   bool fresh = true, tainted = false;
@@ -136,15 +152,6 @@ CONVGRAD_INLINE bool AddTapsOf(int vectors, const GemmState& s, const GemmRows& 
   return AddTaps<O, 2>(s, rows, phase, dy, filter, sums);
 }
 
-CONVGRAD_INLINE bool PanelIsTainted(const CpuArgs& a, int64_t group, int64_t panels,
-                                    int64_t panel) {
-  const int64_t chunks = FilterChunks(a.problem);
-  const unsigned char* bytes = a.taint + (group * panels + panel) * chunks;
-  bool tainted = false;
-  for (int64_t i = 0; i < chunks; ++i) tainted |= bytes[i] != 0;
-  return tainted;
-}
-
 // Part `row_group` of the rows of a phase; false if it has none.
 inline bool RowsOfTask(const GemmState& s, int64_t phase_index, int64_t row_group,
                        const Phase** phase, GemmRows* rows) {
@@ -161,78 +168,14 @@ inline bool RowsOfTask(const GemmState& s, int64_t phase_index, int64_t row_grou
   return true;
 }
 
-template <typename T>
-void GemmTask(const void* state, int64_t index) {
-  using O = Operand<T>;
-  const GemmState& s = *static_cast<const GemmState*>(state);
-  const CpuArgs& a = s.args;
-  const Problem& p = a.problem;
-
-  // Phases are innermost: tasks that write the same cache lines run close in time.
-  const int64_t phase_index = index % s.phases;
-  index /= s.phases;
-  const int64_t inner = s.rows_first ? s.row_groups : s.panel_groups;
-  const int64_t first = index % inner;
-  index /= inner;
-  const int64_t outer = s.rows_first ? s.panel_groups : s.row_groups;
-  const int64_t second = index % outer;
-  const int64_t group = index / outer;
-  const int64_t panel_group = s.rows_first ? second : first;
-  const int64_t row_group = s.rows_first ? first : second;
-
-  const Phase* phase[kAxes];
-  GemmRows rows;
-  if (!RowsOfTask(s, phase_index, row_group, phase, &rows)) return;
-  const O* dy = static_cast<const O*>(s.dy) + group * s.dy_at.group;
-
-  [[maybe_unused]] const TileScope tiles;
-  alignas(64) Sum<O> tile[kTileBytes / sizeof(O)];
-  const int64_t end = (panel_group + 1) * s.task_panels;
-  for (int64_t i = panel_group * s.task_panels; i < end && i < s.panels; ++i) {
-    const Panel panel = PanelAt<O>(p, i);
-    GemmFilter<O> filter{};
-    filter.packed = PackedPanel<O>(a, group, panel);
-    if (!s.local_filter) filter.exact = PanelIsTainted(a, group, s.panels, i);
-    if constexpr (kIsAcc<T>) {
-      if (s.local_filter) {
-        filter.local = tile;
-        filter.w = static_cast<const T*>(a.w) + group * p.w.group;
-        filter.column_w = a.column_w + panel.first;
-        filter.panel = panel;
-      }
-    }
-    const int64_t width = panel.vectors * kLanes<O>;
-    T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
-    const int64_t* column_dx = a.column_dx + panel.first;
-    const bool direct = AreSumsOfDx<T>(panel, column_dx);
-    GemmSums<Sum<O>> sums = {tile, width};
-    if constexpr (kIsAcc<T>) {
-      if (direct) sums = {dx + column_dx[0], 0};
-    }
-    while (AddTapsOf(panel.vectors, s, rows, phase, dy, filter, sums))
-      filter.exact = true;
-    if (!direct) StoreTile<T>(rows, tile, width, panel.columns, column_dx, dx);
-    if (HasEpilogue(a)) {
-      FinishTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
-    }
-    rows.first_time = false;
-  }
-}
-
 // ---- narrow groups ----------------------------------------------------------------
 
-// With few channels a group the pointers cost as much as the products, so that a task
-// finds them once and uses them for many groups, whose channels lie side by side in dY.
+// With few channels a group, too, a task finds what its rows read once and uses it for
+// many groups, whose channels lie side by side in dY.
 constexpr int kMaxNarrowVectors = 2;
 constexpr int64_t kNarrowBytes = 32 * 1024;  // of a group's filter
 
-template <typename O>
-inline bool GroupsAreNarrow(const GemmState& s) {
-  const CpuArgs& a = s.args;
-  const Problem& p = a.problem;
-  const Panel panel = PanelAt<O>(p, 0);
-  if (p.groups == 1 || panel.columns < p.in_channels) return false;
-  if (panel.vectors > kMaxNarrowVectors || s.dy_at.group != Depth<O>(p)) return false;
+CONVGRAD_INLINE int64_t MostTaps(const CpuArgs& a) {
   int64_t taps = 1;
   for (int x = 0; x < kAxes; ++x) {
     int64_t most = 0;
@@ -241,6 +184,17 @@ inline bool GroupsAreNarrow(const GemmState& s) {
     }
     taps *= most;
   }
+  return taps;
+}
+
+template <typename O>
+inline bool GroupsAreNarrow(const GemmState& s) {
+  const CpuArgs& a = s.args;
+  const Problem& p = a.problem;
+  const Panel panel = PanelAt<O>(p, 0);
+  if (p.groups == 1 || panel.columns < p.in_channels) return false;
+  if (panel.vectors > kMaxNarrowVectors || s.dy_at.group != Depth<O>(p)) return false;
+  const int64_t taps = MostTaps(a);
   return taps <= kBlockTaps &&
          taps * PackedDepth<O>(p) <= BlockRows(panel.vectors, kNarrowBytes);
 }
@@ -297,6 +251,74 @@ void NarrowGroupsTask(const void* state, int64_t index) {
     if (!direct) StoreTile<T>(rows, tile, kWidth, panel.columns, a.column_dx, dx);
     if (HasEpilogue(a))
       FinishTile<T>(a, rows, panel.columns, a.column_dx, g * p.dx.group);
+  }
+}
+
+template <typename T>
+void GemmTask(const void* state, int64_t index) {
+  using O = Operand<T>;
+  const GemmState& s = *static_cast<const GemmState*>(state);
+  const CpuArgs& a = s.args;
+  const Problem& p = a.problem;
+
+  // Phases are innermost: tasks that write the same cache lines run close in time.
+  const int64_t phase_index = index % s.phases;
+  index /= s.phases;
+  const int64_t inner = s.rows_first ? s.row_groups : s.panel_groups;
+  const int64_t first = index % inner;
+  index /= inner;
+  const int64_t outer = s.rows_first ? s.panel_groups : s.row_groups;
+  const int64_t second = index % outer;
+  const int64_t group = index / outer;
+  const int64_t panel_group = s.rows_first ? second : first;
+  const int64_t row_group = s.rows_first ? first : second;
+
+  const Phase* phase[kAxes];
+  GemmRows rows;
+  if (!RowsOfTask(s, phase_index, row_group, phase, &rows)) return;
+  const O* dy = static_cast<const O*>(s.dy) + group * s.dy_at.group;
+
+  [[maybe_unused]] const TileScope tiles;
+  alignas(64) Sum<O> tile[kTileBytes / sizeof(O)];
+  const int64_t first_panel = panel_group * s.task_panels;
+  int64_t end = first_panel + s.task_panels;
+  if (end > s.panels) end = s.panels;
+  if constexpr (!kHasTiles) {
+    if (s.short_sums) {
+      MultiplyShortSums<T>(a, dy, s.dy_at, rows, phase, group, first_panel, end);
+    }
+  }
+  for (int64_t i = first_panel; i < end; ++i) {
+    if constexpr (!kHasTiles) {
+      if (s.short_sums && !PanelIsTainted(a, group, s.panels, i)) continue;
+    }
+    const Panel panel = PanelAt<O>(p, i);
+    GemmFilter<O> filter{};
+    filter.packed = PackedPanel<O>(a, group, panel);
+    if (!s.local_filter) filter.exact = PanelIsTainted(a, group, s.panels, i);
+    if constexpr (kIsAcc<T>) {
+      if (s.local_filter) {
+        filter.local = tile;
+        filter.w = static_cast<const T*>(a.w) + group * p.w.group;
+        filter.column_w = a.column_w + panel.first;
+        filter.panel = panel;
+      }
+    }
+    const int64_t width = panel.vectors * kLanes<O>;
+    T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
+    const int64_t* column_dx = a.column_dx + panel.first;
+    const bool direct = AreSumsOfDx<T>(panel, column_dx);
+    GemmSums<Sum<O>> sums = {tile, width};
+    if constexpr (kIsAcc<T>) {
+      if (direct) sums = {dx + column_dx[0], 0};
+    }
+    while (AddTapsOf(panel.vectors, s, rows, phase, dy, filter, sums))
+      filter.exact = true;
+    if (!direct) StoreTile<T>(rows, tile, width, panel.columns, column_dx, dx);
+    if (HasEpilogue(a)) {
+      FinishTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
+    }
+    rows.first_time = false;
   }
 }
 
@@ -375,13 +397,19 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
     s->task_rows = rows;
     s->task_panels = 1;
   }
+  if (!narrow && !kHasTiles && !s->local_filter && s->panels > 1) {
+    const int64_t taps = MostTaps(a), terms = taps * Depth<O>(p);
+    s->short_sums =
+        taps <= kShortTaps && terms <= kShortSum && Depth<O>(p) <= kShortDepth;
+    if (s->short_sums) s->task_rows = ShortTiles<O>(terms) * kTileRowsOfPanel;
+  }
   while (true) {
     s->row_groups = CeilDiv(rows, s->task_rows);
     s->panel_groups = CeilDiv(s->panels, s->task_panels);
     s->group_parts = CeilDiv(p.groups, s->task_groups);
     const int64_t tasks = s->phases * s->group_parts * s->row_groups * s->panel_groups;
     if (s->local_filter || tasks >= kEnoughTasks || work / tasks < 2 * kLeastWork) break;
-    if (s->task_panels > 1) {
+    if (s->task_panels > 1 && !s->short_sums) {
       s->task_panels = CeilDiv(s->task_panels, 2);
     } else if (s->task_rows > kLeastRows && s->task_rows < 2 * rows &&
                s->task_rows % (2 * kTileRowsOfPanel) == 0) {

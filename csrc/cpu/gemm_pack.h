@@ -69,6 +69,16 @@ CONVGRAD_INLINE int64_t FilterChunks(const Problem& p) {
   return CeilDiv(p.out_channels, kFilterPackChannels);
 }
 
+// Whether that holds an Inf or a NaN.
+CONVGRAD_INLINE bool PanelIsTainted(const CpuArgs& a, int64_t group, int64_t panels,
+                                    int64_t panel) {
+  const int64_t chunks = FilterChunks(a.problem);
+  const unsigned char* bytes = a.taint + (group * panels + panel) * chunks;
+  bool tainted = false;
+  for (int64_t i = 0; i < chunks; ++i) tainted |= bytes[i] != 0;
+  return tainted;
+}
+
 // Packs operands [k0, k1) of one tap by transposing squares: for filters whose out
 // channels are contiguous (HWIO). Returns what NoteTaint made of them.
 template <typename T>
@@ -147,8 +157,68 @@ inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& 
   return rest;
 }
 
-// The same for all taps at once and any strides; reads taps innermost, which is how
-// OIHW has them.
+// Whether all taps of a column lie side by side, as OIHW has them.
+CONVGRAD_INLINE bool TapsAreContiguous(const Problem& p) {
+  bool contiguous = true;
+  int64_t step = 1;
+  for (int x = kAxes - 1; x >= 0; --x) {
+    contiguous &= p.axis[x].win == 1 || p.w.axis[x] == step;
+    step *= p.axis[x].win;
+  }
+  return contiguous;
+}
+
+// The same for all taps at once, which lie side by side: transposes squares of columns
+// and taps. Near the filter's end, where a whole vector of taps cannot be read, the
+// square starts earlier; a filter of fewer taps than lanes reads those of the next
+// column too, where there is one, and drops them.
+template <typename T>
+inline Sum<Operand<T>> PackTapsTransposed(const T* w, const int64_t* column_w,
+                                          const Problem& p, const Panel& panel,
+                                          int64_t k0, int64_t k1, Operand<T>* to) {
+  using O = Operand<T>;
+  constexpr int L = kLanes<O>;
+  const int64_t width = panel.vectors * L;
+  const int64_t tap_size = PackedDepth<O>(p) * width;
+  const int64_t whole = p.out_channels / kPerOperand<O>;
+  const int64_t taps = Taps(p);
+  const int64_t end = (p.out_channels - 1) * p.w.out_channel +
+                      (p.in_channels - 1) * p.w.in_channel + taps;
+  Vec<Sum<O>, L> taint{};
+  for (int64_t k = k0; k < k1; ++k) {
+    const int64_t last_k = k >= whole ? k * kPerOperand<O> : (k + 1) * kPerOperand<O> - 1;
+    for (int64_t c0 = 0; c0 < width; c0 += L) {
+      for (int64_t r0 = 0; r0 < taps; r0 += L) {
+        const int64_t r = r0 + L > taps && taps >= L ? taps - L : r0;
+        Vec<O, L> square[L];
+        for (int i = 0; i < L; ++i) {
+          square[i] = Vec<O, L>{};
+          if (c0 + i >= panel.columns) continue;
+          const int64_t at = column_w[c0 + i] + r;
+          const T* from = w + k * kPerOperand<O> * p.w.out_channel + at;
+          if (last_k * p.w.out_channel + at + L <= end) {
+            square[i] = LoadAcross<O, L>(from, p.w.out_channel, k >= whole);
+          } else {
+            for (int j = 0; j < L && r + j < taps; ++j) {
+              square[i][j] = LoadOperand<O>(from + j, p.w.out_channel, k >= whole);
+            }
+          }
+        }
+        Transpose<O, L>(square);
+        O* out = to + r * tap_size + k * width + c0;
+        for (int j = 0; j < L && r + j < taps; ++j) {
+          NoteTaint<L, O>(&taint, square[j]);
+          Store<L>(out + j * tap_size, square[j]);
+        }
+      }
+    }
+  }
+  Sum<O> sum = 0;
+  for (int i = 0; i < L; ++i) sum += taint[i];
+  return sum;
+}
+
+// The same for any strides, one by one.
 template <typename T>
 inline Sum<Operand<T>> PackTapsStrided(const T* w, const int64_t* column_w,
                                        const Problem& p, const Panel& panel, int64_t k0,
@@ -236,6 +306,8 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
         }
       }
     }
+  } else if (TapsAreContiguous(p)) {
+    taint = PackTapsTransposed<T>(w, column_w, p, panel, k0, k1, to);
   } else {
     taint = PackTapsStrided<T>(w, column_w, p, panel, k0, k1, to);
   }

@@ -60,6 +60,8 @@ CONVGRAD_INLINE bool AreSumsOfDx(const Panel& panel, const int64_t* column_dx) {
   return runs;
 }
 
+template <typename T>
+constexpr int64_t kMaxTileElements = kMaxTileRows * kPanelColumns<Acc<T>>;
 constexpr int64_t kShortRun = 4;  // neighbouring columns that are not worth a vector
 
 // Rounds the tile [rows][width] and stores `columns` of it: row m, column c goes to
@@ -97,13 +99,30 @@ CONVGRAD_NOINLINE void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64
     }
   }
   if (columns < kShortRun * runs) {
-    // Short runs: again each run is its own stream.
+    // Short runs: again each run is its own stream. What is to be rounded is rounded in
+    // vectors first.
+    [[maybe_unused]] T rounded[kIsAcc<T> ? 1 : kMaxTileElements<T>];
+    const T* from;
+    int64_t step;
+    if constexpr (kIsAcc<T>) {
+      from = tile;
+      step = width;
+    } else {
+      for (int64_t m = transposed; m < rows.count; ++m) {
+        StoreRun(rounded + m * columns, tile + m * width, columns);
+      }
+      from = rounded;
+      step = columns;
+    }
     for (int i = 0; i < runs; ++i) {
       T* to = dx + column_dx[run[i]];
       const int64_t count = run[i + 1] - run[i];
       for (int64_t m = transposed; m < rows.count; ++m) {
-        const Acc<T>* from = tile + m * width + run[i];
-        for (int64_t c = 0; c < count; ++c) StoreOne(to + rows.dx[m] + c, from[c]);
+        const T* element = from + m * step + run[i];
+        to[rows.dx[m]] = element[0];
+        if (count > 1) to[rows.dx[m] + 1] = element[1];
+        if (count > 2) to[rows.dx[m] + 2] = element[2];
+        for (int64_t c = 3; c < count; ++c) to[rows.dx[m] + c] = element[c];
       }
     }
     return;

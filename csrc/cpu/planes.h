@@ -91,7 +91,23 @@ inline void FillWindow(const Problem& p, const T* dy, const Window<Acc<T>>& win)
   for (int64_t q0 = win.p0.lo; q0 < win.p0.hi; ++q0) {
     for (int64_t q1 = win.p1.lo; q1 < win.p1.hi; ++q1, to += win.row_step) {
       const T* row = dy + q0 * p.dy.axis[0] + q1 * p.dy.axis[1] + win.column * step;
-      for (int64_t k = 0; k < p.out_channels; ++k) {
+      int64_t k = 0;
+      if (p.dy.channel == 1) {
+        for (; k + L <= p.out_channels; k += L) {
+          int64_t i = lo;
+          for (; i + L <= hi; i += L) {
+            Vec<A, L> square[L];
+            for (int j = 0; j < L; ++j) square[j] = Load<L>(row + (i + j) * step + k);
+            Transpose<A, L>(square);
+            for (int j = 0; j < L; ++j) Store<L>(to + (k + j) * win.cols + i, square[j]);
+          }
+          for (; i < hi; ++i) {
+            const Vec<A, L> one = Load<L>(row + i * step + k);
+            for (int j = 0; j < L; ++j) to[(k + j) * win.cols + i] = one[j];
+          }
+        }
+      }
+      for (; k < p.out_channels; ++k) {
         const T* from = row + k * p.dy.channel;
         A* out = to + k * win.cols;
         int64_t i = lo;
@@ -194,8 +210,8 @@ constexpr int64_t kRowBuffer =
 
 // Stores `width` pixels of one channel, pixel w from buffer[w % phases][w / phases].
 template <typename T>
-inline void StoreRow(const Acc<T>* buffer, int64_t phases, int64_t phase_step,
-                     int64_t width, int64_t dx_step, T* dx) {
+inline void StoreRow(Acc<T>* buffer, int64_t phases, int64_t phase_step, int64_t width,
+                     int64_t dx_step, T* dx) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   int64_t w = 0;
@@ -208,10 +224,19 @@ inline void StoreRow(const Acc<T>* buffer, int64_t phases, int64_t phase_step,
       Store<L>(dx + w + L, Interleave<A, L, L>(even, odd));
     }
   }
-  for (int64_t i = w / phases; w < width; ++i) {
-    for (int64_t x = 0; x < phases && w < width; ++x, ++w) {
-      StoreOne(dx + w * dx_step, buffer[x * phase_step + i]);
+  // What is to be rounded is rounded in vectors first, a phase at a time.
+  [[maybe_unused]] T rounded[kRowBuffer<A> / kPlaneChannels];
+  const int64_t first = w / phases;
+  for (int64_t x = 0; x < phases; ++x) {
+    const T* from;
+    if constexpr (sizeof(T) == sizeof(A)) {
+      from = buffer + x * phase_step;
+    } else {
+      StoreRun(rounded, buffer + x * phase_step, CeilDiv(width - x, phases));
+      from = rounded;
     }
+    int64_t at = first * phases + x;
+    for (int64_t i = first; at < width; ++i, at += phases) dx[at * dx_step] = from[i];
   }
 }
 

@@ -7,12 +7,16 @@ PyTorch's by events around a CUDA graph. Every row is printed, losses and failur
 included. With a number of steps, JAX's functions run as the body of a `lax.scan`, where XLA
 compiles some of them otherwise; PyTorch, which has none, runs a loop. `results` documents
 the JSON.
+
+With `--random` the rows are not layers of nets but convolutions drawn over all that lax
+accepts (`random_layers`), and every loss to lax beyond 15 % is listed again at the end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -22,7 +26,7 @@ import jax
 
 from .. import roofline
 from ..dispatch import Implementation
-from . import DTYPES, ToolError, layers, machine, require, results, timing
+from . import DTYPES, ToolError, layers, machine, random_layers, require, results, timing
 from .console import Console, table
 from .results import PEERS, Row
 from .workloads import JaxPeer, ScanPeer, Workload, distance, make_pool, reference, workloads
@@ -56,6 +60,8 @@ def _empty_row(workload: Workload) -> Row:
         "batch_in_file": layer.batch_in_file,
         "flops": layer.geometry.flops,
         "bytes": workload.bytes_moved,
+        "dtype": workload.dtype,
+        "workspace_bytes": 0,
         "implementation": None,
         "kernel": None,
         "reason": None,
@@ -106,7 +112,12 @@ def measure_row(
     except ValueError as e:
         row["failures"].append({"peer": "ours", "kind": "unsupported", "message": str(e)})
         return row
-    row.update(implementation=choice.implementation, kernel=choice.kernel, reason=choice.reason)
+    row.update(
+        implementation=choice.implementation,
+        kernel=choice.kernel,
+        reason=choice.reason,
+        workspace_bytes=choice.workspace_bytes,
+    )
     trusted = reference(workload, pool[0])
     row.update(reference=trusted.dtype, bound=trusted.bound)
     on_device = [(jax.device_put(a), jax.device_put(b)) for a, b in pool]
@@ -168,6 +179,11 @@ def measure_row(
     return row
 
 
+def _wide(dtype: str) -> contextlib.AbstractContextManager[Any]:
+    """JAX's 64-bit mode where a dtype needs it, and only there."""
+    return jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext()
+
+
 def _parse_peers(text: str) -> list[str]:
     peers = [name.strip() for name in text.split(",") if name.strip()]
     if unknown := [name for name in peers if name not in PEERS]:
@@ -199,7 +215,8 @@ def _select(
 def main(
     *,
     layers_path: pathlib.Path | None,
-    dtype: str,
+    random: int | None,
+    dtype: str | None,
     layout: str,
     peers: str,
     classes: list[str] | None,
@@ -219,6 +236,7 @@ def main(
     Returns:
         The exit status: 1 if a result of ours was wrong or did not come.
     """
+    dtype = dtype or (None if random is not None else "f32")
     options = results.portable_options(locals())
     if png_path is not None:
         require("matplotlib", "--png")
@@ -232,12 +250,19 @@ def main(
             torch_settings = torch_peer.settings(torch_peer.load(precision))
         except torch_peer.UnsupportedError as e:
             raise ToolError(f"--peers torch: {e}") from None
-    dtype_name = DTYPES[dtype]
-    listed = layers.load(layers_path or layers.default_path(), layout, batch_budget)
-    selected = _select(listed, classes, per_class)
-    todo = [w for layer in selected for w in workloads(layer, dtype_name, precision)][:limit]
+    dtype_name = DTYPES[dtype or "f32"]  # of the roofs, where rows differ
+    if random is None:
+        listed = layers.load(layers_path or layers.default_path(), layout, batch_budget)
+        selected = _select(listed, classes, per_class)
+        todo = [w for layer in selected for w in workloads(layer, dtype_name, precision)][:limit]
+    else:
+        drawn_dtype = None if dtype is None else dtype_name
+        draw = functools.partial(
+            random_layers.random_workload, seed, dtype=drawn_dtype, precision=precision
+        )
+        todo = [draw(index) for index in range(random)][:limit]
     console = Console()
-    with jax.enable_x64(True) if dtype == "f64" else contextlib.nullcontext():
+    with _wide(dtype_name):
         report = machine.describe() | {
             "options": options,
             "torch": torch_settings,
@@ -280,15 +305,16 @@ def _run(
     with console.progress(len(todo), "bench", plain=False):
         for workload in todo:
             try:
-                row = measure_row(
-                    workload,
-                    implementation,
-                    peers,
-                    seed=seed,
-                    row_seconds=row_seconds,
-                    cache_bytes=cache_bytes,
-                    scan=scan,
-                )
+                with _wide(workload.dtype):
+                    row = measure_row(
+                        workload,
+                        implementation,
+                        peers,
+                        seed=seed,
+                        row_seconds=row_seconds,
+                        cache_bytes=cache_bytes,
+                        scan=scan,
+                    )
             except ToolError:
                 raise
             except Exception as e:  # no operands or no reference: memory, mostly
@@ -308,6 +334,9 @@ def _conclude(console: Console, report: dict[str, Any]) -> int:
     console.line()
     if cells := results.summary_rows(report["classes"]):
         console.line(table(results.SUMMARY_HEADERS, cells))
+    if report["options"]["random"] is not None:
+        for text in results.losses(report["rows"], "lax", results.LISTED_LOSS):
+            console.line(text)
     failures = report["failures"]
     counted = ", ".join(f"{number} {name}" for name, number in sorted(failures.items()))
     console.line(f"{len(report['rows'])} rows; failures: {counted or 'none'}")

@@ -295,6 +295,29 @@ def named_cases() -> list[Case]:
         "long_window_dilated": g((9, 40), (5, 33), (4, 2), lhs_dilation=(2, 1), stride=(3, 2),
                                  dimension_numbers="odd"),
         # A signal, as a net for images has it: along the first of two axes.
+        # Sums of few terms, with more columns than a panel has; many taps; a rest of columns.
+        "short_sums": g((9, 7), (5, 1), (70, 2), padding=((2, 2), (0, 0))),
+        "short_sums_nchw": g((9, 7), (3, 3), (41, 3), padding=1, dimension_numbers="first"),
+        "short_sums_many_taps": g((11, 6), (11, 5), (83, 1), batch=3, padding=((5, 5), (2, 2))),
+        "short_sums_strided": g((12, 13), (3, 4), (67, 5), stride=(2, 3), padding=1),
+        "short_sums_grouped": g((8, 5), (2, 3), (105, 9), feature_groups=3),
+        # A window that meets one y: each of its taps is a phase, or a column.
+        "single_y": g((1, 33), (1, 33), (6, 21), batch=9),
+        "single_y_padded": g((5, 6), (7, 8), (18, 5), batch=2, padding=1),
+        "single_y_dilated": g((9, 4), (4, 2), (5, 12), rhs_dilation=(2, 3),
+                              padding=((-1, -1), (0, 0))),
+        # Pointwise: all axes and images are one row, or must not be.
+        "pointwise_row": g((3, 5), (1, 1), (8, 40), batch=19),
+        "pointwise_row_nchw": g((6, 7), (1, 1), (3, 5), batch=3, dimension_numbers="first"),
+        "pointwise_dilated": g((31,), (1,), (7, 23), rhs_dilation=2),
+        # Rows so short that another axis is taken for them.
+        "short_rows": g((45, 5), (5, 3), (2, 37), stride=(1, 3)),
+        "short_rows_nchw": g((57, 2), (3, 3), (3, 6), stride=2, padding=1,
+                             dimension_numbers="first"),
+        # Few groups of several channels, for which lanes hold pixels, or gemm is faster.
+        "few_groups": g((4, 40), (1, 7), (5, 20), padding=((1, 1), (3, 3)), feature_groups=5),
+        "few_groups_short": g((5, 6), (1, 3), (7, 42), stride=(1, 2), feature_groups=7),
+        "three_channels_depthwise": g((50,), (15,), (3, 3), padding=7, feature_groups=3),
         "signal_in_first_axis": g((61, 1), (5, 1), (3, 12), stride=2),
         "signal_in_first_axis_nchw": g((61, 1), (5, 1), (3, 12), stride=2,
                                        dimension_numbers="first"),

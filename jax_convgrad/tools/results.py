@@ -13,6 +13,7 @@ The JSON is one object:
       batch, batch_in_file
       flops, bytes              work of one problem, products with padding not counted;
                                 least traffic
+      dtype, workspace_bytes    of the problem; scratch memory of our kernel
       implementation, kernel, reason    what ran as "ours": "native" or "xla"; None for xla
       reference, bound, errors  dtype of the reference, normwise error allowed and, by
                                 peer, found
@@ -47,6 +48,7 @@ PEERS = ("lax", "torch")
 Row = dict[str, Any]
 
 _CLASS_WIDTH, _NAME_WIDTH = 18, 62
+LISTED_LOSS = 1.15  # our time over a peer's from which `losses` lists a row
 
 
 def time_entry(timing: Timing) -> dict[str, Any]:
@@ -195,6 +197,33 @@ def count_failures(rows: Sequence[Row]) -> dict[str, int]:
             key = f"{failure['peer']} {failure['kind']}"
             counts[key] = counts.get(key, 0) + 1
     return counts
+
+
+def losses(rows: Sequence[Row], peer: str, beyond: float) -> list[str]:
+    """Lines that name the rows where we take more than `beyond` times a peer's time.
+
+    Args:
+        rows: what was measured.
+        peer: of whom.
+        beyond: at least 1.
+
+    Returns:
+        A line that counts them, and one for each, the worst first.
+    """
+    timed = [row for row in rows if peer in row["ratios"]]
+    slower = sorted((1 / row["ratios"][peer]["median"], row["index"], row) for row in timed)[::-1]
+    beyond_it = [(times, row) for times, _, row in slower if times > beyond]
+    share = 100 * len(beyond_it) / max(1, len(timed))
+    lines = [
+        f"{len(beyond_it)} of {len(timed)} rows ({share:.2g} %) take over {beyond} times {peer}'s"
+    ]
+    for times, row in beyond_it:
+        lines.append(
+            f"{times:>6.2f}  {row['name']} {row['direction']} {row['dtype']} {row['geometry']}: "
+            f"{_microseconds(row, 'ours')} us, {peer} {_microseconds(row, peer)} us, "
+            f"{row['kernel'] or row['reason']}"
+        )
+    return lines
 
 
 def summary_rows(classes: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:

@@ -1,0 +1,173 @@
+// The gemm kernel's way (gemm.h) with sums of few terms and many columns.
+//
+// There, finding what a register tile reads costs as much as the products, and so does
+// following a pointer for each row and tap. So a task copies what its rows read, once for
+// all panels: packed[register tile][tap, k][row]. Taps that no row of a tile has are left
+// out. Terms are added in the same order as there, so the bits are the same.
+
+#pragma once
+
+#include "gemm_rows.h"
+#include "gemm_tiles.h"
+
+namespace convgrad {
+namespace CONVGRAD_ISA {
+namespace {
+
+constexpr int64_t kShortSum = 384;   // operands of it, at most
+constexpr int64_t kShortDepth = 64;  // of one tap
+constexpr int kShortTaps = 192;      // and taps
+constexpr int64_t kPackedBytes = 24 * 1024;
+constexpr int kMaxShortTiles = 8;  // of registers, that a task makes
+constexpr int kShortRows = kHasTiles ? 1 : RowsFor(kPanelVectors<float>);
+
+template <typename O>
+constexpr int64_t kPackedOperands = kPackedBytes / static_cast<int64_t>(sizeof(O));
+
+// Register tiles of a task whose sums have so many terms.
+template <typename O>
+CONVGRAD_INLINE int64_t ShortTiles(int64_t terms) {
+  const int64_t fit = kPackedOperands<O> / ((terms > 0 ? terms : 1) * kShortRows);
+  return fit < 1 ? 1 : fit > kMaxShortTiles ? kMaxShortTiles : fit;
+}
+
+template <typename O>
+struct ShortTile {
+  O* packed;
+  int64_t filter[kShortTaps];  // row of the packed panel
+  int taps, live;
+};
+
+// out[i][0 .. kVecs vectors) = sum over taps, k of a[t, k][i] * b[filter[t], k][...].
+template <typename O, int kRows, int kVecs>
+CONVGRAD_NOINLINE void MultiplyPacked(const ShortTile<O>& tile, int64_t k_count,
+                                      const O* b, Sum<O>* const* out) {
+  constexpr int L = kLanes<O>;
+  Vec<Sum<O>, L> sum[kRows][kVecs] = {};
+  const O* a = tile.packed;
+  for (int t = 0; t < tile.taps; ++t) {
+    const O* bk = b + tile.filter[t] * (kVecs * L);
+    for (int64_t k = 0; k < k_count; ++k) {
+      Vec<O, L> column[kVecs];
+      CONVGRAD_UNROLL
+      for (int v = 0; v < kVecs; ++v) column[v] = Load<L>(bk + v * L);
+      CONVGRAD_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        CONVGRAD_UNROLL
+        for (int v = 0; v < kVecs; ++v) AddProducts<L, O>(&sum[i][v], column[v], a[i]);
+      }
+      a += kRows;
+      bk += kVecs * L;
+    }
+  }
+  CONVGRAD_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    CONVGRAD_UNROLL
+    for (int v = 0; v < kVecs; ++v) Store<L>(out[i] + v * L, sum[i][v]);
+  }
+}
+
+// Copies what the rows from m on read, for taps that some of them has.
+template <typename O>
+inline void PackShortTile(const CpuArgs& a, const ActivationStrides& dy_at,
+                          const GemmRows& rows, const Phase* const* phase, int64_t m,
+                          const O* dy, ShortTile<O>* tile) {
+  const Problem& p = a.problem;
+  const O* const zeros = static_cast<const O*>(a.zeros);
+  TapRows<O, kShortRows> found;
+  GemmBlock block;
+  block.k0 = 0;
+  block.k_count = Depth<O>(p);
+  block.taps = 0;
+  tile->taps = 0;
+  O* to = tile->packed;
+  const auto pack = [&] {
+    FindTapRows(rows, block, m, dy, zeros, &found);
+    tile->live = found.live;
+    for (int t = 0; t < found.taps; ++t) {
+      tile->filter[tile->taps++] = block.filter[found.tap[t]];
+      for (int64_t k = 0; k < block.k_count; ++k) {
+        for (int i = 0; i < kShortRows; ++i) *to++ = found.row[t][i][k];
+      }
+    }
+    block.taps = 0;
+  };
+  for (int64_t t0 = 0; t0 < phase[0]->r_count; ++t0) {
+    for (int64_t t1 = 0; t1 < phase[1]->r_count; ++t1) {
+      for (int64_t t2 = 0; t2 < phase[2]->r_count; ++t2) {
+        AppendTap<O>(dy_at, p, phase, {t0, t1, t2}, 1, &block);
+        if (block.taps == kBlockTaps) pack();
+      }
+    }
+  }
+  pack();
+}
+
+template <typename O>
+using ShortMultiply = void (*)(const ShortTile<O>&, int64_t, const O*, Sum<O>* const*);
+
+// For a panel of so many vectors.
+template <typename O>
+CONVGRAD_INLINE ShortMultiply<O> ShortMultiplyOf(int vectors) {
+  if constexpr (kPanelVectors<O> == 4) {
+    if (vectors == 4) return MultiplyPacked<O, kShortRows, 4>;
+    if (vectors == 3) return MultiplyPacked<O, kShortRows, 3>;
+  }
+  return vectors == 2 ? MultiplyPacked<O, kShortRows, 2>
+                      : MultiplyPacked<O, kShortRows, 1>;
+}
+
+// The panels from `first` to `end` whose filter is finite.
+template <typename T>
+CONVGRAD_NOINLINE void MultiplyShortSums(const CpuArgs& a, const Operand<T>* dy,
+                                         const ActivationStrides& dy_at,
+                                         const GemmRows& rows, const Phase* const* phase,
+                                         int64_t group, int64_t first, int64_t end) {
+  using O = Operand<T>;
+  constexpr int64_t kMostWidth = kPanelVectors<O> * kLanes<O>;
+  const Problem& p = a.problem;
+  const int64_t panels = CeilDiv(p.in_channels, kPanelColumns<O>);
+  const int64_t terms =
+      phase[0]->r_count * phase[1]->r_count * phase[2]->r_count * Depth<O>(p);
+  ShortTile<O> tile[kMaxShortTiles];
+  O packed[kPackedOperands<O>];
+  for (int64_t m = 0; m < rows.count; m += kShortRows) {
+    tile[m / kShortRows].packed = packed + m * terms;
+    PackShortTile<O>(a, dy_at, rows, phase, m, dy, &tile[m / kShortRows]);
+  }
+
+  alignas(64) Sum<O> sums_of_tile[kMaxShortTiles * kShortRows * kMostWidth];
+  T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
+  for (int64_t panel_index = first; panel_index < end; ++panel_index) {
+    if (PanelIsTainted(a, group, panels, panel_index)) continue;
+    const Panel panel = PanelAt<O>(p, panel_index);
+    const int64_t width = panel.vectors * kLanes<O>;
+    const int64_t* const column_dx = a.column_dx + panel.first;
+    const O* const filter = PackedPanel<O>(a, group, panel);
+    const bool direct = AreSumsOfDx<T>(panel, column_dx);
+    GemmSums<Sum<O>> sums = {sums_of_tile, width};
+    if constexpr (kIsAcc<T>) {
+      if (direct) sums = {dx + column_dx[0], 0};
+    }
+    const ShortMultiply<O> multiply = ShortMultiplyOf<O>(panel.vectors);
+    for (int64_t m = 0; m < rows.count; m += kShortRows) {
+      const ShortTile<O>& at = tile[m / kShortRows];
+      Sum<O> spare[kMostWidth];  // of rows that do not exist
+      Sum<O>* out[kShortRows];
+      for (int i = 0; i < kShortRows; ++i) {
+        out[i] = i >= at.live     ? spare
+                 : sums.step != 0 ? sums.to + (m + i) * sums.step
+                                  : sums.to + rows.dx[m + i];
+      }
+      multiply(at, Depth<O>(p), filter, out);
+    }
+    if (!direct) StoreTile<T>(rows, sums_of_tile, width, panel.columns, column_dx, dx);
+    if (HasEpilogue(a)) {
+      FinishTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace CONVGRAD_ISA
+}  // namespace convgrad
