@@ -20,7 +20,12 @@ TILES = [("mma", (128, 64)), ("wgmma", (64, 128))]
 
 @pytest.fixture(scope="module")
 def program():
-    return build.program(build.layers_sources())
+    # The kernels' objects are those of test_emulator_core.py. This source is quick at -O0.
+    parts = [
+        (source, ("-O0",) if source.parent.name == "benchmarks" else (), build.ROOT)
+        for source in build.layers_sources()
+    ]
+    return build.program_of("gpu_layers", parts, build.VARIANTS["plain"])
 
 
 @pytest.fixture
