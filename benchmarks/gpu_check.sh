@@ -154,7 +154,7 @@ unset 'passed_before[driver]' 'passed_before[hopper_primitives]' 'passed_before[
 # ---- what is run ------------------------------------------------------------------------
 
 step driver 10 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-sources=$(benchmarks/gpu_prepare.sh --sources)
+sources=$(bash benchmarks/gpu_prepare.sh --sources)
 prepared=${PREPARED:-build/gpu}
 about sources "$sources"
 built=$(cat "$prepared/SOURCES" 2>/dev/null)
@@ -163,10 +163,15 @@ if [[ $built != "$sources" && -z $dry_run ]]; then
   say "=== $prepared ${built:-is not there}: it is built here"
   about prepared_before "${built:-is not there}"
   prepared=$work/gpu
-  step build 200 env PYTHON="$python" ARCHITECTURE=native benchmarks/gpu_prepare.sh "$prepared"
+  step build 200 env PYTHON="$python" ARCHITECTURE=native \
+    bash benchmarks/gpu_prepare.sh "$prepared"
 fi
 about prepared "$prepared"
-if [[ -z $dry_run ]]; then prepared=$(realpath -m "$prepared"); fi
+if [[ -z $dry_run ]]; then
+  prepared=$(realpath -m "$prepared")
+  # In case the modes were lost on the way.
+  chmod +x "$prepared"/{core,primitives,hopper_primitives,gpu_layers} 2>/dev/null
+fi
 # The checkout's package finds the compiled modules of the one that was built.
 export PYTHONPATH="$prepared/site${PYTHONPATH:+:$PYTHONPATH}"
 # PyTorch and the programs without JAX need a share of the memory too.
