@@ -14,8 +14,11 @@
 // "3xtf32" is TF32 with the accuracy of float32.
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "cuda/direct.cuh"
 #include "cuda/epilogue.cuh"
@@ -67,6 +70,26 @@ constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
 
 bool Runs(const Rung& rung, int capability) {
   return rung.lowest <= capability && capability <= rung.highest;
+}
+
+// The rungs that JAX_CONVGRAD_CUDA_EXCLUDE names, with commas between; read once. No plan
+// is theirs, so that a kernel that fails on a GPU can be left out of everything.
+bool IsExcluded(const Rung& rung) {
+  static const std::array<bool, kRungCount> excluded = [] {
+    std::array<bool, kRungCount> found{};
+    const char* const text = std::getenv("JAX_CONVGRAD_CUDA_EXCLUDE");
+    const std::string names = text == nullptr ? "" : text;
+    constexpr const char* kBetween = ", ";
+    for (size_t at = names.find_first_not_of(kBetween); at != std::string::npos;) {
+      const size_t end = std::min(names.find_first_of(kBetween, at), names.size());
+      for (int i = 0; i < kRungCount; ++i) {
+        found[static_cast<size_t>(i)] |= names.compare(at, end - at, kRungs[i].name) == 0;
+      }
+      at = names.find_first_not_of(kBetween, end);
+    }
+    return found;
+  }();
+  return excluded[static_cast<size_t>(&rung - kRungs)];
 }
 
 // Whether every sum is empty, or there is none.
@@ -210,6 +233,7 @@ bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* 
   bool found = false;
   for (const Rung& rung : kRungs) {
     if (!any && std::strcmp(kernel, rung.name) != 0) continue;
+    if (IsExcluded(rung)) continue;
     if (!Runs(rung, gpu.capability) || (IsEmpty(problem) && &rung != kRungs)) continue;
     Plan candidate{};
     if (!rung.plan(problem, gpu.shared_bytes, &candidate)) continue;

@@ -22,6 +22,7 @@ from .geometry import ConvGeometry, certainly
 Implementation: TypeAlias = Literal["native", "xla"] | None
 
 SWITCH = "JAX_CONVGRAD"
+EXCLUDE = "JAX_CONVGRAD_CUDA_EXCLUDE"
 NATIVE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 MAX_AXES = 3
 MAX_AXIS_SIZE = 2**31  # positions of an image or taps of a filter, along one axis
@@ -52,6 +53,25 @@ def switch() -> Literal["on", "off"] | None:
         case "off":
             return "off"
     raise ValueError(f"{SWITCH} must be 'on' or 'off', got {value!r}.")
+
+
+@functools.cache
+def excluded() -> tuple[str, ...]:
+    """The CUDA kernels that the environment variable JAX_CONVGRAD_CUDA_EXCLUDE leaves out.
+
+    The planner reads the variable too, once: it plans none of them, not even by name. Here
+    its value is checked.
+
+    Raises:
+        ValueError: there is no such kernel, or it is the one that takes what no other does.
+    """
+    assert native.cuda is not None
+    names = tuple(os.environ.get(EXCLUDE, "").replace(",", " ").split())
+    known = [name for name in native.cuda.kernel_names() if name != "direct"]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{EXCLUDE} must name some of {', '.join(known)}, got {name!r}.")
+    return names
 
 
 def check_implementation(implementation: Any, function: str) -> None:
@@ -225,6 +245,8 @@ def plan(
     """
     module = native.module_for(platform)
     assert module is not None, platform
+    if platform == "cuda":
+        excluded()
     attributes = custom_call.attributes(geometry, platform, precision, kernel)
     shapes = (geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape)
     return NativePlan(**module.plan(np.dtype(dtype).name, *shapes, attributes))
@@ -291,6 +313,7 @@ def choose(
     if reason is None and native.module_for(platform) is None:
         reason = f"the {platform} module was not built"
     if reason is None and platform == "cuda":
+        excluded()  # also where sizes are symbolic and nothing is planned yet
         reason = gpu_code.local_obstacle()
     reason = obstacle if reason is None else reason
     if reason is not None:

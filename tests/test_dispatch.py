@@ -1,5 +1,8 @@
 """What runs, why, and what the package does without its compiled modules."""
 
+import re
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -218,6 +221,33 @@ def test_explanation_for_another_platform_has_no_roofline():
     explanation = jax_convgrad.explain(X, W, (2, 2), "SAME", platform="tpu")
     assert (explanation.implementation, explanation.roofline_us) == ("xla", None)
     assert "no kernel for platform tpu" in str(explanation)
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [("", ()), ("wgmma", ("wgmma",)), ("wgmma, mma", ("wgmma", "mma")), (",mma,", ("mma",))],
+)
+def test_cuda_kernels_that_are_left_out(monkeypatch, value, names):
+    module = types.SimpleNamespace(kernel_names=lambda: ["direct", "mma", "wgmma"])
+    monkeypatch.setattr(native, "cuda", module)
+    monkeypatch.setenv(dispatch.EXCLUDE, value)
+    assert dispatch.excluded.__wrapped__() == names
+
+
+@pytest.mark.parametrize("value", ["wgmm", "mma wgmma;", "direct"])
+def test_only_cuda_kernels_that_are_there_can_be_left_out(monkeypatch, value):
+    module = types.SimpleNamespace(kernel_names=lambda: ["direct", "mma", "wgmma"])
+    monkeypatch.setattr(native, "cuda", module)
+    monkeypatch.setenv(dispatch.EXCLUDE, value)
+    message = f"{dispatch.EXCLUDE} must name some of mma, wgmma, got '{value.split()[-1]}'."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dispatch.excluded.__wrapped__()
+    # Each way to a plan asks, on any value that was not read yet.
+    dispatch.excluded.cache_clear()
+    for ask in (dispatch.plan, dispatch.choose):
+        with pytest.raises(ValueError, match="must name some of"):
+            ask(G, "float32", "cuda")
+    dispatch.excluded.cache_clear()
 
 
 def test_kill_switch(run_python):

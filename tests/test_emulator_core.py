@@ -1,5 +1,7 @@
 """The CUDA kernels on the CPU without JAX: quick, under sanitizers, and with mistakes put in."""
 
+import subprocess
+
 import pytest
 from conftest import SEED
 from emulator import build, cases, mutations
@@ -10,9 +12,9 @@ if (reason := build.missing()) is not None:
 
 def check(program, problems, mode, folder):
     result = mutations.run_core(program, problems, mode, folder)
-    failed = [line for line in result.stdout.splitlines() if not line.startswith("pass ")]
+    failed = [line for line in result.stdout.splitlines() if ": pass " not in line]
     assert result.returncode == 0, "\n".join(failed[:40])
-    assert result.stdout.count("pass ") > 0
+    assert result.stdout.count(": pass ") > 0
 
 
 @pytest.mark.parametrize("mode", cases.MODES, ids="eager{0[0]}-order{0[1]}".format)
@@ -49,6 +51,17 @@ def test_every_tile_against_the_literal_sum(tmp_path, kernel):
 @pytest.mark.parametrize("mode", cases.MODES[:2], ids="eager{0[0]}-order{0[1]}".format)
 def test_blocks_that_take_several_tiles(tmp_path, mode):
     check(build.core(), mutations.problems("walking"), mode, tmp_path)
+
+
+def test_who_runs_is_named_before(tmp_path):
+    """So that the last line says who hung, however the program was stopped."""
+    case = next(case for case in cases.hopper_cases() if case.name == "hopper_wide")
+    problems = cases.write(tmp_path / "problems", [cases.line(case, "bfloat16", kernel="tiled")])
+    with subprocess.Popen([build.core(), problems], stdout=subprocess.PIPE) as process:
+        first = process.stdout.read1()
+        process.kill()
+    assert first.startswith(b"hopper_wide bfloat16 tiled ")
+    assert first.endswith(b": ")
 
 
 def test_images_beyond_32_bit_offsets(tmp_path):

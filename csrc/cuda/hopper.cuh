@@ -57,8 +57,50 @@ __device__ __forceinline__ void MbarrierArriveExpect(uint64_t* barrier, unsigned
                : "memory");
 }
 
+#ifdef CONVGRAD_BOUNDED_WAITS
+// In programs that test the kernels a wait that takes so many seconds stops the kernel: a
+// copy that never comes must not hang the machine. The wait is described in the host's
+// memory, which outlasts that, and not by printf: around a call the products of a
+// warpgroup would run one after the other.
+struct EndlessWait {
+  int found;
+  unsigned parity, barrier, block, thread;
+};
+static __device__ EndlessWait* endless_wait;  // each source has its own
+
+static __device__ __forceinline__ void BoundWait(uint64_t* first, const uint64_t* barrier,
+                                                 unsigned parity) {
+  constexpr uint64_t kMostNanoseconds = uint64_t{CONVGRAD_BOUNDED_WAITS} * 1000000000;
+  uint64_t now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+  if (*first == 0) *first = now;
+  if (now - *first <= kMostNanoseconds) return;
+  if (endless_wait != nullptr) {
+    *endless_wait = {1, parity, SharedAddress(barrier), blockIdx.x, threadIdx.x};
+    __threadfence_system();
+  }
+  __trap();
+}
+#endif
+
 // Returns once the phase of this parity has ended: at once if it is not the current one.
 __device__ __forceinline__ void MbarrierWait(uint64_t* barrier, unsigned parity) {
+#ifdef CONVGRAD_BOUNDED_WAITS
+  uint64_t first = 0;
+  for (unsigned done = 0;;) {
+    asm volatile(
+        "{\n"
+        "  .reg .pred done;\n"
+        "  mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "  selp.u32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(SharedAddress(barrier)), "r"(parity)
+        : "memory");
+    if (done != 0) return;
+    BoundWait(&first, barrier, parity);
+  }
+#else
   asm volatile(
       "{\n"
       "  .reg .pred done;\n"
@@ -68,6 +110,7 @@ __device__ __forceinline__ void MbarrierWait(uint64_t* barrier, unsigned parity)
       "}\n" ::"r"(SharedAddress(barrier)),
       "r"(parity)
       : "memory");
+#endif
 }
 
 // ---- copies of a tensor map's box -------------------------------------------------

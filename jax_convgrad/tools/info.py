@@ -38,7 +38,10 @@ def _module_line(platform: str) -> str:
         return f"{platform} module".ljust(14) + "not built"
     ffi = ".".join(map(str, module.ffi_api_version))
     isa = f", {module.isa()} instructions" if platform == "cpu" else ""
-    kernels = ", ".join(module.kernel_names())
+    left_out = dispatch.excluded() if platform == "cuda" else ()
+    kernels = ", ".join(name for name in module.kernel_names() if name not in left_out)
+    if left_out:
+        kernels += f"; left out by {dispatch.EXCLUDE}: {', '.join(left_out)}"
     code = f" for {module.code}" if platform == "cuda" else ""
     built = f"built with XLA FFI {ffi}{isa}{code}; kernels: {kernels}"
     return f"{platform} module".ljust(14) + built

@@ -17,6 +17,7 @@ import subprocess
 import sysconfig
 import tempfile
 import types
+from collections.abc import Mapping
 
 import machine_code
 
@@ -26,6 +27,8 @@ MODULE = "_emulated"
 
 # Every kernel that there is: the module's build leaves some out.
 _ALL_KERNELS = "-DCONVGRAD_WGMMA"
+# On a GPU a wait for a copy that never comes stops the program after so many seconds.
+_BOUNDED_WAITS = "-DCONVGRAD_BOUNDED_WAITS=2"
 _COMMON = (
     "-std=c++17",
     _ALL_KERNELS,
@@ -195,7 +198,8 @@ def program(
 def gpu_object(source: pathlib.Path, architecture: str) -> pathlib.Path:
     """Compiles a source for a GPU; arguments and errors as `gpu_program`'s."""
     command = [str(gpu_compiler()), "-std=c++17", "-O2", "--expt-relaxed-constexpr", "-lineinfo"]
-    command += [_ALL_KERNELS]
+    command += ["-Xptxas=-Werror"]  # as what runs products one after the other is a warning
+    command += [_ALL_KERNELS, _BOUNDED_WAITS]
     command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
     command += [f"-I{EMULATOR}", "-Icsrc"]
     language = ["-x", "cu", str(source)]
@@ -203,12 +207,19 @@ def gpu_object(source: pathlib.Path, architecture: str) -> pathlib.Path:
     return _cached(source.stem + ".o", preprocessed, [*command, "-c", *language], ROOT)
 
 
-def gpu_program(sources: list[pathlib.Path], architecture: str) -> pathlib.Path:
+def gpu_program(
+    sources: list[pathlib.Path],
+    architecture: str,
+    objects: Mapping[str, pathlib.Path] | None = None,
+    flags: tuple[str, ...] = (),
+) -> pathlib.Path:
     """Compiles and links a program for a GPU.
 
     Args:
         sources: C++ and CUDA sources, relative to the root.
         architecture: such as "90a".
+        objects: of sources, by their file's name, that are compiled already.
+        flags: more for the linker.
 
     Returns:
         The executable's path.
@@ -216,14 +227,28 @@ def gpu_program(sources: list[pathlib.Path], architecture: str) -> pathlib.Path:
     Raises:
         BuildError: something does not compile.
     """
+    made = objects or {}
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda source: gpu_object(source, architecture), sources))
-    return _cached(sources[0].stem, b"", [str(gpu_compiler()), *map(str, objects)], ROOT)
+        parts = list(
+            pool.map(
+                lambda source: made.get(source.name) or gpu_object(source, architecture), sources
+            )
+        )
+    # Those that this file did not compile may change under their name.
+    key = b"".join(hashlib.sha256(part.read_bytes()).digest() for part in made.values())
+    command = [str(gpu_compiler()), *map(str, parts), *flags]
+    return _cached(sources[0].stem, key, command, ROOT)
 
 
 def core_sources(root: pathlib.Path = ROOT) -> list[pathlib.Path]:
     """Those of core.cc's program."""
     return [EMULATOR / "core.cc", pathlib.Path("csrc/problem.cc"), *kernel_sources(root)]
+
+
+def layers_sources(root: pathlib.Path = ROOT) -> list[pathlib.Path]:
+    """Those of benchmarks/gpu_layers.cu's program."""
+    source = pathlib.Path("benchmarks/gpu_layers.cu")
+    return [source, pathlib.Path("csrc/problem.cc"), *kernel_sources(root)]
 
 
 def core(

@@ -5,9 +5,13 @@
 // bit by bit.
 //
 //   core FILE [REPEATS]    one problem a line, see problem_lines.h
+//   core --taken FILE      no run: the lines whose kernel takes the problem on sm_90a
+//   core --kernels         the kernels' names
 //
-// Exit status 1 on a failure. With REPEATS each kernel runs as often again on each of two
-// streams at once, and has to give the same bits.
+// Exit status 1 on a failure, 3 when a kernel broke the GPU's context, which ends the
+// run. With REPEATS each kernel runs as often again on each of two streams at once, and
+// has to give the same bits. Who runs is written before, how it ended after: whatever
+// stops the program, the last line names the case.
 //
 // A line's tile that is not zero replaces the plan's, whose sum is then not split. If
 // `apart` is positive the images of dX and dY start that many elements apart, which takes
@@ -33,6 +37,7 @@
 #include "kernel.h"
 #include "problem.h"
 #include "problem_lines.h"
+#include "wait_report.h"
 
 #ifndef __CUDACC__
 #include <sys/mman.h>
@@ -225,18 +230,33 @@ const char* Repeat(int repeats, const Problem& problem, const Plan& plan, const 
   return nullptr;
 }
 
+// Whether nothing can run any more: a kernel trapped, or reached beyond its memory.
+bool ContextIsLost() {
+#ifdef __CUDACC__
+  return cudaDeviceSynchronize() != cudaSuccess;
+#else
+  return false;
+#endif
+}
+
+// The line's problem, or what is wrong with it.
+std::string ProblemOf(const Line& line, Problem* problem) {
+  *problem = {};
+  const std::string error = MakeProblem(line.lhs_shape, line.rhs_shape, line.out_shape,
+                                        line.attributes, problem);
+  problem->dtype = DTypeByName(line.dtype);
+  problem->allow_tf32 = line.allow_tf32;
+  return error;
+}
+
 // Runs the kernels of a line, which is the file's `number`-th, and prints a line for
 // each. Returns the number of failures.
 int RunLine(const Line& line, size_t number, int repeats) {
-  Problem problem{};
-  if (const std::string error = MakeProblem(line.lhs_shape, line.rhs_shape,
-                                            line.out_shape, line.attributes, &problem);
-      !error.empty()) {
-    std::printf("FAIL %s %s: %s\n", line.name.c_str(), line.dtype.c_str(), error.c_str());
+  Problem problem;
+  if (const std::string error = ProblemOf(line, &problem); !error.empty()) {
+    std::printf("%s %s: FAIL %s\n", line.name.c_str(), line.dtype.c_str(), error.c_str());
     return 1;
   }
-  problem.dtype = DTypeByName(line.dtype);
-  problem.allow_tf32 = line.allow_tf32;
   std::mt19937 random(static_cast<unsigned>(std::hash<std::string>{}(line.name)));
   Array dy(problem.dtype, line.out_shape), w(problem.dtype, line.rhs_shape);
   Fill(&dy, line.special, &random);
@@ -270,6 +290,9 @@ int RunLine(const Line& line, size_t number, int repeats) {
     if (expected.empty()) {
       expected = LiteralSum(problem, dy.Values(), w.Values(), dx.count());
     }
+    std::printf("%s %s %s %dx%d: ", line.name.c_str(), line.dtype.c_str(), *kernel,
+                static_cast<int>(plan.tile_m), static_cast<int>(plan.tile_n));
+    std::fflush(stdout);
     const Arrays plain = {dy, w, residual, relu, false, false};
     const char* error = Launch(line, launched, plan, plain, dx);
     if (error == nullptr) {
@@ -295,26 +318,64 @@ int RunLine(const Line& line, size_t number, int repeats) {
       }
     }
     const bool passed = error == nullptr && off <= line.tolerance;
-    std::printf("%s %s %s %s error %.2e of %.2e %s\n", passed ? "pass" : "FAIL",
-                line.name.c_str(), line.dtype.c_str(), *kernel, off, line.tolerance,
-                error == nullptr ? "" : error);
+    std::printf("%s error %.2e of %.2e %s\n", passed ? "pass" : "FAIL", off,
+                line.tolerance, error == nullptr ? "" : error);
     failures += passed ? 0 : 1;
+    if (!passed && ContextIsLost()) {
+      std::printf("stopped: nothing runs after this\n");
+      std::exit(3);
+    }
   }
   return failures;
 }
 
-int Main(const char* path, int repeats) {
-  Array::poison = cuda_emulator::PoisonByte();
+// Reads a file and gives each line, its text and number to `use`. Returns their number,
+// or -1 if one is malformed.
+template <typename Use>
+int ForEachLine(const char* path, Use use) {
   std::ifstream file(path);
-  int failures = 0, lines = 0;
+  int lines = 0;
   for (std::string text; std::getline(file, text); ++lines) {
     Line line;
     if (!ReadLine(text, &line)) {
       std::fprintf(stderr, "malformed line: %s\n", text.c_str());
-      return 2;
+      return -1;
     }
-    failures += RunLine(line, static_cast<size_t>(lines), repeats);
+    use(line, text, static_cast<size_t>(lines));
   }
+  return lines;
+}
+
+int PrintTaken(const char* path) {
+  const int lines = ForEachLine(path, [](const Line& line, const auto& text, size_t) {
+    Problem problem;
+    Plan plan{};
+    if (ProblemOf(line, &problem).empty() &&
+        PlanCuda(problem, line.kernel.c_str(), GpuOf(90), &plan)) {
+      std::printf("%s\n", text.c_str());
+    }
+  });
+  return lines < 0 ? 2 : 0;
+}
+
+int PrintKernels() {
+  for (const char* const* kernel = CudaKernelNames(); *kernel != nullptr; ++kernel) {
+    std::printf("%s\n", *kernel);
+  }
+  return 0;
+}
+
+int Main(const char* path, int repeats) {
+  Array::poison = cuda_emulator::PoisonByte();
+#ifdef CONVGRAD_BOUNDED_WAITS
+  PrintEndlessWaits(&ReportEndlessWaits);
+#endif
+  int failures = 0;
+  const int lines =
+      ForEachLine(path, [&](const Line& line, const std::string&, size_t number) {
+        failures += RunLine(line, number, repeats);
+      });
+  if (lines < 0) return 2;
   std::printf("%d problems, %d failures\n", lines, failures);
   return lines == 0 ? 2 : failures > 0;
 }
@@ -323,8 +384,11 @@ int Main(const char* path, int repeats) {
 }  // namespace convgrad
 
 int main(int argc, char** argv) {
+  const std::string first = argc > 1 ? argv[1] : "";
+  if (argc == 2 && first == "--kernels") return convgrad::PrintKernels();
+  if (argc == 3 && first == "--taken") return convgrad::PrintTaken(argv[2]);
   if (argc != 2 && argc != 3) {
-    std::fprintf(stderr, "usage: core FILE [REPEATS]\n");
+    std::fprintf(stderr, "usage: core FILE [REPEATS] | --taken FILE | --kernels\n");
     return 2;
   }
   return convgrad::Main(argv[1], argc == 3 ? std::atoi(argv[2]) : 0);

@@ -4,7 +4,8 @@
 // gives for its layouts. Built by a host compiler this tests the emulator; built by nvcc,
 // a GPU of compute capability 9.0, which has to agree.
 //
-// Prints a line for each failure; exit status 1 if there was one.
+// Prints a line for each failure; exit status 1 if there was one. On a GPU it also says
+// on stderr what the hardware and the driver allow beyond their documentation.
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +18,7 @@
 #include "cuda/hopper.cuh"
 #include "cuda/tensor_map.cuh"
 #include "device_memory.h"
+#include "wait_report.h"
 
 namespace convgrad {
 namespace {
@@ -27,6 +29,17 @@ void Expect(bool holds, const char* what, int at) {
   if (holds) return;
   ++failures;
   if (failures < 40) std::printf("FAIL %s at %d\n", what, at);
+  std::fflush(stdout);
+}
+
+// What the driver's documentation rules out. That is the emulator's model; a driver that
+// accepts it does no harm, as the kernels never ask.
+void ExpectRefusal(bool refused, const char* what) {
+#ifdef __CUDACC__
+  if (!refused) std::fprintf(stderr, "note: the driver accepts %s\n", what);
+#else
+  Expect(refused, what, 0);
+#endif
 }
 
 std::mt19937 random_bits(11);
@@ -263,32 +276,108 @@ void TestRefusals() {
                                 &map) == cudaSuccess;
   };
   Expect(EncodeTiled<__half>(memory, good, box, &map) == cudaSuccess, "good box", 0);
-  Expect(!tiled(memory + 8, good, 64), "misaligned base", 0);
-  Expect(!tiled(memory, good, 4), "row of 8 bytes", 0);
-  Expect(!tiled(memory, good, 72), "row beyond the permutation", 0);
+  ExpectRefusal(!tiled(memory + 8, good, 64), "a misaligned base");
+  ExpectRefusal(!tiled(memory, good, 4), "a row of 8 bytes");
+  ExpectRefusal(!tiled(memory, good, 72), "a row beyond the permutation");
   TensorShape odd = good;
   odd.stride[1] = 648;
-  Expect(!tiled(memory, odd, 64), "stride of no whole chunks", 0);
+  ExpectRefusal(!tiled(memory, odd, 64), "a stride of no whole chunks");
   TensorShape empty = good;
   empty.size[2] = 0;
-  Expect(!tiled(memory, empty, 64), "empty dimension", 0);
+  ExpectRefusal(!tiled(memory, empty, 64), "an empty dimension");
   TensorShape far = good;
   far.stride[2] = uint64_t{1} << 40;
-  Expect(!tiled(memory, far, 64), "stride too large", 0);
+  ExpectRefusal(!tiled(memory, far, 64), "a stride of 2^40");
   const uint32_t wide[] = {64, 257, 1, 1};
-  Expect(EncodeTiled<__half>(memory, good, wide, &map) != cudaSuccess, "wide box", 0);
+  ExpectRefusal(EncodeTiled<__half>(memory, good, wide, &map) != cudaSuccess,
+                "a box of 257 rows");
   Expect(im2col(good, low, zero, 64, 1024), "good column", 0);
   steps[1] = 9;
-  Expect(!im2col(good, low, zero, 64, 1024), "step", 0);
+  ExpectRefusal(!im2col(good, low, zero, 64, 1024), "a step of 9");
   steps[1] = 1;
-  Expect(!im2col(good, too_low, zero, 64, 128), "lower corner", 0);
-  Expect(!im2col(good, zero, too_high, 64, 128), "upper corner", 0);
-  Expect(!im2col(good, beyond, zero, 64, 128), "empty bounding box", 0);
-  Expect(!im2col(good, zero, zero, 64, 1025), "too many pixels", 0);
-  Expect(!im2col(good, zero, zero, 72, 128), "too many channels", 0);
-  Expect(!im2col(odd, zero, zero, 64, 128), "stride of no whole chunks", 1);
+  ExpectRefusal(!im2col(good, too_low, zero, 64, 128), "a lower corner of -129");
+  ExpectRefusal(!im2col(good, zero, too_high, 64, 128), "an upper corner of 128");
+  ExpectRefusal(!im2col(good, beyond, zero, 64, 128), "an empty bounding box");
+  ExpectRefusal(!im2col(good, zero, zero, 64, 1025), "1025 pixels");
+  ExpectRefusal(!im2col(good, zero, zero, 72, 128), "channels beyond the permutation");
+  ExpectRefusal(!im2col(odd, zero, zero, 64, 128),
+                "a column's stride of no whole chunks");
   const TensorShape flat = {2, {64, 5}, {128}};
-  Expect(!im2col(flat, zero, zero, 64, 128), "no axis", 0);
+  ExpectRefusal(!im2col(flat, zero, zero, 64, 128), "an image without axes");
+}
+
+// The map that the kernel for 16-bit types gives the filter: channels, output channels,
+// and then the taps, which lie between the output channels, so that its strides do not
+// ascend.
+void TestFilterMap() {
+  constexpr int kIn = 64, kOut = 24, kTaps = 3;
+  std::vector<uint16_t> values(size_t{kOut} * kTaps * kTaps * kIn);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint16_t>(i + 1);
+  DeviceMemory there(values.data(), values.size() * 2);
+  const TensorShape shape = {5,
+                             {kIn, kOut, kTaps, kTaps, 1},
+                             {kTaps * kTaps * kIn * 2, kIn * 2, kTaps * kIn * 2,
+                              kOut * kTaps * kTaps * kIn * 2}};
+  const uint32_t box[] = {64, 64, 1, 1, 1};
+  CUtensorMap map;
+  const cudaError_t status = EncodeTiled<__half>(there.get(), shape, box, &map);
+  Expect(status == cudaSuccess, "a map whose strides do not ascend", 0);
+#ifdef __CUDACC__
+  std::fprintf(stderr,
+               "note: the driver %s the filter's map, whose strides do not ascend\n",
+               status == cudaSuccess ? "accepts" : "REFUSES");
+#endif
+  if (status != cudaSuccess) return;
+  CopyArguments arguments{{0, 8, 2, 1, 0}, {}, 64 * 64 * 2};
+  const auto bytes = RunCopy<5, false>(map, arguments, "TmaLoad of a filter");
+  for (uint32_t row = 0; row < 64; ++row) {
+    for (uint32_t c = 0; c < kIn; ++c) {
+      const uint32_t k = row + 8;
+      const uint16_t expected =
+          k < kOut ? values[((k * kTaps + 1) * kTaps + 2) * kIn + c] : uint16_t{0};
+      Expect(Get(bytes, Permuted(row * 128 + 2 * c)) == expected, "TmaLoad of a filter",
+             static_cast<int>(row));
+    }
+  }
+}
+
+// ---- shared memory ----------------------------------------------------------------
+
+__global__ void LastByteKernel(int bytes, int* to) {
+#ifdef CONVGRAD_HOPPER
+  CU_DYNAMIC_SHARED(shared);
+  if (threadIdx.x == 0) {
+    shared[bytes - 1] = 42;
+    *to = shared[bytes - 1];
+  }
+#endif
+}
+
+// All that plans may take. Code for sm_90 reserves 1 KB for the system: whether that
+// counts as the function's static memory, by which LaunchKernel lowers the limit, is the
+// hardware's to say. Then plans of more than 226 KB fail, and nothing else does.
+void TestMostSharedMemory() {
+  int most = 0, to = 0;
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  for (const int bytes : {most - 1024, most}) {
+    DeviceMemory there(&to, sizeof(to));
+    cudaError_t status = CU_LAUNCH(LastByteKernel, dim3(1), dim3(32), bytes,
+                                   cudaStream_t{}, bytes, static_cast<int*>(there.get()));
+    if (status == cudaSuccess) status = there.Fetch();
+    const char* const error = ErrorText(status);
+    const bool holds = error == nullptr && to == 42;
+#ifdef __CUDACC__
+    cudaFuncAttributes attributes{};
+    (void)cudaFuncGetAttributes(&attributes,
+                                reinterpret_cast<const void*>(&LastByteKernel));
+    std::fprintf(stderr,
+                 "note: %d bytes of dynamic shared memory: %s; sharedSizeBytes %d\n",
+                 bytes, error == nullptr ? "ok" : error,
+                 static_cast<int>(attributes.sharedSizeBytes));
+    if (bytes == most) continue;
+#endif
+    Expect(holds, "so much dynamic shared memory", bytes);
+  }
 }
 
 // ---- products ---------------------------------------------------------------------
@@ -484,6 +573,12 @@ int Main() {
     std::printf("0 failures: these instructions are sm_90a's\n");
     return 0;
   }
+#ifdef CONVGRAD_BOUNDED_WAITS
+  PrintEndlessWaits(
+      [](EndlessWait* to) { return cudaMemcpyToSymbol(endless_wait, &to, sizeof(to)); });
+#endif
+  TestFilterMap();
+  TestMostSharedMemory();
   TestBarriers();
   TestRefusals();
   TestTiled<3>();
