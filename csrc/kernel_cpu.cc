@@ -66,9 +66,11 @@ struct Isa {
 };
 
 #if defined(CONVGRAD_EMULATE_AMX)
+constexpr bool kEmulatesTiles = true;
 // For tests, which ask for no other kernel than that one.
 Isa ChooseIsa() { return {"amx", &portable::kKernels, nullptr, amx::GemmBf16}; }
 #else
+constexpr bool kEmulatesTiles = false;
 #if defined(CONVGRAD_AMX)
 // AMX needs the processor, the system's support, and leave for this process to use it:
 // Linux grants the 8 KiB of state only to those who ask. There is no taking it back.
@@ -358,7 +360,7 @@ int64_t ReachedBy(const Axis& x, int64_t inputs) {
   return ((inputs - 1) * x.lhs_dilation + (x.win - 1) * x.rhs_dilation) / x.stride + 1;
 }
 
-PlaneTile ChoosePlaneTile(const Problem& p) {
+PlaneTile ChoosePlaneTile(const Problem& p, int64_t window_bytes) {
   const PlaneTile none = {0, 0, 0};
   const Axis& row = p.axis[2];
   const int64_t phases = PhaseCount(row);
@@ -366,7 +368,7 @@ PlaneTile ChoosePlaneTile(const Problem& p) {
     return none;
   }
   const int64_t lanes = 64 / AccBytes(p);  // of the widest vectors
-  const int64_t budget = kWindowBytes / AccBytes(p);
+  const int64_t budget = window_bytes / AccBytes(p);
   const int64_t box0 = std::min(ReachedBy(p.axis[0], 1), p.axis[0].out);
   const int64_t step = lanes * phases;  // a vector of every phase
   const int64_t most = std::min(kRowBytes / AccBytes(p) / step, CeilDiv(row.in, step));
@@ -384,6 +386,11 @@ PlaneTile ChoosePlaneTile(const Problem& p) {
     return tile;
   }
   return none;
+}
+
+PlaneTile ChoosePlaneTile(const Problem& p) {
+  const PlaneTile tile = ChoosePlaneTile(p, kWindowBytes);
+  return tile.rows > 0 ? tile : ChoosePlaneTile(p, kLargeWindowBytes);
 }
 
 bool PlanesTakes(const Problem& p) { return ChoosePlaneTile(p).rows > 0; }
@@ -566,8 +573,10 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
   const int64_t filter = p.out_channels * Taps(p) * acc;  // of one input channel
   if (kernel == Kernel::kGemm) {
     const int64_t columns = CeilDiv(p.in_channels, kMaxLanes) * kMaxLanes;
-    const int64_t tiles =  // bfloat16 in whole tiles
-        CeilDiv(p.out_channels, kTileChannels) * kTileChannels * Taps(p) * 2;
+    const int64_t tiles =  // bfloat16 in whole tiles, where GemmOf may fill them
+        p.out_channels >= kLeastTileChannels || kEmulatesTiles
+            ? CeilDiv(p.out_channels, kTileChannels) * kTileChannels * Taps(p) * 2
+            : 0;
     out.filter = take(p.groups * columns *
                       (p.dtype == DType::kBF16 ? std::max(filter, tiles) : filter));
     out.taint = take(p.groups * CeilDiv(p.in_channels, kMinPanelColumns) *
@@ -600,6 +609,18 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
 }
 
 int64_t GemmWorkspaceBytes(const Problem& p) { return LayOut(p, Kernel::kGemm).bytes; }
+
+// Whether the packed filter is not many times as large as the filter, as where its few
+// columns are filled up to whole vectors. A small one may be. Images do not count, since
+// an image's bits do not depend on its batch.
+bool PacksLittle(const Problem& p, Kernel kernel) {
+  constexpr int64_t kTimes = 4, kSmallBytes = 1 << 20;
+  Problem filter = p;
+  filter.batch = 0;
+  const int64_t bytes = p.groups * p.in_channels * p.out_channels * Taps(p) *
+                        static_cast<int64_t>(SizeInBytes(p.dtype));
+  return LayOut(filter, kernel).bytes <= kTimes * bytes + kSmallBytes;
+}
 
 // Whether one thread is done before another one would have woken up.
 bool IsTooSmallToShare(const Problem& p) {
@@ -644,28 +665,35 @@ const char* CpuIsa() { return ChosenIsa().name; }
 
 bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
   Problem problem = Canonical(given);
+  bool packs_little = true;
   const auto make = [&](const char* wanted) {
     Kernel chosen;
     if (!Choose(problem, wanted, &plan->kernel, &chosen)) return false;
-    plan->workspace_bytes =
-        LayOut(chosen == Kernel::kGemm ? Folded(problem) : problem, chosen).bytes;
+    const Problem run = chosen == Kernel::kGemm ? Folded(problem) : problem;
+    plan->workspace_bytes = LayOut(run, chosen).bytes;
+    packs_little = PacksLittle(run, chosen);
     return true;
   };
   const auto fits = [&] { return plan->workspace_bytes <= problem.workspace_limit; };
   plan->exchanged = false;
-  if (std::strcmp(kernel, "auto") == 0 && HasLongWindow(problem)) {
+  const bool any = std::strcmp(kernel, "auto") == 0;
+  if (any && HasLongWindow(problem)) {
     const Problem as_given = problem;
     problem = Exchanged(problem);
-    if (make(kernel) && fits()) {
+    if (make(kernel) && fits() && packs_little) {
       plan->exchanged = true;
       return true;
     }
     problem = as_given;
   }
   if (!make(kernel)) return false;
-  if (fits() || std::strcmp(kernel, "auto") != 0) return true;
-  // The most special first: `direct`, which takes everything and wants next to nothing,
-  // is the slowest.
+  if (!any || (fits() && packs_little)) return true;
+  // The most special first, then what the workspace holds at any cost: `direct`, which
+  // takes everything and wants next to nothing, is the slowest.
+  for (int i = kKernelCount; i-- > 1;) {
+    if (make(kNames[i]) && fits() && packs_little) return true;
+  }
+  if (make(kernel) && fits()) return true;
   for (int i = kKernelCount; i-- > 0;) {
     if (make(kNames[i]) && fits()) return true;
   }

@@ -1,5 +1,7 @@
 """Every CPU kernel, by name, against float64 and against the definition."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from jax_convgrad.tools.geometries import (
     reduction_taps,
     tolerance,
 )
+from jax_convgrad.tools.random_layers import random_workload
 
 NAMED = {case.name: case.geometry for case in named_cases()}
 KERNELS = native.cpu.kernel_names() if native.cpu else []
@@ -277,3 +280,25 @@ def test_window_of_a_hundred_thousand_taps_that_meets_one_y(rng):
     dx = oracles.call_kernel(dy, w, g)
     expected = np.einsum("nk,hck->nhc", dy[:, 0].astype(np.float64), w.astype(np.float64))
     assert normwise_error(dx, expected) <= tolerance("float32", 3)
+
+
+@pytest.mark.native
+def test_patches_as_a_grouped_convolution_pack_little():
+    """Filters of one input channel were filled up to 16 of them: 340 MB where lax takes 22."""
+    g = make_geometry(
+        (100, 100), (24, 24), (16, 16 * 576), batch=1, stride=3, feature_groups=16,
+        dimension_numbers="first",
+    )  # fmt: skip
+    operands = sum(map(math.prod, (g.lhs_shape, g.rhs_shape, g.out_shape)))
+    assert dispatch.plan(g, "float32", "cpu").workspace_bytes <= 4 * 4 * operands
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+def test_workspace_of_random_problems_is_bounded(dtype):
+    for index in range(200):
+        g = random_workload(SEED, index, dtype, "default").geometry
+        operands = sum(map(math.prod, (g.lhs_shape, g.rhs_shape, g.out_shape)))
+        planned = dispatch.plan(g, dtype, "cpu")
+        bound = 4 * operands * np.dtype(dtype).itemsize + (1 << 20)
+        assert planned.workspace_bytes <= bound, (g, planned)

@@ -95,8 +95,9 @@ constexpr int64_t kMaxFilterRows = 1024;
 constexpr int64_t kMaxLanes = 16;
 
 // planes: the window of dY that one task keeps on its stack, and the longest row of
-// dX that it makes at a time, both in the accumulation type.
-constexpr int64_t kWindowBytes = 48 * 1024;
+// dX that it makes at a time, both in the accumulation type. A filter of many rows may
+// have a window that no first-level cache holds.
+constexpr int64_t kWindowBytes = 48 * 1024, kLargeWindowBytes = 192 * 1024;
 constexpr int64_t kRowBytes = 2 * 1024;
 constexpr int64_t kMaxRowPhases = 16;
 constexpr int64_t kPlaneChannels = 4;  // channels of dX made at a time

@@ -280,7 +280,7 @@ void PlanesTask(const void* state, int64_t index) {
     return;
   }
 
-  alignas(64) A data[kWindowBytes / sizeof(A)];
+  alignas(64) A data[kLargeWindowBytes / sizeof(A)];
   alignas(64) A buffer[kRowBuffer<A>];
   Window<A> win;
   win.data = data;
