@@ -24,7 +24,8 @@
 #   JAX_CONVGRAD_CUDA_EXCLUDE   kernels to leave out, with commas between
 #
 # A part that fails does not stop the others. If the instructions of sm_90a fail, wgmma is
-# excluded from what follows, and so is a kernel that hangs or breaks the GPU's context. The exit status is 0 if all parts that ran have passed.
+# excluded from what follows, and so is a kernel that hangs or breaks the GPU's context. The exit
+# status is 0 if all parts that ran have passed.
 
 set -uo pipefail
 

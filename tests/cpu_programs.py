@@ -15,7 +15,7 @@ DRIVER = pathlib.Path("tests/cpu_driver.cc")
 # Sets that add a kernel to another's, from a source and with a definition of their own.
 ADDED_KERNELS = pathlib.Path("csrc/cpu/gemm_bf16.cc")
 ADDED = ("avx512_bf16", "amx")
-SHARED = (DRIVER, pathlib.Path("csrc/kernel_cpu.cc"), pathlib.Path("csrc/problem.cc"))
+SHARED = (DRIVER, *build.cpu_planner(), pathlib.Path("csrc/problem.cc"))
 
 # What a processor must have for a set, in the kernel's words (/proc/cpuinfo).
 _AVX2 = {"avx2", "fma", "f16c"}

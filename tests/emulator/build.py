@@ -335,13 +335,19 @@ def module() -> types.ModuleType:
     return _handlers(MODULE, [], _EMULATED, (kernels,))
 
 
+def cpu_planner() -> list[pathlib.Path]:
+    """The sources of the CPU planner, compiled once and not for each instruction set."""
+    found = sorted((ROOT / "csrc/cpu/planner").glob("*.cc"))
+    return [pathlib.Path("csrc/kernel_cpu.cc"), *(path.relative_to(ROOT) for path in found)]
+
+
 def amx_module() -> types.ModuleType:
     """The CPU module with one kernel, gemm in bfloat16 on AMX, whose instructions are emulated.
 
     Raises:
         BuildError: something does not compile.
     """
-    sources = ["csrc/kernel_cpu.cc", "csrc/cpu/gemm_bf16.cc", EMULATOR / "no_kernels.cc"]
+    sources = [*cpu_planner(), "csrc/cpu/gemm_bf16.cc", EMULATOR / "no_kernels.cc"]
     definitions = ("-DCONVGRAD_EMULATE_AMX", "-DCONVGRAD_AMX", "-DCONVGRAD_ISA=amx")
     return _handlers("_emulated_amx", [pathlib.Path(source) for source in sources], definitions)
 

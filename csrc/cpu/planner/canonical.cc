@@ -1,0 +1,146 @@
+#include "canonical.h"
+
+#include <algorithm>
+
+#include "../../phase.h"
+
+namespace convgrad {
+
+int64_t Taps(const Problem& p) { return p.axis[0].win * p.axis[1].win * p.axis[2].win; }
+
+int64_t PhasePositions(const Axis& x) { return CeilDiv(x.in, PhaseCount(x)); }
+
+namespace {
+
+// An axis along which nothing happens: one position of x meets one of y by one tap.
+bool IsTrivial(const Axis& x) {
+  return x.in == 1 && x.out == 1 && x.win == 1 && x.pad_lo == 0;
+}
+
+// The axis that should be the last, whose neighbouring positions of one phase kernels
+// compute together. If dX is contiguous along the last one only very few positions there
+// outweigh that.
+int ChooseRowAxis(const Problem& p) {
+  const int64_t enough = p.dx.axis[2] == 1 && p.axis[2].in > 1 ? 4 : 8;
+  const int64_t positions = PhasePositions(p.axis[2]);
+  int best = 2;
+  for (int x = 0; x < 2; ++x) {
+    const Axis& axis = p.axis[x];
+    const bool for_planes =
+        axis.stride % axis.lhs_dilation == 0 && PhaseCount(axis) <= kMaxRowPhases;
+    const int64_t most = best == 2 ? 2 * positions : PhasePositions(p.axis[best]);
+    if (for_planes && PhasePositions(axis) >= most) best = x;
+  }
+  return positions < enough ? best : 2;
+}
+
+void SwapAxes(int a, int b, Problem* p) {
+  std::swap(p->axis[a], p->axis[b]);
+  std::swap(p->dx.axis[a], p->dx.axis[b]);
+  std::swap(p->dy.axis[a], p->dy.axis[b]);
+  std::swap(p->w.axis[a], p->w.axis[b]);
+}
+
+// Without the stride and dilations that no tap uses.
+Axis WithoutIdleSteps(Axis x) {
+  if (IsTrivial(x)) return Axis{};
+  if (x.win == 1) x.rhs_dilation = 1;
+  // All taps meet one y: as if the window moved on by its own width, so that each tap is
+  // a phase of its own.
+  if (x.out == 1 && x.lhs_dilation == 1) x.stride = (x.win - 1) * x.rhs_dilation + 1;
+  return x;
+}
+
+// Whether each position of x along an axis meets the one of y with its number.
+bool IsPointwise(const Axis& x) {
+  return x.win == 1 && x.stride == 1 && x.lhs_dilation == 1 && x.pad_lo == 0 &&
+         x.in == x.out;
+}
+
+// Makes one long axis of those of a pointwise problem, images included, as far as
+// memory has them in a row. Not where the number of images would then decide between two
+// kernels (PlanesBeatGemm): an image's bits do not depend on its batch.
+void MergePointwiseAxes(Problem* p) {
+  for (const Axis& x : p->axis) {
+    if (!IsPointwise(x)) return;
+  }
+  const auto follows = [&](int64_t dx, int64_t dy, int64_t count) {
+    return count > 1 && dx == p->dx.axis[2] * p->axis[2].in &&
+           dy == p->dy.axis[2] * p->axis[2].in;
+  };
+  const auto lengthen = [&](int64_t count) {
+    p->axis[2].in *= count;
+    p->axis[2].out *= count;
+  };
+  for (int x = 1; x >= 0; --x) {
+    if (p->axis[x].in > 1 && !follows(p->dx.axis[x], p->dy.axis[x], p->axis[x].in)) {
+      return;
+    }
+    lengthen(p->axis[x].in);
+    p->axis[x] = Axis{};
+  }
+  const bool decides = p->axis[2].in < kLongRow && p->in_channels <= kMaxFewChannels &&
+                       p->out_channels <= kMaxRowChannels;
+  if (!decides && follows(p->dx.batch, p->dy.batch, p->batch)) {
+    lengthen(p->batch);
+    p->batch = 1;
+  }
+}
+
+}  // namespace
+
+Problem Canonical(const Problem& given) {
+  Problem p = given;
+  int to = kAxes;
+  const auto place = [&](int from) {
+    --to;
+    p.axis[to] = WithoutIdleSteps(given.axis[from]);
+    p.dx.axis[to] = given.dx.axis[from];
+    p.dy.axis[to] = given.dy.axis[from];
+    p.w.axis[to] = given.w.axis[from];
+  };
+  for (const bool trivial : {false, true}) {
+    for (int x = kAxes - 1; x >= 0; --x) {
+      if (IsTrivial(given.axis[x]) == trivial) place(x);
+    }
+  }
+  MergePointwiseAxes(&p);
+  if (const int x = ChooseRowAxis(p); x != 2) SwapAxes(x, 2, &p);
+  return p;
+}
+
+Problem Exchanged(const Problem& given) {
+  Problem p = given;
+  std::swap(p.batch, p.in_channels);
+  std::swap(p.dx.batch, p.dx.channel);
+  p.dy = {given.w.in_channel, given.w.group, given.w.out_channel, {}};
+  p.w = {given.dy.group, given.dy.channel, given.dy.batch, {}};
+  for (int x = 0; x < kAxes; ++x) {
+    std::swap(p.axis[x].out, p.axis[x].win);
+    std::swap(p.axis[x].stride, p.axis[x].rhs_dilation);
+    p.dy.axis[x] = given.w.axis[x];
+    p.w.axis[x] = given.dy.axis[x];
+  }
+  return p;
+}
+
+bool HasLongWindow(const Problem& p) {
+  constexpr int64_t kManyTaps = 64, kTimesResult = 4;
+  const int64_t taps = Taps(p);
+  const int64_t results = p.axis[0].out * p.axis[1].out * p.axis[2].out;
+  return p.groups == 1 && results > 0 && taps >= kManyTaps &&
+         taps > kTimesResult * results;
+}
+
+double LivePart(const Problem& p) {
+  double part = 1;
+  for (const Axis& x : p.axis) {
+    // Taps differ in their phases until these repeat.
+    const int64_t step = PhaseCount(x);
+    const int64_t live = std::min(x.win, x.stride / Gcd(x.stride, x.rhs_dilation));
+    part *= std::min(1.0, static_cast<double>(live) / static_cast<double>(step));
+  }
+  return part;
+}
+
+}  // namespace convgrad

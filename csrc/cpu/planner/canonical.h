@@ -1,0 +1,38 @@
+// One form for CPU problems that are the same, whatever their layout and however they
+// were written, so that the planner meets fewer kinds.
+
+#pragma once
+
+#include "../../kernel.h"
+#include "../job.h"
+
+namespace convgrad {
+
+constexpr int64_t kMaxFewChannels = 16;
+constexpr int64_t kMaxRowChannels = 32;  // out channels of a window that lies in rows
+constexpr int64_t kLongRow = 16;         // positions that fill vectors
+
+int64_t Taps(const Problem& p);
+
+// Along an axis, in the phase that has most.
+int64_t PhasePositions(const Axis& x);
+
+// The problem with its trivial axes first, and without idle steps. Kernels are made for
+// long rows along the last axis, which a net for signals may write as [N, T, 1, C] or,
+// with a few sensors beside each other, as [N, T, 3, C].
+Problem Canonical(const Problem& given);
+
+// The same sum with the roles of dY and W exchanged: an image of dY is a filter for one
+// input channel, and the filter of an input channel is an image.
+//   dX[c, n, h] = sum over k, p  W[c, k, r] * dY[k, n, p],   where h is as before
+Problem Exchanged(const Problem& given);
+
+// Whether that is worth trying. Kernels keep a filter at hand and walk along rows of dY;
+// a window many times as large as the result (template matching, deconvolution, and the
+// derivatives of a filter gradient, whose filters are images) is the wrong way round.
+bool HasLongWindow(const Problem& p);
+
+// The part of dX that some tap reaches: one in 64 under a 1x1 filter of stride 8.
+double LivePart(const Problem& p);
+
+}  // namespace convgrad
