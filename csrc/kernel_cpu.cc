@@ -182,8 +182,10 @@ std::vector<Column> Columns(const Problem& p) {
       out.push_back(column);
     }
   }
-  std::sort(out.begin(), out.end(),
-            [](const Column& a, const Column& b) { return a.dx < b.dx; });
+  const auto before = [](const Column& a, const Column& b) { return a.dx < b.dx; };
+  if (!std::is_sorted(out.begin(), out.end(), before)) {
+    std::sort(out.begin(), out.end(), before);
+  }
   return out;
 }
 
@@ -394,7 +396,8 @@ const char* const* CpuKernelNames() { return kNames; }
 const char* CpuIsa() { return ChosenIsa().name; }
 
 bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
-  Problem problem = Canonical(given);
+  int64_t w_at;
+  Problem problem = Canonical(given, &w_at);
   bool packs_little = true;
   const auto make = [&](const char* wanted) {
     Kernel chosen;
@@ -461,7 +464,9 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
 void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* w,
             void* dx, void* workspace, const Epilogue& epilogue, int64_t threads,
             const ParallelFor& parallel_for) {
-  Problem problem = Canonical(given);
+  int64_t w_at;
+  Problem problem = Canonical(given, &w_at);
+  w = static_cast<const unsigned char*>(w) + w_at * SizeInBytes(given.dtype);
   if (plan.exchanged) {
     problem = Exchanged(problem);
     std::swap(dy, w);

@@ -306,6 +306,12 @@ def named_cases() -> list[Case]:
         "single_y_padded": g((5, 6), (7, 8), (18, 5), batch=2, padding=1),
         "single_y_dilated": g((9, 4), (4, 2), (5, 12), rhs_dilation=(2, 3),
                               padding=((-1, -1), (0, 0))),
+        # Taps that meet padding alone, in front, behind, between.
+        "idle_taps": g((1, 2), (3, 5), (18, 7), batch=3, padding=((1, 1), (2, 2))),
+        "idle_taps_nchw": g((2, 1), (7, 3), (4, 20), padding=((5, 2), (0, 2)), stride=(2, 1),
+                            dimension_numbers="first"),
+        "idle_taps_dilated": g((3, 5), (3, 3), (6, 5), rhs_dilation=(4, 7), lhs_dilation=(2, 1),
+                               padding=((4, 4), (7, 7))),
         # Pointwise: all axes and images are one row, or must not be.
         "pointwise_row": g((3, 5), (1, 1), (8, 40), batch=19),
         "pointwise_row_nchw": g((6, 7), (1, 1), (3, 5), batch=3, dimension_numbers="first"),

@@ -41,6 +41,22 @@ void SwapAxes(int a, int b, Problem* p) {
   std::swap(p->w.axis[a], p->w.axis[b]);
 }
 
+// Leaves out the leading and trailing taps that meet padding alone, as most of a window
+// do on an image of one position, and returns how many are left out in front.
+int64_t TrimTaps(Axis* x) {
+  if (x->win == 0 || x->out == 0) return 0;
+  const auto floor_div = [](int64_t a, int64_t b) { return a / b - (a % b < 0 ? 1 : 0); };
+  // Of what the first and the last position of y read, in steps of x.
+  const int64_t first = -floor_div((x->out - 1) * x->stride - x->pad_lo, x->rhs_dilation);
+  const int64_t last =
+      floor_div(x->pad_lo + (x->in - 1) * x->lhs_dilation, x->rhs_dilation);
+  const int64_t from = std::max<int64_t>(first, 0), to = std::min(last, x->win - 1);
+  if (from > to) return 0;
+  x->win = to - from + 1;
+  x->pad_lo -= from * x->rhs_dilation;
+  return from;
+}
+
 // Without the stride and dilations that no tap uses.
 Axis WithoutIdleSteps(Axis x) {
   if (IsTrivial(x)) return Axis{};
@@ -89,19 +105,25 @@ void MergePointwiseAxes(Problem* p) {
 
 }  // namespace
 
-Problem Canonical(const Problem& given) {
+Problem Canonical(const Problem& given, int64_t* w_at) {
+  Axis axis[kAxes];
+  *w_at = 0;
+  for (int x = 0; x < kAxes; ++x) {
+    axis[x] = given.axis[x];
+    *w_at += TrimTaps(&axis[x]) * given.w.axis[x];
+  }
   Problem p = given;
   int to = kAxes;
   const auto place = [&](int from) {
     --to;
-    p.axis[to] = WithoutIdleSteps(given.axis[from]);
+    p.axis[to] = WithoutIdleSteps(axis[from]);
     p.dx.axis[to] = given.dx.axis[from];
     p.dy.axis[to] = given.dy.axis[from];
     p.w.axis[to] = given.w.axis[from];
   };
   for (const bool trivial : {false, true}) {
     for (int x = kAxes - 1; x >= 0; --x) {
-      if (IsTrivial(given.axis[x]) == trivial) place(x);
+      if (IsTrivial(axis[x]) == trivial) place(x);
     }
   }
   MergePointwiseAxes(&p);
