@@ -189,8 +189,7 @@ def test_another_kernel_runs_in_a_workspace_too_small_for_the_best():
     for size in sizes:
         dx, _ = call_handler(workspace=(size,))
         np.testing.assert_allclose(dx, expected, rtol=1e-6)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="workspace must have"):
-        call_handler(workspace=(min(sizes) - 1,))
+    assert min(sizes) == 0  # of direct, so that there always is one
 
 
 @pytest.mark.parametrize(
