@@ -312,10 +312,12 @@ ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer d
     return Invalid(error);
   }
   if (dx->element_count() == 0) return ffi::Error::Success();
+  const bool alone = IsTooSmallToShare(problem);
   RunCpu(problem, plan, dy.untyped_data(), w.untyped_data(), dx->untyped_data(),
          workspace->untyped_data(), epilogue, std::max<int64_t>(1, pool.num_threads()),
-         [&pool](int64_t count, const std::function<void(int64_t)>& task) {
-           RunInPool(pool, count, task);
+         [&](int64_t count, const std::function<void(int64_t)>& task) {
+           if (!alone) return RunInPool(pool, count, task);
+           for (int64_t i = 0; i < count; ++i) task(i);
          });
   return ffi::Error::Success();
 } catch (const std::exception& e) {

@@ -127,6 +127,9 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
             void* dx, void* workspace, const Epilogue& epilogue, int64_t threads,
             const ParallelFor& parallel_for);
 
+// Whether one thread is done before another one would have woken up.
+bool IsTooSmallToShare(const Problem& problem);
+
 // "amx", "avx512_bf16", "avx512", "avx2" or "portable": what RunCpu uses on this machine.
 const char* CpuIsa();
 

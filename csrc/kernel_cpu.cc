@@ -354,21 +354,6 @@ bool PacksLittle(const Problem& p, Kernel kernel) {
   return LayOut(filter, kernel).bytes <= kTimes * bytes + kSmallBytes;
 }
 
-// Whether one thread is done before another one would have woken up.
-bool IsTooSmallToShare(const Problem& p) {
-  constexpr double kLeastShared = 2e5;  // multiply-adds, and elements that are moved
-  const auto positions = [&p](auto size) {
-    return 1.0 * size(p.axis[0]) * size(p.axis[1]) * size(p.axis[2]);
-  };
-  const double in = positions([](const Axis& x) { return x.in; });
-  const double out = positions([](const Axis& x) { return x.out; });
-  const double taps = positions([](const Axis& x) { return x.win; });
-  const double images = 1.0 * p.batch * p.groups, c = 1.0 * p.in_channels,
-               k = 1.0 * p.out_channels;
-  return images * (out * taps * c * k + in * c + out * k) + taps * c * k * p.groups <
-         kLeastShared;
-}
-
 // XLA allocates large results and workspaces anew at every call: in pages of 4 KiB,
 // finding and clearing them takes as long as filling them.
 void AskForLargePages(void* base, int64_t bytes) {
@@ -394,6 +379,20 @@ void AskForLargePages(void* base, int64_t bytes) {
 const char* const* CpuKernelNames() { return kNames; }
 
 const char* CpuIsa() { return ChosenIsa().name; }
+
+bool IsTooSmallToShare(const Problem& p) {
+  constexpr double kLeastShared = 2e5;  // multiply-adds, and elements that are moved
+  const auto positions = [&p](auto size) {
+    return 1.0 * size(p.axis[0]) * size(p.axis[1]) * size(p.axis[2]);
+  };
+  const double in = positions([](const Axis& x) { return x.in; });
+  const double out = positions([](const Axis& x) { return x.out; });
+  const double taps = positions([](const Axis& x) { return x.win; });
+  const double images = 1.0 * p.batch * p.groups, c = 1.0 * p.in_channels,
+               k = 1.0 * p.out_channels;
+  return images * (out * taps * c * k + in * c + out * k) + taps * c * k * p.groups <
+         kLeastShared;
+}
 
 bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
   int64_t w_at;
@@ -534,14 +533,9 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
     case Kernel::kPlanes: kernels.planes(args, &job); break;
     case Kernel::kDots: kernels.dots(args, &job); break;
   }
-  const bool alone = IsTooSmallToShare(problem);
   for (int i = 0; i < job.stages; ++i) {
     const CpuStage& stage = job.stage[i];
-    if (alone) {
-      for (int64_t index = 0; index < stage.count; ++index) stage.task(job.state, index);
-    } else {
-      parallel_for(stage.count, [&](int64_t index) { stage.task(job.state, index); });
-    }
+    parallel_for(stage.count, [&](int64_t index) { stage.task(job.state, index); });
   }
 }
 
