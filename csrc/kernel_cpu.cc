@@ -33,8 +33,8 @@ namespace {
 // much as one of a whole cache line.
 bool StoresApart(const Problem& p) { return p.dx.axis[2] == 1 && p.in_channels > 1; }
 
-// Whether that is so little that the gemm kernel, which visits live phases alone once dX
-// is cleared as a whole, is the fastest.
+// Whether taps reach so little of dX that the gemm kernel, which visits live phases alone
+// once dX is cleared as a whole, is the fastest.
 bool IsMostlyZeros(const Problem& p) {
   return LivePart(p) <= (StoresApart(p) ? 0.25 : 0.125);
 }
@@ -206,13 +206,13 @@ bool DotsAreFaster(const Problem& p, int64_t columns) {
              1.25 * products * CeilDiv(columns, lanes);
 }
 
-// Whether pixels in lanes beat channels in lanes, for up to kMaxFewChannels of them: on
-// rows that fill vectors, if dY has so few channels that a gemm's sums are short. Copying
-// dY is cheap where it lies in rows.
+// Channels-first: copying a window of dY is cheap.
 bool LiesInRows(const Problem& p) { return p.dx.axis[2] == 1 && p.dy.axis[2] == 1; }
 
 bool RowsFillVectors(const Problem& p) { return PhasePositions(p.axis[2]) >= kLongRow; }
 
+// Whether pixels in lanes beat channels in lanes, for up to kMaxFewChannels of them: on
+// rows that fill vectors, if dY has so few channels that a gemm's sums are short.
 bool PlanesBeatGemm(const Problem& p) {
   const bool in_rows = LiesInRows(p);
   if (!RowsFillVectors(p)) return false;

@@ -76,22 +76,6 @@ CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<O>& filter,
   return IsTainted(taint);
 }
 
-// How a panel of so many vectors is cut into blocks: k_step operands of up to `taps`
-// taps.
-struct BlockShape {
-  int64_t k_step, taps;
-};
-
-template <typename O>
-CONVGRAD_INLINE BlockShape ShapeOfBlocks(const Problem& p, int vectors, bool small) {
-  const int64_t block_rows = BlockRows(vectors, small ? kTileBytes : kBlockBytes);
-  const int64_t depth = Depth<O>(p);
-  const int64_t k_parts = CeilDiv(depth, block_rows);
-  const int64_t k_step = CeilDiv(CeilDiv(depth, k_parts), kDepthStep) * kDepthStep;
-  const int64_t taps = block_rows / k_step;
-  return {k_step, taps > kBlockTaps ? kBlockTaps : taps};
-}
-
 // Walks the blocks of B. Whole taps while they fit, else equal parts of one tap. Returns
 // whether a block packed on the way turned out to hold an Inf or a NaN though `exact` was
 // false: the sums are to be made anew then.
@@ -101,9 +85,12 @@ inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
                     const GemmSums<Sum<O>>& sums) {
   const Problem& p = s.args.problem;
   constexpr int64_t kWidth = kVecs * kLanes<O>;
+  const int64_t block_rows = BlockRows(kVecs, s.small_blocks ? kTileBytes : kBlockBytes);
   const int64_t depth = Depth<O>(p);
-  const BlockShape shape = ShapeOfBlocks<O>(p, kVecs, s.small_blocks);
-  const int64_t k_step = shape.k_step, taps_in_block = shape.taps;
+  const int64_t k_parts = CeilDiv(depth, block_rows);
+  const int64_t k_step = CeilDiv(CeilDiv(depth, k_parts), kDepthStep) * kDepthStep;
+  int64_t taps_in_block = block_rows / k_step;
+  if (taps_in_block > kBlockTaps) taps_in_block = kBlockTaps;
 
   const O* zeros = static_cast<const O*>(s.args.zeros);
   bool fresh = true, tainted = false;
