@@ -268,7 +268,8 @@ def test_vmap_of_grad_reaches_the_emulated_kernels(lowered_for_cuda, rng):
     )
     dx = jax.jit(jax.vmap(function, (0, None)))(dy, w)
     for each, expected in zip(dx, dy, strict=True):
-        assert normwise_error(each, oracles.lax_input_grad(expected, w, g)) <= 1e-3
+        error = normwise_error(each, oracles.lax_input_grad(expected, w, g))
+        assert error <= cases.bound(g, "float32")
 
 
 def test_calibrate_measures_fits_and_writes(lowered_for_cuda, emulated, monkeypatch, tmp_path):

@@ -11,6 +11,7 @@ from jax import lax
 import jax_convgrad
 from jax_convgrad import lax_maps
 from jax_convgrad.geometry import dilated_size
+from jax_convgrad.tools.geometries import tolerance
 
 # name: lhs_shape, rhs_shape and the parameters that are not defaults
 SMALL = {
@@ -176,6 +177,15 @@ def test_taps_of_a_position_are_one_residue_class_of_its_phase(rng, stride, lhs_
                 if 0 <= p < g.out_sizes[0]:
                     expected[r] = p
             assert found.get(h, {}) == expected
+
+
+def test_tolerance_covers_two_factors_cut_off_to_tf32(rng):
+    """A sum of one product: what the multiplier loses there, the tolerance must allow."""
+    a, b = rng.uniform(1, 1.01, (2, 1000)).astype(np.float32)
+    cut = [(v.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32) for v in (a, b)]
+    exact = a.astype(np.float64) * b
+    errors = np.abs(np.prod(np.asarray(cut, np.float64), axis=0) - exact) / exact
+    assert 1e-3 < errors.max() <= tolerance("tf32", 1)
 
 
 def test_dilated_size_of_nothing_is_nothing():

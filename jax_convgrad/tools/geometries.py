@@ -26,11 +26,13 @@ class Case:
 
 
 # Normwise error |out - ref| / |ref| against float64: what rounding alone can reach, with
-# the operands rounded to the dtype before the reference is computed.
+# the operands rounded to the dtype before the reference is computed. To TF32 the kernel
+# rounds: Hopper's multiplier cuts both factors off after 10 bits, each wrong by up to
+# 2^-10, and always towards zero, so that a sum of few products keeps the error of one.
 TOLERANCES = {
     "float64": (0.0, 1e-14),
     "float32": (1e-6, 3e-8),
-    "tf32": (1e-3, 0.0),
+    "tf32": (2e-3, 0.0),
     "bfloat16": (4e-3, 0.0),
     "float16": (1e-3, 0.0),
 }
