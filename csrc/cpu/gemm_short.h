@@ -67,6 +67,33 @@ CONVGRAD_NOINLINE void MultiplyPacked(const ShortTile<O>& tile, int64_t k_count,
   }
 }
 
+// to[k][i] = row[i][k], for k below `count`, in squares of vectors: the last of them
+// spill over into what is written next, and in the end over the packed operands.
+template <typename O>
+CONVGRAD_INLINE void CopyColumns(const O* const (&row)[kShortRows], int64_t count,
+                                 O* to) {
+  constexpr int L = kLanes<O> < 8 ? kLanes<O> : 8;
+  constexpr int kSquares = (kShortRows + L - 1) / L;
+  int64_t k = 0;
+  for (; k + L <= count; k += L) {
+    Vec<O, L> square[kSquares][L] = {};
+    CONVGRAD_UNROLL
+    for (int i = 0; i < kShortRows; ++i) square[i / L][i % L] = Load<L>(row[i] + k);
+    CONVGRAD_UNROLL
+    for (int j = 0; j < kSquares; ++j) Transpose<O, L>(square[j]);
+    CONVGRAD_UNROLL
+    for (int i = 0; i < L; ++i) {
+      CONVGRAD_UNROLL
+      for (int j = 0; j < kSquares; ++j) {
+        Store<L>(to + (k + i) * kShortRows + j * L, square[j][i]);
+      }
+    }
+  }
+  for (; k < count; ++k) {
+    for (int i = 0; i < kShortRows; ++i) to[k * kShortRows + i] = row[i][k];
+  }
+}
+
 // Copies what the rows from m on read, for taps that some of them has.
 template <typename O>
 inline void PackShortTile(const CpuArgs& a, const ActivationStrides& dy_at,
@@ -86,9 +113,8 @@ inline void PackShortTile(const CpuArgs& a, const ActivationStrides& dy_at,
     tile->live = found.live;
     for (int t = 0; t < found.taps; ++t) {
       tile->filter[tile->taps++] = block.filter[found.tap[t]];
-      for (int64_t k = 0; k < block.k_count; ++k) {
-        for (int i = 0; i < kShortRows; ++i) *to++ = found.row[t][i][k];
-      }
+      CopyColumns<O>(found.row[t], block.k_count, to);
+      to += block.k_count * kShortRows;
     }
     block.taps = 0;
   };
@@ -130,7 +156,7 @@ CONVGRAD_NOINLINE void MultiplyShortSums(const CpuArgs& a, const Operand<T>* dy,
   const int64_t terms =
       phase[0]->r_count * phase[1]->r_count * phase[2]->r_count * Depth<O>(p);
   ShortTile<O> tile[kMaxShortTiles];
-  O packed[kPackedOperands<O>];
+  O packed[kPackedOperands<O> + kMaxLanes];
   for (int64_t m = 0; m < rows.count; m += kShortRows) {
     tile[m / kShortRows].packed = packed + m * terms;
     PackShortTile<O>(a, dy_at, rows, phase, m, dy, &tile[m / kShortRows]);

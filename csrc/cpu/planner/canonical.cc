@@ -147,11 +147,19 @@ Problem Exchanged(const Problem& given) {
 }
 
 bool HasLongWindow(const Problem& p) {
-  constexpr int64_t kManyTaps = 64, kTimesResult = 4;
+  constexpr int64_t kManyTaps = 64, kTimesResult = 4, kFewTerms = 16;
   const int64_t taps = Taps(p);
   const int64_t results = p.axis[0].out * p.axis[1].out * p.axis[2].out;
-  return p.groups == 1 && results > 0 && taps >= kManyTaps &&
-         taps > kTimesResult * results;
+  if (p.groups > 1 || results == 0 || taps < kManyTaps ||
+      taps <= kTimesResult * results) {
+    return false;
+  }
+  // With images for channels, a channels-last dX is stored one element at a time: too
+  // slow if each is a sum of few.
+  int64_t terms = p.out_channels;
+  for (const Axis& x : p.axis) terms *= std::min(x.out, CeilDiv(x.win, x.stride));
+  const bool channels_last = p.in_channels > 1 && p.dx.channel == 1;
+  return !channels_last || terms >= kFewTerms;
 }
 
 double LivePart(const Problem& p) {
