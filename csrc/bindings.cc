@@ -31,7 +31,11 @@ DType DTypeByName(const std::string& name) {
 // A problem that dispatch.py describes by the same words as the custom call.
 Problem ProblemByAttributes(const std::string& dtype, const Ints& lhs_shape,
                             const Ints& rhs_shape, const Ints& out_shape,
-                            const py::dict& call) {
+                            const py::dict& call, const std::string& map = "input_grad") {
+  const bool forward = map == NameOf(Map::kForward) && Parts().forward != nullptr;
+  if (!forward && map != NameOf(Map::kInputGrad)) {
+    throw py::value_error("map must be one that the module computes, got " + map);
+  }
   const auto ints = [&call](const char* name) { return call[name].cast<Ints>(); };
   const Attributes attributes{ints("window_strides"),
                               ints("padding"),
@@ -49,6 +53,10 @@ Problem ProblemByAttributes(const std::string& dtype, const Ints& lhs_shape,
   const std::string error =
       MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, &problem);
   if (!error.empty()) throw py::value_error(error);
+  if (forward) {
+    int64_t w_at;
+    problem = ForwardAsInputGrad(problem, &w_at);
+  }
   problem.dtype = DTypeByName(dtype);
   problem.allow_tf32 = call["allow_tf32"].cast<bool>();
   return problem;
@@ -65,9 +73,9 @@ Plan PlanOf(const Problem& problem, const py::dict& call, int capability) {
 // The planner: what runs a request.
 py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
                           const Ints& rhs_shape, const Ints& out_shape,
-                          const py::dict& call, int capability) {
+                          const py::dict& call, int capability, const std::string& map) {
   const Problem problem =
-      ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call);
+      ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call, map);
   const Plan plan = PlanOf(problem, call, capability);
   py::dict result;
   result["kernel"] = plan.kernel;
@@ -136,21 +144,24 @@ void Define(py::module_& m) {
     py::dict targets;
     targets["convgrad_input_grad"] = py::capsule(Parts().input_grad);
     targets["convgrad_input_grad_fused"] = py::capsule(Parts().input_grad_fused);
+    if (Parts().forward != nullptr) {
+      targets["convgrad_forward"] = py::capsule(Parts().forward);
+    }
     return targets;
   });
   m.def("plan", &PlanByAttributes, py::arg("dtype"), py::arg("lhs_shape"),
         py::arg("rhs_shape"), py::arg("out_shape"), py::arg("attributes"),
-        py::arg("capability") = 90);
+        py::arg("capability") = 90, py::arg("map_name") = "input_grad");
   m.def(
       "workspace_bound",
       [](const std::string& dtype, const Ints& lhs_shape, const Ints& rhs_shape,
-         const Ints& out_shape, const py::dict& call) {
+         const Ints& out_shape, const py::dict& call, const std::string& map) {
         const WorkspaceBound bound = Parts().bound_workspace(
-            ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call));
+            ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call, map));
         return py::make_tuple(bound.bytes, bound.bytes_per_position);
       },
       py::arg("dtype"), py::arg("lhs_shape"), py::arg("rhs_shape"), py::arg("out_shape"),
-      py::arg("attributes"));
+      py::arg("attributes"), py::arg("map_name") = "input_grad");
   m.def("kernel_names", [] {
     std::vector<std::string> names;
     for (const char* const* name = Parts().kernel_names(); *name != nullptr; ++name) {

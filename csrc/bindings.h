@@ -11,7 +11,8 @@ namespace convgrad {
 
 struct ModuleParts {
   int ffi_api_major, ffi_api_minor;  // of the headers that the handlers were built with
-  void *input_grad, *input_grad_fused;  // the handlers
+  // The handlers, null where there is none.
+  void *input_grad, *input_grad_fused, *forward;
 
   const char* const* (*kernel_names)();  // null-terminated
   // Returns an error, empty if there is none.

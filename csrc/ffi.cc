@@ -107,18 +107,19 @@ std::string PlanProblem(const Problem& problem, const std::string& kernel, const
          kernel + "'";
 }
 
-// The operands after dy and w.
+// The operands after the first two.
 struct Rest {
   std::optional<ffi::AnyBuffer> residual, relu, padding;
 };
 
-std::string ReadRest(const ffi::RemainingArgs& args, bool fused, Rest* rest) {
+std::string ReadRest(Map map, const ffi::RemainingArgs& args, bool fused, Rest* rest) {
   std::vector<std::optional<ffi::AnyBuffer>*> places;
   if (fused) places = {&rest->residual, &rest->relu};
   const size_t least = places.size();
   places.push_back(&rest->padding);
   if (args.size() < least || args.size() > places.size()) {
-    return std::string("operands must be dy, w") + (fused ? ", residual, relu" : "") +
+    return std::string("operands must be ") + (map == Map::kForward ? "x" : "dy") +
+           ", w" + (fused ? ", residual, relu" : "") +
            " and at most one for the padding, got " + std::to_string(2 + args.size());
   }
   for (size_t i = 0; i < args.size(); ++i) {
@@ -129,21 +130,33 @@ std::string ReadRest(const ffi::RemainingArgs& args, bool fused, Rest* rest) {
   return "";
 }
 
-// Everything that both platforms check before a kernel sees a pointer.
-std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
+// What a call is for, once everything is checked: a kernel reads `from` and w.
+struct Call {
+  Problem problem;
+  Plan plan;
+  Epilogue epilogue;
+  int64_t w_at;  // where the filter begins, in elements
+};
+
+// Everything that both platforms check before a kernel sees a pointer. `from` is x or dY,
+// `to` is y or dX.
+std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& from,
                     const ffi::AnyBuffer& w, const ffi::RemainingArgs& args, bool fused,
-                    const ffi::AnyBuffer& dx, int64_t workspace_bytes, Problem* problem,
-                    Plan* plan, Epilogue* epilogue) {
-  const Ints lhs_shape = ToInts(dx.dimensions()), rhs_shape = ToInts(w.dimensions()),
-             out_shape = ToInts(dy.dimensions());
+                    const ffi::AnyBuffer& to, int64_t workspace_bytes, Call* made) {
+  const bool forward = map == Map::kForward;
+  const Ints from_shape = ToInts(from.dimensions()), rhs_shape = ToInts(w.dimensions()),
+             to_shape = ToInts(to.dimensions());
+  const Ints &lhs_shape = forward ? from_shape : to_shape,
+             &out_shape = forward ? to_shape : from_shape;
   const std::string shapes = ShowShapes(lhs_shape, rhs_shape, out_shape);
-  const std::optional<DType> dtype = ToDType(dx.element_type());
-  if (!dtype || dy.element_type() != dx.element_type() ||
-      w.element_type() != dx.element_type()) {
+  const std::optional<DType> dtype = ToDType(to.element_type());
+  if (!dtype || from.element_type() != to.element_type() ||
+      w.element_type() != to.element_type()) {
     std::ostringstream message;
-    message << "dy, w and dx must share one dtype of F64, F32, BF16 and F16, got "
-            << dy.element_type() << ", " << w.element_type() << " and "
-            << dx.element_type() << " for " << shapes;
+    message << (forward ? "x, w and y" : "dy, w and dx")
+            << " must share one dtype of F64, F32, BF16 and F16, got "
+            << from.element_type() << ", " << w.element_type() << " and "
+            << to.element_type() << " for " << shapes;
     return message.str();
   }
   Attributes attributes{
@@ -152,15 +165,15 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
       ToInts(call.out_spec),       ToInts(call.lhs_layout),  ToInts(call.rhs_layout),
       ToInts(call.out_layout),     call.feature_group_count, call.batch_group_count};
   Rest rest;
-  if (std::string error = ReadRest(args, fused, &rest); !error.empty()) {
+  if (std::string error = ReadRest(map, args, fused, &rest); !error.empty()) {
     return error + " for " + shapes;
   }
   for (const auto& [name, operand, pointer] :
-       {std::tuple{"residual", rest.residual, &epilogue->residual},
-        std::tuple{"relu", rest.relu, &epilogue->relu}}) {
+       {std::tuple{"residual", rest.residual, &made->epilogue.residual},
+        std::tuple{"relu", rest.relu, &made->epilogue.relu}}) {
     if (!operand || operand->element_count() == 0) continue;
-    if (operand->element_type() != dx.element_type() ||
-        ToInts(operand->dimensions()) != lhs_shape) {
+    if (operand->element_type() != to.element_type() ||
+        ToInts(operand->dimensions()) != to_shape) {
       return std::string(name) + " must have dx's dtype and shape, or no element, for " +
              shapes;
     }
@@ -173,34 +186,40 @@ std::string Prepare(const CallAttributes& call, const ffi::AnyBuffer& dy,
       return error + " for " + shapes;
     }
   }
+  Problem& problem = made->problem;
   if (std::string error =
-          MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, problem);
+          MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, &problem);
       !error.empty()) {
     return error;
   }
-  problem->dtype = *dtype;
-  problem->allow_tf32 = call.allow_tf32;
-  problem->workspace_limit = workspace_bytes;
+  made->w_at = 0;
+  if (forward) problem = ForwardAsInputGrad(problem, &made->w_at);
+  problem.dtype = *dtype;
+  problem.allow_tf32 = call.allow_tf32;
+  problem.workspace_limit = workspace_bytes;
   if (std::string error =
-          PlanProblem(*problem, std::string(call.kernel), CurrentGpu(), plan);
+          PlanProblem(problem, std::string(call.kernel), CurrentGpu(), &made->plan);
       !error.empty()) {
     return error + " for " + shapes;
   }
-  if (workspace_bytes < plan->workspace_bytes) {
-    return "workspace must have " + std::to_string(plan->workspace_bytes) +
+  if (workspace_bytes < made->plan.workspace_bytes) {
+    return "workspace must have " + std::to_string(made->plan.workspace_bytes) +
            " bytes, got " + std::to_string(workspace_bytes) + " for " + shapes;
   }
   return "";
 }
 
-ffi::Error Invalid(const std::string& what) {
-  return ffi::Error::InvalidArgument("convgrad_input_grad: " + what);
+std::string Message(Map map, const std::string& what) {
+  return std::string("convgrad_") + NameOf(map) + ": " + what;
+}
+
+ffi::Error Invalid(Map map, const std::string& what) {
+  return ffi::Error::InvalidArgument(Message(map, what));
 }
 
 // Also for exceptions, such as that of no memory: none may reach XLA.
-ffi::Error Failed(const char* what) {
-  return ffi::Error(ffi::ErrorCode::kInternal,
-                    std::string("convgrad_input_grad: ") + what);
+ffi::Error Failed(Map map, const char* what) {
+  return ffi::Error(ffi::ErrorCode::kInternal, Message(map, what));
 }
 
 #ifdef CONVGRAD_CUDA
@@ -210,22 +229,20 @@ ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy
                      ffi::AnyBuffer w, ffi::RemainingArgs args,
                      ffi::Result<ffi::AnyBuffer> dx,
                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
-  Problem problem;
-  Plan plan;
-  Epilogue epilogue;
-  if (std::string error = Prepare(call, dy, w, args, kFused, *dx,
-                                  static_cast<int64_t>(workspace->element_count()),
-                                  &problem, &plan, &epilogue);
+  Call made{};
+  if (std::string error =
+          Prepare(Map::kInputGrad, call, dy, w, args, kFused, *dx,
+                  static_cast<int64_t>(workspace->element_count()), &made);
       !error.empty()) {
-    return Invalid(error);
+    return Invalid(Map::kInputGrad, error);
   }
   if (dx->element_count() == 0) return ffi::Error::Success();
   const char* error =
-      LaunchCuda(stream, problem, plan, dy.untyped_data(), w.untyped_data(),
-                 dx->untyped_data(), workspace->untyped_data(), epilogue);
-  return error == nullptr ? ffi::Error::Success() : Failed(error);
+      LaunchCuda(stream, made.problem, made.plan, dy.untyped_data(), w.untyped_data(),
+                 dx->untyped_data(), workspace->untyped_data(), made.epilogue);
+  return error == nullptr ? ffi::Error::Success() : Failed(Map::kInputGrad, error);
 } catch (const std::exception& e) {
-  return Failed(e.what());
+  return Failed(Map::kInputGrad, e.what());
 }
 
 #ifdef CONVGRAD_EMULATED
@@ -297,39 +314,45 @@ void RunInPool(ffi::ThreadPool& pool, int64_t count,
   loop->Wait();
 }
 
-template <bool kFused>
-ffi::Error InputGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer dy,
-                     ffi::AnyBuffer w, ffi::RemainingArgs args,
-                     ffi::Result<ffi::AnyBuffer> dx,
-                     ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
-  Problem problem;
-  Plan plan;
-  Epilogue epilogue;
-  if (std::string error = Prepare(call, dy, w, args, kFused, *dx,
-                                  static_cast<int64_t>(workspace->element_count()),
-                                  &problem, &plan, &epilogue);
+template <Map kMap, bool kFused>
+ffi::Error Activation(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer from,
+                      ffi::AnyBuffer w, ffi::RemainingArgs args,
+                      ffi::Result<ffi::AnyBuffer> to,
+                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
+  Call made{};
+  if (std::string error =
+          Prepare(kMap, call, from, w, args, kFused, *to,
+                  static_cast<int64_t>(workspace->element_count()), &made);
       !error.empty()) {
-    return Invalid(error);
+    return Invalid(kMap, error);
   }
-  if (dx->element_count() == 0) return ffi::Error::Success();
-  const bool alone = IsTooSmallToShare(problem);
-  RunCpu(problem, plan, dy.untyped_data(), w.untyped_data(), dx->untyped_data(),
-         workspace->untyped_data(), epilogue, std::max<int64_t>(1, pool.num_threads()),
+  if (to->element_count() == 0) return ffi::Error::Success();
+  const bool alone = IsTooSmallToShare(made.problem);
+  const unsigned char* filter = static_cast<const unsigned char*>(w.untyped_data()) +
+                                made.w_at * SizeInBytes(made.problem.dtype);
+  RunCpu(made.problem, made.plan, from.untyped_data(), filter, to->untyped_data(),
+         workspace->untyped_data(), made.epilogue,
+         std::max<int64_t>(1, pool.num_threads()),
          [&](int64_t count, const std::function<void(int64_t)>& task) {
            if (!alone) return RunInPool(pool, count, task);
            for (int64_t i = 0; i < count; ++i) task(i);
          });
   return ffi::Error::Success();
 } catch (const std::exception& e) {
-  return Failed(e.what());
+  return Failed(kMap, e.what());
 }
 
 #endif
 
 #ifdef CONVGRAD_EMULATED
-#define CONVGRAD_INPUT_GRAD InputGradEmulated
+template <bool kFused>
+constexpr auto kInputGradOf = InputGradEmulated<kFused>;
+#elif defined(CONVGRAD_CUDA)
+template <bool kFused>
+constexpr auto kInputGradOf = InputGrad<kFused>;
 #else
-#define CONVGRAD_INPUT_GRAD InputGrad
+template <bool kFused>
+constexpr auto kInputGradOf = Activation<Map::kInputGrad, kFused>;
 #endif
 
 auto Binding() {
@@ -354,8 +377,12 @@ constexpr std::initializer_list<ffi::Traits> kTraits = {
     ffi::Traits::kCmdBufferCompatible
 #endif
 };
-XLA_FFI_DEFINE_HANDLER(kInputGrad, CONVGRAD_INPUT_GRAD<false>, Binding(), kTraits);
-XLA_FFI_DEFINE_HANDLER(kInputGradFused, CONVGRAD_INPUT_GRAD<true>, Binding(), kTraits);
+XLA_FFI_DEFINE_HANDLER(kInputGrad, kInputGradOf<false>, Binding(), kTraits);
+XLA_FFI_DEFINE_HANDLER(kInputGradFused, kInputGradOf<true>, Binding(), kTraits);
+#ifndef CONVGRAD_CUDA
+constexpr auto kForwardOf = Activation<Map::kForward, false>;
+XLA_FFI_DEFINE_HANDLER(kForward, kForwardOf, Binding());
+#endif
 
 std::string PlanFor(const Problem& problem, const std::string& kernel, int capability,
                     Plan* plan) {
@@ -371,6 +398,9 @@ const ModuleParts& Parts() {
     p.ffi_api_minor = XLA_FFI_API_MINOR;
     p.input_grad = reinterpret_cast<void*>(kInputGrad);
     p.input_grad_fused = reinterpret_cast<void*>(kInputGradFused);
+#ifndef CONVGRAD_CUDA
+    p.forward = reinterpret_cast<void*>(kForward);
+#endif
     p.kernel_names = KernelNames;
     p.plan = PlanFor;
     p.workspace_bytes = WorkspaceBytes;

@@ -39,7 +39,8 @@ struct ActivationStrides {
   int64_t batch, group, channel, axis[kAxes];
 };
 struct FilterStrides {
-  int64_t group, out_channel, in_channel, axis[kAxes];
+  int64_t group, out_channel, in_channel;
+  int64_t axis[kAxes];  // negative on a CPU where a forward convolution is read backwards
 };
 
 struct Problem {

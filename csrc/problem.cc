@@ -1,6 +1,7 @@
 #include "problem.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace convgrad {
 namespace {
@@ -94,6 +95,26 @@ std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
                        const Ints& out_shape) {
   return "lhs " + Show(lhs_shape) + ", rhs " + Show(rhs_shape) + ", out " +
          Show(out_shape);
+}
+
+const char* NameOf(Map map) { return map == Map::kForward ? "forward" : "input_grad"; }
+
+Problem ForwardAsInputGrad(const Problem& given, int64_t* w_at) {
+  Problem p = given;
+  std::swap(p.in_channels, p.out_channels);
+  std::swap(p.dx, p.dy);
+  std::swap(p.w.in_channel, p.w.out_channel);
+  *w_at = 0;
+  for (int x = 0; x < kAxes; ++x) {
+    Axis& axis = p.axis[x];
+    std::swap(axis.in, axis.out);
+    std::swap(axis.stride, axis.lhs_dilation);
+    const int64_t last = std::max<int64_t>(axis.win - 1, 0);
+    axis.pad_lo = last * axis.rhs_dilation - axis.pad_lo;
+    *w_at += last * p.w.axis[x];
+    p.w.axis[x] = -p.w.axis[x];
+  }
+  return p;
 }
 
 std::string AddPadding(const Ints& operand_shape, Ints* padding) {

@@ -34,8 +34,24 @@ std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
 // added to the low side and what is added to both. Returns what is wrong with the shape.
 std::string AddPadding(const Ints& operand_shape, Ints* padding);
 
-// Fills `problem` (but for dtype and allow_tf32) and returns the empty string, or
-// says what is wrong with the request.
+// Which array of the convolution is the result (docs/mathematics.md).
+enum class Map { kForward, kInputGrad };
+
+// "forward" or "input_grad".
+const char* NameOf(Map map);
+
+// The forward map as the input gradient that it is: read the other way, with x in the
+// place of dY and y in that of dX. Per axis h*lhs_dilation = p*stride - pad_lo +
+// r*rhs_dilation becomes, with r' = win - 1 - r,
+//
+//   p*stride = h*lhs_dilation - ((win - 1)*rhs_dilation - pad_lo) + r'*rhs_dilation,
+//
+// so that sizes, and stride and lhs_dilation, change places, and the filter is walked
+// backwards: by negative strides, from its last tap, `w_at` elements after its first.
+Problem ForwardAsInputGrad(const Problem& problem, int64_t* w_at);
+
+// Fills `problem`, the input gradient's (but for dtype and allow_tf32), and returns the
+// empty string, or says what is wrong with the request.
 std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,
                         const Ints& out_shape, const Attributes& attributes,
                         Problem* problem);

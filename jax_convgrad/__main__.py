@@ -126,6 +126,9 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     add("--dtype", choices=tuple(DTYPES), help="default f32; with --random, any")
     add("--layout", choices=("NHWC", "NCHW"), default="NHWC",
         help="channels last with HWIO filters, or channels first with OIHW")  # fmt: skip
+    add("--map", dest="maps", metavar="MAPS",
+        help="comma-separated: y, the forward pass, and dx, the input gradient (default dx; "
+        "with --random, any)")  # fmt: skip
     add("--peers", default="lax", help="comma-separated: lax,torch (default lax)")
     add("--class", dest="classes", action="append", metavar="NAME",
         help="only this class of layers; may be repeated")  # fmt: skip

@@ -15,6 +15,7 @@ def plan(
     out_shape: Sequence[int],
     attributes: dict[str, Any],
     capability: int = 90,
+    map_name: str = "input_grad",
 ) -> dict[str, Any]: ...
 def workspace_bound(
     dtype: str,
@@ -22,6 +23,7 @@ def workspace_bound(
     rhs_shape: Sequence[int],
     out_shape: Sequence[int],
     attributes: dict[str, Any],
+    map_name: str = "input_grad",
 ) -> tuple[int, int]: ...
 def kernel_names() -> list[str]: ...
 def reference_gpu(dtype: str, allow_tf32: bool) -> dict[str, Any]: ...

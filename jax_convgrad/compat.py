@@ -31,6 +31,7 @@ from jax._src.sharding_impls import canonicalize_sharding as canonicalize_shardi
 # See `partition_spec`.
 from jax._src.sharding_impls import parse_flatten_op_sharding
 from jax.experimental import jet
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import ad, mlir
 
 try:  # what comparing symbolic sizes raises; JAX 0.10.0 has it elsewhere
@@ -211,6 +212,26 @@ def lax_lowering(platform: str) -> Callable[..., Any]:
     primitive = lax.conv_general_dilated_p
     entry = private_mlir._platform_specific_lowerings[platform].get(primitive)
     return (entry or private_mlir._lowerings[primitive]).rule
+
+
+def mark_forward(value: str | None) -> Any:
+    """A context that marks the convolutions of lax which are traced in it; None for no mark.
+
+    As metadata for XLA, the one thing that stays with an equation through derivatives and
+    batching and is no parameter of its primitive. XLA ignores it.
+    """
+    return set_xla_metadata(convgrad_forward=value)
+
+
+def forward_mark_of(lowering_context: Any) -> str | None:
+    """The mark of the equation that is lowered, None without one.
+
+    By the undocumented `LoweringRuleContext.jaxpr_eqn_ctx`.
+    """
+    context = getattr(lowering_context, "jaxpr_eqn_ctx", None)
+    metadata = getattr(context, "xla_metadata", None) or {}
+    mark: str | None = metadata.get("convgrad_forward")
+    return mark
 
 
 def with_lowering_cache_of_its_own(lowering_context: Any) -> Any:

@@ -1,9 +1,8 @@
-"""The public convolutions: lax's signatures, this package's input gradient."""
+"""The public convolutions: lax's signatures, this package's forward map and input gradient."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,12 +11,12 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.lax import conv_transpose as lax_conv_transpose
 
-from . import compat, dispatch, lax_maps
+from . import compat, dispatch, lax_lowering, lax_maps
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
 from .input_grad import as_array
-from .primitive import bind_input_grad, filter_cotangent, input_cotangent
-from .transposed import transposed_geometry
+from .primitive import bind, filter_cotangent, input_cotangent
+from .transposed import transposed_map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +48,11 @@ def conv_general_dilated(
     *,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` whose gradient for lhs is this package's kernel.
+    """`jax.lax.conv_general_dilated` by this package's kernels, and its gradient for lhs.
 
-    The result and the gradient for rhs are lax's own. A `jax.custom_vjp`: reverse mode,
-    to any order and forward over reverse, works; jvp of the function itself does not
-    (use `jax_convgrad.install` for that).
+    The result is the kernel's on a CPU, and lax's elsewhere; the gradient for rhs is lax's.
+    A `jax.custom_vjp`: reverse mode, to any order and forward over reverse, works; jvp of
+    the function itself does not (use `jax_convgrad.install` for that).
 
     Args:
         lhs: input, `n + 2` dimensions.
@@ -69,7 +68,7 @@ def conv_general_dilated(
         precision: as in `jax.lax.conv_general_dilated`; also used for the gradients.
         preferred_element_type: dtype of the result, None for that of the operands.
         out_sharding: sharding of the result, for meshes with explicit axes.
-        implementation: of the gradient for lhs: "native" for the kernel, "xla" for lax,
+        implementation: "native" for the kernels that the platform has, "xla" for lax,
             None for the kernel where it is no slower.
 
     Returns:
@@ -136,15 +135,17 @@ def check_dtypes(lhs: Any, rhs: Any, function: str) -> None:
 def _forward(
     lhs: jax.Array, rhs: jax.Array, call: _Call, *, differentiated: bool = False
 ) -> jax.Array:
-    return lax_maps.forward(
-        lhs,
-        rhs,
-        call.geometry,
-        precision=call.precision,
-        preferred_element_type=call.preferred_element_type,
-        out_sharding=call.out_sharding,
-        differentiated=differentiated,
-    )
+    lax_lowering.register()
+    with compat.mark_forward(call.implementation or "auto"):
+        return lax_maps.forward(
+            lhs,
+            rhs,
+            call.geometry,
+            precision=call.precision,
+            preferred_element_type=call.preferred_element_type,
+            out_sharding=call.out_sharding,
+            differentiated=differentiated,
+        )
 
 
 _forward.__name__ = "conv_general_dilated"  # the name that a jaxpr shows
@@ -202,9 +203,9 @@ def conv_transpose(
 ) -> jax.Array:
     """`jax.lax.conv_transpose` whose forward computation is this package's kernel.
 
-    A transposed convolution is the input gradient of a strided one, so it runs through
-    `conv_input_grad` and multiplies no inserted zero. Differentiable in forward and
-    reverse mode, to any order.
+    No inserted zero is multiplied and no filter flipped: with `transpose_kernel` this is
+    the input gradient of a strided convolution as it stands, without it the forward map of
+    one with lhs_dilation. Differentiable in forward and reverse mode, to any order.
 
     Args:
         lhs: input, `n + 2` dimensions, n from 0 to 3.
@@ -268,7 +269,7 @@ def conv_transpose(
         )
     lhs, rhs = as_array(lhs, "lhs", function), as_array(rhs, "rhs", function)
     check_dtypes(lhs.dtype, rhs.dtype, function)
-    geometry = transposed_geometry(
+    map_, geometry = transposed_map(
         lhs_shape,
         rhs_shape,
         strides,
@@ -278,14 +279,8 @@ def conv_transpose(
         transpose_kernel,
         use_consistent_padding,
     )
-    if not transpose_kernel:
-        # The filter of the convolution that this is the gradient of.
-        rhs_spec = geometry.dimension_numbers.rhs_spec
-        rhs = lax.rev(rhs, rhs_spec[2:])
-        activations = lhs.size + math.prod(geometry.lhs_shape)
-        if implementation is None and dispatch.flip_outweighs_rest(rhs.size, activations):
-            implementation = "xla"
-    return bind_input_grad(
+    return bind(
+        map_,
         lhs,
         rhs,
         geometry,

@@ -1,4 +1,4 @@
-"""Which implementation computes an input gradient, and why.
+"""Which implementation computes a map of a convolution, and why.
 
 One function decides (`choose`); the primitive's lowering obeys it and `explain`
 prints it.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 import os
 from typing import Any, Literal, TypeAlias
 
@@ -17,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import custom_call, gpu_code, native, symbolic
-from .geometry import ConvGeometry, certainly
+from .geometry import ConvGeometry
+from .maps import FORWARD, INPUT_GRAD, Map
+from .transposed import forward_as_input_grad, is_worth_a_flip
 
 Implementation: TypeAlias = Literal["native", "xla"] | None
 
@@ -30,10 +31,6 @@ MAX_AXIS_SIZE = 2**31  # positions of an image or taps of a filter, along one ax
 # Whether lax's own convolution takes the kernel: what `install` and `installed` set. A JAX
 # user context, so it is part of every jit cache key.
 installed = jax.make_user_context(default_value=False)
-
-# See `flip_outweighs_rest`. With 4x4 filters of stride 2 and 512 to 1024 channels, lax was
-# faster at 5 to 170 times.
-_LARGE_FILTER = 4
 
 
 @functools.cache
@@ -227,6 +224,7 @@ def plan(
     platform: str,
     precision: Any = None,
     kernel: str = custom_call.AUTO_KERNEL,
+    map_: Map = INPUT_GRAD,
 ) -> NativePlan:
     """The native planner's word.
 
@@ -236,6 +234,7 @@ def plan(
         platform: "cpu" or "cuda", whose module was built.
         precision: canonical lax precision.
         kernel: a kernel by name, or "auto".
+        map_: what is computed.
 
     Returns:
         The plan.
@@ -249,7 +248,7 @@ def plan(
         excluded()
     attributes = custom_call.attributes(geometry, platform, precision, kernel)
     shapes = (geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape)
-    return NativePlan(**module.plan(np.dtype(dtype).name, *shapes, attributes))
+    return NativePlan(**module.plan(np.dtype(dtype).name, *shapes, attributes, map_name=map_.name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,17 +284,19 @@ def choose(
     precision: Any = None,
     *,
     obstacle: str | None = None,
+    map_: Map = INPUT_GRAD,
 ) -> Choice:
-    """Decides what computes one input gradient on one platform.
+    """Decides what computes one map of a convolution on one platform.
 
     Args:
         geometry: the convolution.
-        dtype: dtype of dy, rhs and dX.
+        dtype: dtype of the operands and the result.
         platform: lowering platform: "cpu", "cuda" or another.
         implementation: "native" insists on the kernel, "xla" on lax, None prefers the
             kernel where it is no slower.
         precision: canonical lax precision.
         obstacle: why no kernel can be in the program that is lowered, None if one can.
+        map_: what is computed.
 
     Returns:
         The choice.
@@ -312,6 +313,11 @@ def choose(
         reason = f"no kernel for platform {platform}"
     if reason is None and native.module_for(platform) is None:
         reason = f"the {platform} module was not built"
+    if reason is None and platform == "cuda" and map_ is FORWARD:
+        if is_worth_a_flip(geometry):
+            geometry, map_ = forward_as_input_grad(geometry), INPUT_GRAD
+        else:
+            reason = "no forward kernel for platform cuda"
     if reason is None and platform == "cuda":
         excluded()  # also where sizes are symbolic and nothing is planned yet
         reason = gpu_code.local_obstacle()
@@ -320,42 +326,27 @@ def choose(
         require_not_native(implementation, reason)
         return Choice("xla", reason)
     # Where sizes are symbolic the handler chooses the kernel.
-    planned = plan(geometry, dtype, platform, precision) if geometry.is_static else None
+    planned = None
+    if geometry.is_static:
+        planned = plan(geometry, dtype, platform, precision, map_=map_)
     kernel = "a" if planned is None else f"the {planned.kernel}"
     if implementation == "native":
         return Choice("native", "implementation='native'", planned)
     if switch() == "on":
         return Choice("native", f"{kernel} kernel covers it, and {SWITCH}=on", planned)
-    slower = _slower_than_xla(geometry, dtype, platform)
+    slower = _slower_than_xla(geometry, dtype, platform, map_)
     if slower is not None:
         return Choice("xla", slower)
     return Choice("native", f"{kernel} kernel covers it", planned)
 
 
-def flip_outweighs_rest(filter_size: int, activations: int) -> bool:
-    """Whether a transposed convolution is lax's because its filter would have to be flipped.
-
-    The kernel computes input gradients, whose filter is that of the forward convolution;
-    lax takes either. Flipping a filter many times as large as the activations takes
-    longer than all the rest.
-
-    Args:
-        filter_size: elements of the filter.
-        activations: elements of input and result together.
-
-    Returns:
-        False where JAX_CONVGRAD=on asks for the kernel at any cost.
-    """
-    return switch() != "on" and certainly(operator.gt, filter_size, _LARGE_FILTER * activations)
-
-
-def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str) -> str | None:
+def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, map_: Map) -> str | None:
     """Why lax is preferred where the kernel could run, or None.
 
     On a CPU a rule belongs here for the rows, widened to their neighbours, that lose to lax
     in benchmarks/results/. At present there is none.
     """
-    del geometry, dtype
+    del geometry, dtype, map_
     if platform == "cuda":
         # Wrong in some cases, but a promise: never slower than lax without being asked.
         return f"no GPU measurements yet; {SWITCH}=on or implementation='native' run the kernel"

@@ -1,4 +1,4 @@
-"""explain(): which implementation would compute a gradient, why, and how fast at best."""
+"""explain(): which implementation would compute a convolution, why, and how fast at best."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from . import compat, dispatch, gpu_code, native, roofline
 from .conv import check_dtypes
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
+from .maps import FORWARD
 
 # JAX has two words for it, of which lowering uses the second.
 _LOWERING_PLATFORM = {"gpu": "cuda"}
@@ -21,7 +22,7 @@ _LOWERING_PLATFORM = {"gpu": "cuda"}
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What computes one input gradient. Prints as a short paragraph.
+    """What computes a convolution's maps, of the input gradient all. Prints as a paragraph.
 
     Attributes:
         geometry: the convolution.
@@ -37,6 +38,7 @@ class Explanation:
             rates that were measured on it; None for a platform that it is not.
         roofs: those rates.
         reference: the GPU that the plan is made for, None if not on "cuda".
+        forward: what computes the convolution itself.
         rebuild: a kernel that a rebuild of the package would add for this machine's GPU,
             None if there is none.
     """
@@ -53,6 +55,7 @@ class Explanation:
     roofline_us: float | None
     roofs: roofline.Roofs | None
     reference: dispatch.ReferenceGpu | None
+    forward: dispatch.Choice
     rebuild: str | None = None
 
     @property
@@ -103,9 +106,13 @@ class Explanation:
             name += " with dy for the filter"
         if self.instruction_set is not None:
             name += f", {self.instruction_set} instructions"
+        forward = self.forward.kernel
         lines = [
             f"input gradient of {self.geometry} in {self.dtype} on {self.platform}",
             f"  runs as   {name}: {self.reason}",
+            f"  forward   {'xla' if forward is None else f'native, kernel {forward}'}: "
+            f"{self.forward.reason}",
+            "  filter gradient: xla, there is no kernel yet",
             f"  work      {self.flops / 1e6:.6g} MFLOP, {self.bytes_moved / 1e6:.6g} MB, "
             f"workspace {self.workspace_bytes / 1e6:.6g} MB",
         ]
@@ -137,7 +144,7 @@ def explain(
     implementation: Implementation = None,
     platform: str | None = None,
 ) -> Explanation:
-    """Says what the input gradient of `conv_general_dilated(lhs, rhs, ...)` would run.
+    """Says what `conv_general_dilated(lhs, rhs, ...)` and its input gradient would run.
 
     Takes the arguments of `conv_general_dilated`; nothing is computed but, once per
     process, the rates of the default device (about a second).
@@ -204,6 +211,9 @@ def explain(
     platform = here if platform is None else _LOWERING_PLATFORM.get(platform, platform)
     precision = compat.canonicalize_precision(precision)
     choice = dispatch.choose(geometry, dtype, platform, implementation, precision)
+    # A kernel can be insisted on where the platform has one (lax_lowering.py).
+    asked = None if implementation == "native" and platform != "cpu" else implementation
+    forward = dispatch.choose(geometry, dtype, platform, asked, precision, map_=FORWARD)
     reference = None
     if choice.plan is not None and platform == "cuda":
         reference = dispatch.reference_gpu(dtype, precision)
@@ -224,5 +234,6 @@ def explain(
         roofline_us=None if roofs is None else roofs.time_us(geometry.flops, bytes_moved),
         roofs=roofs,
         reference=reference,
+        forward=forward,
         rebuild=gpu_code.local_missing_kernel() if platform == "cuda" else None,
     )

@@ -27,5 +27,5 @@ def export_checks() -> list[export.DisabledSafetyCheck]:
         >>> export.export(jax.jit(jax.grad(loss)), disabled_checks=checks)(x).out_avals
         (ShapedArray(float32[8,3,32,32]),)
     """
-    targets = (native.TARGET, native.FUSED_TARGET)
+    targets = (native.TARGET, native.FUSED_TARGET, native.FORWARD_TARGET)
     return [export.DisabledSafetyCheck.custom_call(target) for target in targets]

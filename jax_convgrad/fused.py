@@ -21,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from . import compat, dispatch, lax_maps, lowering, native
 from .dispatch import Implementation
 from .geometry import ConvGeometry
+from .maps import INPUT_GRAD
 from .primitive import bind_input_grad, compiled, result_type
 
 fused_input_grad_p = jex_core.Primitive("conv_input_grad_fused")
@@ -114,7 +115,7 @@ def _abstract_eval(dy: Any, rhs: Any, *arrays: Any, geometry: ConvGeometry, **_:
     for array in arrays:
         assert array.shape == geometry.lhs_shape, (array.shape, geometry)
         assert array.dtype == dy.dtype, (array.dtype, dy.dtype)
-    return result_type(dy, rhs, geometry).update(weak_type=False)
+    return result_type(INPUT_GRAD, dy, rhs, geometry).update(weak_type=False)
 
 
 def _jvp(primals: Any, tangents: Any, *, epilogue: tuple[str, ...], **params: Any) -> Any:
@@ -173,7 +174,9 @@ def _lower(
     implementation: Implementation,
 ) -> Any:
     (out,) = ctx.avals_out
-    choice = lowering.choice_in(ctx, geometry, out.dtype, platform, implementation, precision)
+    choice = lowering.choice_in(
+        ctx, INPUT_GRAD, geometry, out.dtype, platform, implementation, precision
+    )
     if (
         choice.implementation == "xla"
         or 0 in geometry.lhs_shape
@@ -190,6 +193,7 @@ def _lower(
     named = dict(zip(epilogue, arrays, strict=True))
     return lowering.call_kernel(
         ctx,
+        INPUT_GRAD,
         native.FUSED_TARGET,
         dy,
         rhs,

@@ -1,4 +1,4 @@
-"""install(): lax's own convolution, and every library built on it, takes the kernel.
+"""install(): lax's own convolution, and every library built on it, takes the kernels.
 
 The convolution primitive of lax is registered once with a transpose rule and with
 lowerings that ask a flag. The flag is a JAX user context, so it is part of every jit
@@ -23,12 +23,12 @@ from .primitive import filter_cotangent, input_cotangent
 
 
 def install() -> None:
-    """Makes every `jax.lax` convolution in the process take this package's input gradient.
+    """Makes every `jax.lax` convolution in the process take this package's kernels.
 
-    Flax, Equinox, Haiku and Keras use lax's convolution, so their gradients run the
-    kernel with no code changed, forward mode included, and so does the forward pass of
-    their transposed convolutions. Functions that are already
-    jitted pick the change up at their next call. Calling it again does nothing.
+    Flax, Equinox, Haiku and Keras use lax's convolution, so their input gradients run the
+    kernel with no code changed, forward mode included, and on a CPU so does their forward
+    pass. Functions that are already jitted pick the change up at their next call. Calling
+    it again does nothing.
 
     Example:
         >>> import jax_convgrad

@@ -1,4 +1,4 @@
-"""The input and filter gradients as plain lax convolutions.
+"""The maps as plain lax convolutions.
 
 What runs where no kernel does, and what the other transposes are made of. Each is
 one explicit convolution. `jax.linear_transpose` over a bare shape would be shorter
@@ -7,7 +7,7 @@ and wrong inside `shard_map`: its template is unvarying, so it inserts a psum.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,17 @@ from jax import lax
 from jax.lax import conv_general_dilated as lax_conv_general_dilated
 
 from .geometry import ConvGeometry, dilated_size, is_static
+from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map
+
+
+def of(map_: Map) -> Callable[..., jax.Array]:
+    """The function of this file that computes a map."""
+    functions: dict[Map, Callable[..., jax.Array]] = {
+        FORWARD: forward,
+        INPUT_GRAD: input_grad,
+        FILTER_GRAD: filter_grad,
+    }
+    return functions[map_]
 
 
 def forward(

@@ -16,9 +16,10 @@ import numpy as np
 from jax.extend import core as jex_core
 from jax.interpreters import mlir
 
-from . import compat, custom_call, dispatch, lax_maps, native, partition, symbolic
+from . import compat, custom_call, dispatch, lax_maps, partition, symbolic
 from .dispatch import Implementation
 from .geometry import ConvGeometry
+from .maps import Map, Role
 
 
 def register(primitive: jex_core.Primitive, rule: Callable[..., Any]) -> None:
@@ -33,21 +34,25 @@ def register(primitive: jex_core.Primitive, rule: Callable[..., Any]) -> None:
 
 def choice_in(
     ctx: Any,
+    map_: Map,
     geometry: ConvGeometry,
     dtype: Any,
     platform: str,
     implementation: Implementation,
     precision: Any,
 ) -> dispatch.Choice:
-    """What the primitive becomes in the program that a lowering context belongs to."""
+    """What a map becomes in the program that a lowering context belongs to."""
     partitioned = compat.partitioned_automatically(ctx)
     obstacle = compat.no_custom_partitioning(ctx) if partitioned else None
-    return dispatch.choose(geometry, dtype, platform, implementation, precision, obstacle=obstacle)
+    return dispatch.choose(
+        geometry, dtype, platform, implementation, precision, obstacle=obstacle, map_=map_
+    )
 
 
 def lower(
+    map_: Map,
     ctx: Any,
-    dy: Any,
+    operand: Any,
     rhs: Any,
     *,
     bind: Callable[..., jax.Array],
@@ -55,11 +60,12 @@ def lower(
     out_sharding: Any,
     **params: Any,
 ) -> Any:
-    """The lowering rule of the primitive on one platform.
+    """The lowering rule of a map's primitive on one platform.
 
     Args:
+        map_: what is computed.
         ctx: JAX's lowering context.
-        dy: lowered operand.
+        operand: x or dy, lowered.
         rhs: lowered operand.
         bind: binds the primitive for the shards of one device.
         platform: "cpu", "cuda" or another.
@@ -67,24 +73,25 @@ def lower(
         **params: its others.
 
     Returns:
-        The lowered dX, in a list.
+        The lowered result, in a list.
     """
     del out_sharding  # which is that of the result's type
     (out,) = ctx.avals_out
     if not compat.has_explicit_sharding(out):
-        return _lower(ctx, dy, rhs, bind, platform, **params)
+        return _lower(map_, ctx, operand, rhs, bind, platform, **params)
     # The code is XLA's to partition; of the types only the result's remains, as a constraint.
     auto = ctx.replace(
         avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in],
         avals_out=[jax.core.ShapedArray(out.shape, out.dtype)],
     )
-    (dx,) = _lower(auto, dy, rhs, bind, platform, **params)
-    return [compat.constrain(ctx, dx, out)]
+    (result,) = _lower(map_, auto, operand, rhs, bind, platform, **params)
+    return [compat.constrain(ctx, result, out)]
 
 
 def _lower(
+    map_: Map,
     ctx: Any,
-    dy: Any,
+    operand: Any,
     rhs: Any,
     bind: Callable[..., jax.Array],
     platform: str,
@@ -94,29 +101,32 @@ def _lower(
     implementation: Implementation,
 ) -> Any:
     (out,) = ctx.avals_out
-    choice = choice_in(ctx, geometry, out.dtype, platform, implementation, precision)
-    if choice.implementation == "xla" or 0 in geometry.lhs_shape:
+    choice = choice_in(ctx, map_, geometry, out.dtype, platform, implementation, precision)
+    if choice.implementation == "xla" or 0 in out.shape:
         rule = mlir.lower_fun(
-            functools.partial(lax_maps.input_grad, geometry=geometry, precision=precision),
+            functools.partial(lax_maps.of(map_), geometry=geometry, precision=precision),
             multiple_results=False,
         )
-        # Of the convolutions that `install` lowers to the kernel this must not be one.
-        with dispatch.installed(False):
-            return rule(compat.with_lowering_cache_of_its_own(ctx), dy, rhs)
+        # Of the convolutions that are lowered to the kernel this must not be one.
+        with dispatch.installed(False), compat.mark_forward(None):
+            return rule(compat.with_lowering_cache_of_its_own(ctx), operand, rhs)
     if compat.partitioned_automatically(ctx):
         shard = functools.partial(bind, precision=precision, implementation=implementation)
-        split = functools.partial(partition.partitioned, geometry=geometry, compute=shard)
-        result = mlir.lower_fun(split, multiple_results=False)(ctx, dy, rhs)
+        split = functools.partial(
+            partition.partitioned, geometry=geometry, map_=map_, compute=shard
+        )
+        result = mlir.lower_fun(split, multiple_results=False)(ctx, operand, rhs)
         # The call itself names a Python object, which the persistent compilation cache leaves
         # out of its keys on request: without this, programs that differ in their padding alone
         # would share a key. An object of another process may have the same name as well.
         text = f"{geometry} precision={precision} implementation={implementation}"
-        compat.annotate(result[0], "convgrad_input_grad", text)
+        compat.annotate(result[0], map_.target, text)
         return result
     return call_kernel(
         ctx,
-        native.TARGET,
-        dy,
+        map_,
+        map_.target,
+        operand,
         rhs,
         geometry=geometry,
         platform=platform,
@@ -127,8 +137,9 @@ def _lower(
 
 def call_kernel(
     ctx: Any,
+    map_: Map,
     target: str,
-    dy: Any,
+    operand: Any,
     rhs: Any,
     *arrays: Any,
     geometry: ConvGeometry,
@@ -139,46 +150,48 @@ def call_kernel(
     """The custom call.
 
     Args:
-        ctx: JAX's lowering context, of which the types of dy, rhs and dX are used.
+        ctx: JAX's lowering context, of which the types of operands and result are used.
+        map_: what is computed.
         target: the call's name.
-        dy: lowered operand.
+        operand: x or dy, lowered.
         rhs: lowered operand.
-        *arrays: more of them, each of dX's shape, or None for an array without elements.
+        *arrays: more of them, each of the result's shape, or None for one without elements.
         geometry: of the convolution.
         platform: "cpu" or "cuda".
         precision: a canonical precision.
         choice: what dispatch says about it.
 
     Returns:
-        The lowered dX, in a list.
+        The lowered result, in a list.
     """
     (out,) = ctx.avals_out
     if choice.plan is None:
-        shape = symbolic.workspace_shape(geometry, out.dtype, platform, precision)
+        shape = symbolic.workspace_shape(geometry, out.dtype, platform, precision, map_)
     else:
         shape = (choice.workspace_bytes,)
     workspace = jax.core.ShapedArray(shape, np.dtype(np.uint8))
-    lhs, filter_, cotangent = (layout[::-1] for layout in custom_call.layouts(geometry, platform))
-    operands, avals, layouts = [dy, rhs], [*ctx.avals_in[:2]], [cotangent, filter_]
+    by_role = [layout[::-1] for layout in custom_call.layouts(geometry, platform)]
+    first, to = by_role[map_.operands[0]], by_role[map_.result]
+    operands, avals, layouts = [operand, rhs], [*ctx.avals_in[:2]], [first, by_role[Role.RHS]]
     for array in arrays:
         empty = jax.core.ShapedArray((0,), out.dtype)
         operands.append(_without_elements(ctx, empty) if array is None else array)
         avals.append(empty if array is None else out)
-        layouts.append(_row_major(empty) if array is None else lhs)
+        layouts.append(_row_major(empty) if array is None else to)
     if (padding := custom_call.padding_operand(geometry)) is not None:
         aval = jax.core.ShapedArray(padding, np.dtype(np.uint8))
         operands.append(_without_elements(ctx, aval))
         avals.append(aval)
         layouts.append(_row_major(aval))
     call = jax.ffi.ffi_lowering(
-        target, operand_layouts=layouts, result_layouts=[lhs, _row_major(workspace)]
+        target, operand_layouts=layouts, result_layouts=[to, _row_major(workspace)]
     )
-    dx, _ = call(
+    result, _ = call(
         ctx.replace(avals_in=avals, avals_out=[out, workspace]),
         *operands,
         **custom_call.attributes(geometry, platform, precision),
     )
-    return [dx]
+    return [result]
 
 
 def _row_major(aval: Any) -> tuple[int, ...]:

@@ -16,8 +16,11 @@ import types
 
 import jax
 
-TARGET = "convgrad_input_grad"
+from .maps import FORWARD, INPUT_GRAD
+
+TARGET = INPUT_GRAD.target
 FUSED_TARGET = "convgrad_input_grad_fused"
+FORWARD_TARGET = FORWARD.target
 
 try:
     __version__ = importlib.metadata.version("jax-convgrad")

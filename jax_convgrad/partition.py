@@ -1,18 +1,19 @@
-"""How XLA's partitioner splits one input gradient over the devices of a mesh.
+"""How XLA's partitioner splits one map of a convolution over the devices of a mesh.
 
 XLA cannot look inside a custom call. It is told here which dimensions belong together
 (the factors of a sharding rule), and what one device computes of its shards. With N, C
 and K the images, input and output channels, and S a spatial axis:
 
-    factor   dimensions                   a device holding its shard of the factor
-    n        N of dy and dX               works alone
-    c        C of the filter and dX       works alone
-    k        K of dy and the filter       has a partial sum: one all-reduce of dX
-    g        K of dy and the filter,      works alone on whole groups
-             C of dX (N of dX for batch groups)
-    s        S of dy and dX               takes a halo of rows of dy from its neighbours
+    factor   dimensions              a device holding its shard of the factor
+    n        N of x and y            works alone
+    c        C of x and the filter   dX: works alone; y: has a partial sum, one all-reduce
+    k        K of y and the filter   y: works alone; dX: has a partial sum, one all-reduce
+    g        K of y and the filter,  works alone on whole groups
+             C of x (N of x for batch groups)
+    s        S of x and y            takes a halo of rows of the operand from its neighbours
 
-Every other sharded dimension is gathered first. docs/sharding.md counts the bytes.
+An index of the result works alone, one that is summed over gives partial sums. Every other
+sharded dimension is gathered first. docs/sharding.md counts the bytes.
 """
 
 from __future__ import annotations
@@ -34,39 +35,38 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import compat, placement
 from .geometry import ConvGeometry, dilated_size
+from .maps import FORWARD, INPUT_GRAD, Map, Role, indices, shape_of_role
 from .placement import Spec
 
-# The three arrays of the map, as positions in a tuple.
-DY, RHS, DX = range(3)
-# dX of one device's dy and rhs.
+# The result of one device's operands.
 Compute: TypeAlias = Callable[[jax.Array, jax.Array, ConvGeometry], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class Factor:
-    """Dimensions of dy, rhs and dX that are split together or not at all.
+    """Dimensions of x, the filter and y that are split together or not at all.
 
     Attributes:
         name: "n", "c", "k", "g", or "s" with the number of a spatial axis.
-        dims: the dimension in each of the arrays that has it, by DY, RHS or DX.
+        dims: the dimension in each of the arrays that has it, by role.
         size: what the number of shards has to divide.
         axis: the spatial axis, None for the others.
     """
 
     name: str
-    dims: Mapping[int, int]
+    dims: Mapping[Role, int]
     size: int
     axis: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Halo:
-    """Rows of dy along one axis that a shard of dX needs from the devices beside it.
+    """Rows of the operand along one axis that a shard of the result needs from its neighbours.
 
     Attributes:
         before: rows of the shard before, its last ones.
         after: rows of the shard after, its first ones.
-        rows: rows of dy that a device has itself.
+        rows: rows that a device has itself.
     """
 
     before: int
@@ -75,7 +75,7 @@ class Halo:
 
 
 def factors(geometry: ConvGeometry) -> list[Factor]:
-    """The factors along which this gradient may be split.
+    """The factors along which a convolution's maps may be split.
 
     Args:
         geometry: the convolution.
@@ -85,33 +85,35 @@ def factors(geometry: ConvGeometry) -> list[Factor]:
     """
     g = geometry
     lhs_spec, rhs_spec, out_spec = g.dimension_numbers
-    images = Factor("n", {DY: out_spec[0], DX: lhs_spec[0]}, g.out_shape[out_spec[0]])
-    channels = Factor("c", {RHS: rhs_spec[1], DX: lhs_spec[1]}, g.rhs_shape[rhs_spec[1]])
-    out = {DY: out_spec[1], RHS: rhs_spec[0]}
-    if g.feature_group_count > 1:
-        result = [images, Factor("g", {**out, DX: lhs_spec[1]}, g.groups)]
-    elif g.batch_group_count > 1:
-        result = [Factor("g", {**out, DX: lhs_spec[0]}, g.groups), channels]
-    else:
-        result = [images, channels, Factor("k", out, g.rhs_shape[rhs_spec[0]])]
+    sizes = {
+        "n": g.out_shape[out_spec[0]],
+        "c": g.rhs_shape[rhs_spec[1]],
+        "k": g.rhs_shape[rhs_spec[0]],
+        "g": g.groups,
+    }
+    names = "ng" if g.feature_group_count > 1 else "gc" if g.batch_group_count > 1 else "nck"
+    of = indices(g)
+    result = [Factor(name, of[name].dims, sizes[name]) for name in names]
     for axis in range(g.axes):
-        dims = {DY: out_spec[2 + axis], DX: lhs_spec[2 + axis]}
+        dims = {Role.LHS: lhs_spec[2 + axis], Role.OUT: out_spec[2 + axis]}
         size = math.gcd(g.out_sizes[axis], g.in_sizes[axis])
         result.append(Factor(f"s{axis}", dims, size, axis))
     return result
 
 
-def halo(geometry: ConvGeometry, axis: int, shards: int) -> Halo | None:
+def halo(geometry: ConvGeometry, axis: int, shards: int, map_: Map = INPUT_GRAD) -> Halo | None:
     """What a spatial axis that is cut in equal parts exchanges, None if it cannot be cut.
 
-    Device i holds rows [i * P / shards, ...) of dy and computes rows [i * H / shards, ...)
-    of dX. All devices run one program, so the two cuts must move in step: P * stride =
-    H * lhs_dilation. And a neighbour can give only what it has.
+    Device i holds rows [i * P / shards, ...) of y and rows [i * H / shards, ...) of x: one
+    of the two is what it has, the other what it computes. All devices run one program, so
+    the two cuts must move in step: P * stride = H * lhs_dilation. And a neighbour can give
+    only what it has.
 
     Args:
         geometry: the convolution.
         axis: the spatial axis.
         shards: the number of parts.
+        map_: the forward map or the input gradient.
 
     Returns:
         The halo, whose `before` and `after` may be zero.
@@ -120,9 +122,11 @@ def halo(geometry: ConvGeometry, axis: int, shards: int) -> Halo | None:
     stride, dilation = geometry.window_strides[axis], geometry.lhs_dilation[axis]
     if 0 in (size, out) or size % shards or out % shards or out * stride != size * dilation:
         return None
-    rows = out // shards
     low = geometry.padding[axis][0]
     reach = (geometry.window_sizes[axis] - 1) * geometry.rhs_dilation[axis]
+    if map_ is FORWARD:  # the input gradient read the other way (csrc/problem.h)
+        size, out, stride, dilation, low = out, size, dilation, stride, reach - low
+    rows = out // shards
     # dX row h takes the rows p of dy with h * dilation + low - reach <= p * stride
     # <= h * dilation + low; first and last of the device's h, p counted from its first.
     before = max(0, (reach - low) // stride)
@@ -130,15 +134,18 @@ def halo(geometry: ConvGeometry, axis: int, shards: int) -> Halo | None:
     return Halo(before, after, rows) if max(before, after) <= rows else None
 
 
-def fits(factor: Factor, geometry: ConvGeometry, shards: int) -> bool:
+def fits(factor: Factor, geometry: ConvGeometry, shards: int, map_: Map = INPUT_GRAD) -> bool:
     """Whether a factor can be cut in so many equal parts."""
     if factor.axis is not None:
-        return halo(geometry, factor.axis, shards) is not None
+        return halo(geometry, factor.axis, shards, map_) is not None
     return factor.size % shards == 0
 
 
 def assign(
-    geometry: ConvGeometry, specs: Sequence[Spec], mesh_shape: Mapping[str, int]
+    geometry: ConvGeometry,
+    specs: Mapping[Role, Spec],
+    mesh_shape: Mapping[str, int],
+    map_: Map = INPUT_GRAD,
 ) -> dict[str, tuple[str, ...]]:
     """Which mesh axes split which factor.
 
@@ -148,13 +155,14 @@ def assign(
 
     Args:
         geometry: the convolution.
-        specs: how dy, rhs and dX are sharded, or are wanted to be.
+        specs: how the three arrays are sharded, or are wanted to be.
         mesh_shape: sizes of the mesh axes.
+        map_: what is computed.
 
     Returns:
         Mesh axes by the factor's name; factors that stay whole are left out.
     """
-    elements = tuple(map(math.prod, (geometry.out_shape, geometry.rhs_shape, geometry.lhs_shape)))
+    elements = {role: math.prod(shape_of_role(geometry, role)) for role in Role}
     votes: dict[str, dict[str, int]] = {}
     every = factors(geometry)
     for factor in every:
@@ -169,22 +177,26 @@ def assign(
         arrays = sorted(factor.dims, key=lambda array: elements[array], reverse=True)
         names = dict.fromkeys(n for array in arrays for n in specs[array][factor.dims[array]])
         axes = [name for name in names if winner[name] == factor.name]
-        while axes and not fits(factor, geometry, math.prod(mesh_shape[name] for name in axes)):
-            axes.pop()
+        parts = [mesh_shape[name] for name in axes]
+        while axes and not fits(factor, geometry, math.prod(parts), map_):
+            axes.pop(), parts.pop()
         if axes:
             assignment[factor.name] = tuple(axes)
     return assignment
 
 
-def local_geometry(geometry: ConvGeometry, shards: Mapping[str, int]) -> ConvGeometry:
-    """The convolution whose input gradient one device computes.
+def local_geometry(
+    geometry: ConvGeometry, shards: Mapping[str, int], map_: Map = INPUT_GRAD
+) -> ConvGeometry:
+    """The convolution of which one device computes the map.
 
     Args:
         geometry: the whole convolution.
         shards: number of parts by factor, each of which `fits`.
+        map_: what is computed.
 
     Returns:
-        A geometry of the device's sizes, whose dy has the halos.
+        A geometry of the device's sizes, whose operand has the halos.
     """
     lhs_shape, rhs_shape = list(geometry.lhs_shape), list(geometry.rhs_shape)
     padding = list(geometry.padding)
@@ -196,35 +208,42 @@ def local_geometry(geometry: ConvGeometry, shards: Mapping[str, int]) -> ConvGeo
         parts = shards.get(factor.name, 1)
         if parts == 1:
             continue
-        if RHS in factor.dims:
-            rhs_shape[factor.dims[RHS]] //= parts
-        if DX in factor.dims:
-            lhs_shape[factor.dims[DX]] //= parts
+        if Role.RHS in factor.dims:
+            rhs_shape[factor.dims[Role.RHS]] //= parts
+        if Role.LHS in factor.dims:
+            lhs_shape[factor.dims[Role.LHS]] //= parts
         if factor.name == "g":
             groups = {name: max(1, count // parts) for name, count in groups.items()}
         if factor.axis is not None:
-            padding[factor.axis] = _local_padding(geometry, factor.axis, parts)
+            size, pads = _local_axis(geometry, factor.axis, parts, map_)
+            lhs_shape[factor.dims[Role.LHS]], padding[factor.axis] = size, pads
     return geometry.replace(
         lhs_shape=tuple(lhs_shape), rhs_shape=tuple(rhs_shape), padding=tuple(padding), **groups
     )
 
 
-def _local_padding(geometry: ConvGeometry, axis: int, shards: int) -> tuple[int, int]:
-    """Padding with which the device's rows of dX meet its rows of dy and their halo."""
-    edges = halo(geometry, axis, shards)
+def _local_axis(
+    geometry: ConvGeometry, axis: int, shards: int, map_: Map
+) -> tuple[int, tuple[int, int]]:
+    """Size of a device's x, and the padding with which the operand's halo meets the result."""
+    edges = halo(geometry, axis, shards, map_)
     assert edges is not None, (geometry, axis, shards)
-    stride = geometry.window_strides[axis]
-    window = dilated_size(geometry.window_sizes[axis], geometry.rhs_dilation[axis])
-    size = dilated_size(geometry.in_sizes[axis] // shards, geometry.lhs_dilation[axis])
-    low = geometry.padding[axis][0] + edges.before * stride
+    size, out = geometry.in_sizes[axis] // shards, geometry.out_sizes[axis] // shards
+    low, _ = geometry.padding[axis]
     rows = edges.before + edges.rows + edges.after
-    return low, (rows - 1) * stride + window - size - low
+    if map_ is FORWARD:
+        size, low = rows, low - edges.before * geometry.lhs_dilation[axis]
+    else:
+        out, low = rows, low + edges.before * geometry.window_strides[axis]
+    window = dilated_size(geometry.window_sizes[axis], geometry.rhs_dilation[axis])
+    reached = (out - 1) * geometry.window_strides[axis] + window
+    return size, (low, reached - dilated_size(size, geometry.lhs_dilation[axis]) - low)
 
 
 def _with_halo(
-    dy: jax.Array, dim: int, edges: Halo, axes: tuple[str, ...], mesh_shape: Mapping[str, int]
+    x: jax.Array, dim: int, edges: Halo, axes: tuple[str, ...], mesh_shape: Mapping[str, int]
 ) -> jax.Array:
-    """A device's rows of dy between those of its neighbours, zeros where there is none."""
+    """A device's rows between those of its neighbours, zeros where there is none."""
     # ppermute counts devices in the mesh's order of axes, shards count in the order of `axes`.
     in_mesh_order = tuple(name for name in mesh_shape if name in axes)
     ranks = np.arange(math.prod(mesh_shape[name] for name in axes))
@@ -232,35 +251,43 @@ def _with_halo(
     ranks = ranks.transpose([in_mesh_order.index(name) for name in axes]).reshape(-1)
     up = [(int(a), int(b)) for a, b in itertools.pairwise(ranks)]
     down = [(b, a) for a, b in up]
-    parts = [dy]
+    parts = [x]
     if edges.before:
-        last = lax.slice_in_dim(dy, edges.rows - edges.before, edges.rows, axis=dim)
+        last = lax.slice_in_dim(x, edges.rows - edges.before, edges.rows, axis=dim)
         parts.insert(0, lax.ppermute(last, in_mesh_order, up))
     if edges.after:
-        first = lax.slice_in_dim(dy, 0, edges.after, axis=dim)
+        first = lax.slice_in_dim(x, 0, edges.after, axis=dim)
         parts.append(lax.ppermute(first, in_mesh_order, down))
-    return lax.concatenate(parts, dim) if len(parts) > 1 else dy
+    return lax.concatenate(parts, dim) if len(parts) > 1 else x
 
 
 def device_program(
-    dy: jax.Array,
+    operand: jax.Array,
     rhs: jax.Array,
     *,
     geometry: ConvGeometry,
+    map_: Map,
     assignment: Mapping[str, tuple[str, ...]],
     mesh_shape: Mapping[str, int],
     compute: Compute,
 ) -> jax.Array:
-    """What one device does with its shards: halos, its part of dX, the sum over parts of k."""
+    """What one device does with its shards: halos, its part of the result, sums of parts."""
     shards = {name: math.prod(mesh_shape[a] for a in axes) for name, axes in assignment.items()}
     for factor in factors(geometry):
         if factor.axis is not None and factor.name in shards:
-            edges = halo(geometry, factor.axis, shards[factor.name])
+            edges = halo(geometry, factor.axis, shards[factor.name], map_)
             assert edges is not None, (geometry, factor)
             axes = assignment[factor.name]
-            dy = _with_halo(dy, factor.dims[DY], edges, axes, mesh_shape)
-    dx = compute(dy, rhs, local_geometry(geometry, shards))
-    return lax.psum(dx, assignment["k"]) if "k" in assignment else dx
+            dim = factor.dims[map_.operands[0]]
+            operand = _with_halo(operand, dim, edges, axes, mesh_shape)
+    out = compute(operand, rhs, local_geometry(geometry, shards, map_))
+    summed = [axes for name, axes in assignment.items() if name in _reduced(geometry, map_)]
+    return lax.psum(out, tuple(itertools.chain(*summed))) if summed else out
+
+
+def _reduced(geometry: ConvGeometry, map_: Map) -> list[str]:
+    """Names of the factors that a map sums over."""
+    return [factor.name for factor in factors(geometry) if map_.result not in factor.dims]
 
 
 def spec_of(shaped: Any) -> Spec:
@@ -269,35 +296,39 @@ def spec_of(shaped: Any) -> Spec:
 
 
 def inferred(
-    geometry: ConvGeometry, dy: Any, rhs: Any, mesh_shape: Mapping[str, int]
+    geometry: ConvGeometry,
+    types: Sequence[Any],
+    mesh_shape: Mapping[str, int],
+    map_: Map = INPUT_GRAD,
 ) -> PartitionSpec | None:
-    """How dX is sharded where the sharding is part of types (explicit mesh axes).
+    """How the result is sharded where the sharding is part of types (explicit mesh axes).
 
     Args:
         geometry: the convolution.
-        dy: the type of dy.
-        rhs: the type of the filter.
+        types: of the map's operands.
         mesh_shape: sizes of the mesh axes.
+        map_: what is computed.
 
     Returns:
-        A specification for dX that leaves every shard where it is, or None if there is
-        no such one: the output channels are cut, or the operands disagree.
+        A specification for the result that leaves every shard where it is, or None if
+        there is no such one: a channel that is summed over is cut, or the operands disagree.
     """
-    specs = (spec_of(dy), spec_of(rhs))
-    entries: list[tuple[str, ...] | None] = [None] * len(geometry.lhs_shape)
+    specs = {role: spec_of(aval) for role, aval in zip(map_.operands, types, strict=True)}
+    shape = shape_of_role(geometry, map_.result)
+    entries: list[tuple[str, ...] | None] = [None] * len(shape)
     placed: set[str] = set()
     for factor in factors(geometry):
-        cuts = {specs[array][dim] for array, dim in factor.dims.items() if array != DX} - {()}
+        cuts = {specs[role][factor.dims[role]] for role in specs if role in factor.dims} - {()}
         if not cuts:
             continue
         axes = cuts.pop()
-        dim = factor.dims.get(DX)
-        size = factor.size if factor.axis is None or dim is None else geometry.lhs_shape[dim]
+        dim = factor.dims.get(map_.result)
+        size = factor.size if factor.axis is None or dim is None else shape[dim]
         if cuts or dim is None or size % math.prod(mesh_shape[name] for name in axes):
             return None
         entries[dim] = axes
         placed.update(axes)
-    asked = [name for spec in specs for axes in spec for name in axes]
+    asked = [name for spec in specs.values() for axes in spec for name in axes]
     used = [name for axes in entries if axes is not None for name in axes]
     if set(asked) != placed or len(used) != len(placed):
         return None
@@ -305,18 +336,19 @@ def inferred(
 
 
 def _spec_for(
-    geometry: ConvGeometry, array: int, assignment: Mapping[str, tuple[str, ...]]
+    geometry: ConvGeometry, role: Role, assignment: Mapping[str, tuple[str, ...]]
 ) -> PartitionSpec:
     """How an array has to lie for an assignment of mesh axes to factors."""
     entries: list[tuple[str, ...] | None] = [None] * len(geometry.lhs_shape)
     for factor in factors(geometry):
-        if array in factor.dims:
-            entries[factor.dims[array]] = assignment.get(factor.name)
+        if role in factor.dims:
+            entries[factor.dims[role]] = assignment.get(factor.name)
     return PartitionSpec(*entries)
 
 
 def _partition(
     geometry: ConvGeometry,
+    map_: Map,
     compute: Compute,
     mesh: Mesh,
     operands: Sequence[Any],
@@ -325,33 +357,35 @@ def _partition(
     """Called by XLA's partitioner once shardings have been propagated along the rule."""
     mesh, specs = placement.located(mesh, (*operands, result))
     mesh_shape = dict(mesh.shape)
-    assignment = assign(geometry, specs, mesh_shape)
-    dy, rhs, dx = (NamedSharding(mesh, _spec_for(geometry, i, assignment)) for i in (DY, RHS, DX))
+    roles = (*map_.operands, map_.result)
+    assignment = assign(geometry, dict(zip(roles, specs, strict=True)), mesh_shape, map_)
+    *wanted, out = (NamedSharding(mesh, _spec_for(geometry, i, assignment)) for i in roles)
     program = functools.partial(
         device_program,
         geometry=geometry,
+        map_=map_,
         assignment=assignment,
         mesh_shape=mesh_shape,
         compute=compute,
     )
-    shape = dx.shard_shape(geometry.lhs_shape)
-    return mesh, functools.partial(_device_p.bind, program=program, shape=shape), dx, (dy, rhs)
+    shape = out.shard_shape(shape_of_role(geometry, map_.result))
+    return mesh, functools.partial(_device_p.bind, program=program, shape=shape), out, (*wanted,)
 
 
 # The program of one device as a primitive of its own, to be lowered without the mesh that the
 # caller has set: where its axes are explicit, collectives would be lowered with shardings.
-_device_p = jex_core.Primitive("conv_input_grad_of_one_device")
+_device_p = jex_core.Primitive("convgrad_of_one_device")
 
 
-def _device_type(dy: Any, rhs: Any, *, program: Any, shape: tuple[int, ...]) -> Any:
+def _device_type(operand: Any, rhs: Any, *, program: Any, shape: tuple[int, ...]) -> Any:
     del rhs, program
-    return jax.core.ShapedArray(shape, dy.dtype)
+    return jax.core.ShapedArray(shape, operand.dtype)
 
 
 def _lower_device(ctx: Any, *operands: Any, program: Any, shape: tuple[int, ...]) -> Any:
     with compat.without_mesh():
         avals = [jax.core.ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        result = jax.core.ShapedArray(shape, avals[DY].dtype)
+        result = jax.core.ShapedArray(shape, avals[0].dtype)
         rule = mlir.lower_fun(program, multiple_results=False)
         return rule(ctx.replace(avals_in=avals, avals_out=[result]), *operands)
 
@@ -361,13 +395,14 @@ mlir.register_lowering(_device_p, _lower_device)
 
 
 def sharding_rule(
-    geometry: ConvGeometry, mesh_shape: Mapping[str, int]
+    geometry: ConvGeometry, mesh_shape: Mapping[str, int], map_: Map = INPUT_GRAD
 ) -> tuple[str, dict[str, Any]]:
-    """The Shardy rule: which shardings may be propagated through this gradient.
+    """The Shardy rule: which shardings may be propagated through a map.
 
     Args:
         geometry: the convolution.
         mesh_shape: sizes of the mesh axes.
+        map_: what is computed.
 
     Returns:
         The rule's text, and its keyword arguments.
@@ -381,36 +416,44 @@ def sharding_rule(
         'n k s0, k c w0 -> n c s0'
     """
     rank = len(geometry.lhs_shape)
-    words = [[""] * rank for _ in range(3)]
+    roles = (*map_.operands, map_.result)
+    words = {role: [""] * rank for role in roles}
+    used = set()
     for factor in factors(geometry):
         # One that no axis of this mesh can cut must not attract shardings.
-        if any(fits(factor, geometry, size) for size in mesh_shape.values() if size > 1):
-            for array, dim in factor.dims.items():
-                words[array][dim] = factor.name
+        if any(fits(factor, geometry, size, map_) for size in mesh_shape.values() if size > 1):
+            used.add(factor.name)
+            for role, dim in factor.dims.items():
+                words[role][dim] = factor.name
     whole: list[str] = []
-    for row in words:
+    for row in words.values():
         for dim, word in enumerate(row):
             if not word:
                 row[dim] = f"w{len(whole)}"
                 whole.append(row[dim])
-    dy, rhs, dx = map(" ".join, words)
+    operand, rhs, out = (" ".join(words[role]) for role in roles)
     arguments: dict[str, Any] = {"need_replication_factors": tuple(whole)}
-    if "k" in words[DY]:
-        arguments["reduction_factors"] = ("k",)
-    return f"{dy}, {rhs} -> {dx}", arguments
+    if reduced := tuple(name for name in _reduced(geometry, map_) if name in used):
+        arguments["reduction_factors"] = reduced
+    return f"{operand}, {rhs} -> {out}", arguments
 
 
-def _sharding_rule(geometry: ConvGeometry, compute: Compute, mesh: Mesh, *types: Any) -> Any:
+def _sharding_rule(
+    geometry: ConvGeometry, map_: Map, compute: Compute, mesh: Mesh, *types: Any
+) -> Any:
     del compute, types
-    return sharding_rule(geometry, dict(mesh.shape))
+    return sharding_rule(geometry, dict(mesh.shape), map_)
 
 
-def _whole(dy: jax.Array, rhs: jax.Array, geometry: ConvGeometry, compute: Compute) -> jax.Array:
-    return compute(dy, rhs, geometry)
+def _whole(
+    operand: jax.Array, rhs: jax.Array, geometry: ConvGeometry, map_: Map, compute: Compute
+) -> jax.Array:
+    del map_
+    return compute(operand, rhs, geometry)
 
 
-partitioned = custom_partitioning(_whole, static_argnums=(2, 3))
-"""`compute(dy, rhs, geometry)` in a program that XLA splits over a mesh, with the rule above."""
+partitioned = custom_partitioning(_whole, static_argnums=(2, 3, 4))
+"""`compute(operand, rhs, geometry)` where XLA splits the program, with the rule above."""
 # JAX decodes shardings along whole axes of the mesh only, and fails on others.
 partitioned.def_partition(
     partition=_partition, sharding_rule=_sharding_rule, decode_shardings=False

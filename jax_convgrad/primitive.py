@@ -1,9 +1,8 @@
-"""The input gradient as a JAX primitive.
+"""The maps of a convolution as JAX primitives.
 
-`conv_input_grad_p` is bilinear in dy and rhs, the map dX = dT/dx of
-docs/mathematics.md. Its transposes are the other two maps of the same form, its
-batching rules fold every mapped axis into the batch, the channels or the groups of one
-call.
+One factory makes them from a `Map` (docs/mathematics.md): bilinear in its two operands, with
+the maps of the other two arrays for transposes, and a batching rule that folds every
+mapped axis into an index of the convolution, for one call.
 """
 
 from __future__ import annotations
@@ -17,19 +16,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 from jax.extend import core as jex_core
-from jax.interpreters import ad, batching
+from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
 from . import compat, dispatch, lax_maps, lowering, partition
 from .dispatch import Implementation
 from .folding import fold, folded_sharding, unfold, unmapped
 from .geometry import ConvGeometry
+from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, Role, indices, shape_of_role
+from .transposed import forward_as_input_grad, is_worth_a_flip
 
-conv_input_grad_p = jex_core.Primitive("conv_input_grad")
 
-
-def bind_input_grad(
-    dy: jax.Array,
+def bind(
+    map_: Map,
+    operand: jax.Array,
     rhs: jax.Array,
     geometry: ConvGeometry,
     *,
@@ -37,24 +37,39 @@ def bind_input_grad(
     preferred_element_type: Any = None,
     out_sharding: Any = None,
     implementation: Implementation = None,
-    function: str = "conv_input_grad",
+    function: str = "",
 ) -> jax.Array:
-    """Binds the primitive for operands that already fit the geometry.
+    """Binds the primitive of a map for operands that already fit the geometry.
 
-    A kernel has one dtype for dy, rhs and dX; a result of another dtype is computed in
-    that dtype, as the transpose of a convolution with `preferred_element_type` is in lax.
+    A kernel has one dtype for all arrays; a result of another dtype is computed in that
+    dtype, as the transpose of a convolution with `preferred_element_type` is in lax.
+
+    Args:
+        map_: FORWARD or INPUT_GRAD.
+        operand: x or dy.
+        rhs: the filter.
+        geometry: of the convolution.
+        precision: a canonical precision.
+        preferred_element_type: dtype of the result, None for the operands'.
+        out_sharding: of the result, for meshes with explicit axes.
+        implementation: "native", "xla" or None.
+        function: the public function, for messages; the map's own by default.
+
+    Returns:
+        The result, an array of the shape that the geometry has for it.
     """
+    function = function or f"conv_{map_.name}"
     if preferred_element_type is not None:
-        dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, function)
+        dtype = dispatch.result_dtype(operand.dtype, preferred_element_type, function)
         if dispatch.unsupported_dtype(dtype) is None:
-            dy, rhs = lax_maps.convert(dy, dtype), lax_maps.convert(rhs, dtype)
+            operand, rhs = lax_maps.convert(operand, dtype), lax_maps.convert(rhs, dtype)
             preferred_element_type = None
-    reason = dispatch.unsupported(geometry, dy.dtype)
+    reason = dispatch.unsupported(geometry, operand.dtype)
     if reason is not None:
         # Not a case for the primitive: lax has rules for every dtype.
         dispatch.require_not_native(implementation, reason)
-        return lax_maps.input_grad(
-            dy,
+        return lax_maps.of(map_)(
+            operand,
             rhs,
             geometry,
             precision=precision,
@@ -62,20 +77,25 @@ def bind_input_grad(
             out_sharding=out_sharding,
         )
     if out_sharding is not None:
-        if not compat.has_explicit_sharding(jax.typeof(dy), jax.typeof(rhs)):
+        if not compat.has_explicit_sharding(jax.typeof(operand), jax.typeof(rhs)):
             raise ValueError(
                 f"{function} out_sharding is for meshes with explicit axes, which the operands "
                 f"are not on, got {out_sharding!r}."
             )
         out_sharding = compat.canonicalize_sharding(out_sharding, function)
     return _bind(
-        dy,
+        map_,
+        operand,
         rhs,
         geometry=geometry,
         precision=precision,
         implementation=implementation,
         out_sharding=out_sharding,
     )
+
+
+bind_forward = functools.partial(bind, FORWARD)
+bind_input_grad = functools.partial(bind, INPUT_GRAD)
 
 
 def input_cotangent(
@@ -117,14 +137,6 @@ def filter_cotangent(
     return lax_maps.convert(dw, rhs_type.dtype)
 
 
-# --- the primitive's rules. Each takes (dy, rhs) and the same four parameters.
-
-
-def _bind(dy: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    dy, rhs = compat.match_varying_axes(dy, rhs)
-    return conv_input_grad_p.bind(dy, rhs, **params)
-
-
 def compiled(
     primitive: jex_core.Primitive, parameters: tuple[str, ...]
 ) -> Callable[..., jax.Array]:
@@ -142,61 +154,93 @@ def compiled(
     return evaluate
 
 
-def _abstract_eval(
-    dy: Any, rhs: Any, *, geometry: ConvGeometry, out_sharding: Any, **_: Any
-) -> Any:
-    assert dy.shape == geometry.out_shape, (dy.shape, geometry)
-    assert rhs.shape == geometry.rhs_shape, (rhs.shape, geometry)
-    assert dy.dtype == rhs.dtype, (dy.dtype, rhs.dtype)
-    return result_type(dy, rhs, geometry, out_sharding)
-
-
 def result_type(
-    dy: Any, rhs: Any, geometry: ConvGeometry, out_sharding: NamedSharding | None = None
+    map_: Map,
+    operand: Any,
+    rhs: Any,
+    geometry: ConvGeometry,
+    out_sharding: NamedSharding | None = None,
 ) -> Any:
-    """The type of dX for those of the operands."""
+    """The type of a map's result for those of the operands."""
+    if out_sharding is None:
+        out_sharding = _sharding_in_type(map_, operand, rhs, geometry)
     return jax.core.ShapedArray(
-        geometry.lhs_shape,
-        dy.dtype,
-        weak_type=dy.weak_type and rhs.weak_type,
-        sharding=_sharding_in_type(dy, rhs, geometry) if out_sharding is None else out_sharding,
-        manual_axis_type=dy.manual_axis_type,
+        shape_of_role(geometry, map_.result),
+        operand.dtype,
+        weak_type=operand.weak_type and rhs.weak_type,
+        sharding=out_sharding,
+        manual_axis_type=operand.manual_axis_type,
     )
 
 
-def _sharding_in_type(dy: Any, rhs: Any, geometry: ConvGeometry) -> NamedSharding:
-    """The sharding in dX's type. Without explicit axes it says nothing but its mesh."""
-    mesh = rhs.sharding.mesh if dy.sharding.mesh.empty else dy.sharding.mesh
+def _sharding_in_type(map_: Map, operand: Any, rhs: Any, geometry: ConvGeometry) -> NamedSharding:
+    """The sharding in the result's type. Without explicit axes it says nothing but its mesh."""
+    mesh = rhs.sharding.mesh if operand.sharding.mesh.empty else operand.sharding.mesh
     spec: PartitionSpec | None = PartitionSpec()
-    if compat.has_explicit_sharding(dy, rhs):
-        spec = partition.inferred(geometry, dy, rhs, mesh.shape)
+    if compat.has_explicit_sharding(operand, rhs):
+        spec = partition.inferred(geometry, (operand, rhs), mesh.shape, map_)
     if spec is None:
+        name = "dy" if map_ is INPUT_GRAD else "x"
         raise compat.ShardingTypeError(
             "Please specify the output sharding via `out_sharding` parameter of "
-            f"`conv_input_grad`: got dy {dy.str_short(True)} and w {rhs.str_short(True)}."
+            f"`conv_{map_.name}`: got {name} {operand.str_short(True)} and w "
+            f"{rhs.str_short(True)}."
         )
     return NamedSharding(mesh, spec)
 
 
-def _transpose_dy(
-    ct: jax.Array, dy: Any, rhs: jax.Array, *, geometry: ConvGeometry, precision: Any, **_: Any
+# --- the primitives' rules. Each takes the two operands and the same four parameters.
+
+
+def _bind(map_: Map, operand: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
+    operand, rhs = compat.match_varying_axes(operand, rhs)
+    return _PRIMITIVES[map_].bind(operand, rhs, **params)
+
+
+def _abstract_eval(
+    map_: Map, operand: Any, rhs: Any, *, geometry: ConvGeometry, out_sharding: Any, **_: Any
+) -> Any:
+    for role, aval in zip(map_.operands, (operand, rhs), strict=True):
+        assert aval.shape == shape_of_role(geometry, role), (role, aval.shape, geometry)
+    assert operand.dtype == rhs.dtype, (operand.dtype, rhs.dtype)
+    return result_type(map_, operand, rhs, geometry, out_sharding)
+
+
+def _transpose(
+    map_: Map,
+    role: Role,
+    ct: jax.Array,
+    operand: Any,
+    rhs: Any,
+    *,
+    geometry: ConvGeometry,
+    precision: Any,
+    implementation: Implementation,
+    **_: Any,
 ) -> jax.Array:
-    """The map is linear in dy with the forward convolution for its transpose."""
-    sharding = compat.explicit_sharding(dy.aval)
-    return lax_maps.forward(
-        ct, rhs, geometry, precision=precision, out_sharding=sharding, differentiated=True
+    """The map whose result is the operand in that role, ct in the place of the old result."""
+    arrays = {map_.operands[0]: operand, map_.operands[1]: rhs, map_.result: ct}
+    sharding = compat.explicit_sharding(arrays.pop(role).aval)
+    wanted = next(m for m in (FORWARD, INPUT_GRAD, FILTER_GRAD) if m.result is role)
+    first, second = (arrays[r] for r in wanted.operands)
+    if wanted is FILTER_GRAD:
+        return lax_maps.filter_grad(
+            first, second, geometry, precision=precision, out_sharding=sharding
+        )
+    return bind(
+        wanted,
+        first,
+        second,
+        geometry,
+        precision=precision,
+        out_sharding=sharding,
+        # Where a gradient's kernel is insisted on, its transposes may still be lax's.
+        implementation="xla" if implementation == "xla" else None,
     )
 
 
-def _transpose_rhs(
-    ct: jax.Array, dy: jax.Array, rhs: Any, *, geometry: ConvGeometry, precision: Any, **_: Any
-) -> jax.Array:
-    """The map is linear in rhs with the filter gradient, ct in the place of x."""
-    sharding = compat.explicit_sharding(rhs.aval)
-    return lax_maps.filter_grad(ct, dy, geometry, precision=precision, out_sharding=sharding)
-
-
 def _batch(
+    map_: Map,
     operands: tuple[jax.Array, jax.Array],
     dims: tuple[int | None, int | None],
     *,
@@ -204,62 +248,94 @@ def _batch(
     out_sharding: Any,
     **params: Any,
 ) -> tuple[jax.Array, int]:
-    """One call for all examples: dy alone joins the batch, rhs alone the input channels,
-    both together are groups.
+    """One call for all examples. A mapped operand's axis joins an index that it shares with
+    the result: the activations' the batch, the filter's the channels, both together groups.
     """
-    dy, rhs = operands
-    dy_dim, rhs_dim = dims
-    whole = geometry
-    lhs_spec, rhs_spec, out_spec = geometry.dimension_numbers
-    sizes = [x.shape[dim] for x, dim in zip(operands, dims, strict=True) if dim is not None]
-    size = sizes[0]
-    if is_symbolic_dim(size) and dy_dim is not None and rhs_dim is not None:
+    mapped = {
+        role: (x, dim)
+        for role, x, dim in zip(map_.operands, operands, dims, strict=True)
+        if dim is not None
+    }
+    size = next(x.shape[dim] for x, dim in mapped.values())
+    if len(mapped) == 2 and is_symbolic_dim(size):
         # As many groups as that, which neither a custom call nor lax can say.
-        dy, rhs = jnp.moveaxis(dy, dy_dim, 0), jnp.moveaxis(rhs, rhs_dim, 0)
-        one = functools.partial(_bind, geometry=geometry, out_sharding=out_sharding, **params)
-        return lax.map(lambda both: one(*both), (dy, rhs)), 0
+        pair = tuple(jnp.moveaxis(x, dim, 0) for x, dim in mapped.values())
+        one = functools.partial(_bind, map_, geometry=geometry, out_sharding=out_sharding, **params)
+        return lax.map(lambda both: one(*both), pair), 0
     if size == 0:
-        return jnp.zeros_like(dy, shape=(0, *geometry.lhs_shape)), 0
+        shape = (0, *shape_of_role(geometry, map_.result))
+        return jnp.zeros_like(operands[0], shape=shape), 0
 
-    if dy_dim is None:
-        assert rhs_dim is not None  # a rule is called for mapped operands only
-        dim, groups = lhs_spec[1], geometry.feature_group_count
-        rhs = fold(rhs, rhs_dim, rhs_spec[1])
-    elif rhs_dim is None:
-        dim, groups = lhs_spec[0], geometry.batch_group_count
-        dy = fold(dy, dy_dim, out_spec[0])
-    else:
-        kind = "batch_group_count" if geometry.batch_group_count > 1 else "feature_group_count"
-        dim, groups = lhs_spec[0 if kind == "batch_group_count" else 1], 1
-        dy, rhs = fold(dy, dy_dim, out_spec[1]), fold(rhs, rhs_dim, rhs_spec[0])
-        geometry = geometry.replace(**{kind: getattr(geometry, kind) * size})
+    every = indices(geometry)
+    name = (
+        "g"
+        if len(mapped) == 2
+        else next(n for n in "nck" if {*mapped, map_.result} <= every[n].dims.keys())
+    )
+    index = every[name]
+    folded = [
+        x if dim is None else fold(x, dim, index.dims[role], index.groups[role])
+        for role, x, dim in zip(map_.operands, operands, dims, strict=True)
+    ]
+    dim, groups = index.dims[map_.result], index.groups[map_.result]
     by_size: tuple[str, ...] = ()
     if compat.has_explicit_sharding(*map(jax.typeof, operands)):
         # That of the mapped function's result; in the folded one it need not be inferable.
-        dy_type, by_dy = unmapped(jax.typeof(operands[0]), dy_dim)
-        rhs_type, by_rhs = unmapped(jax.typeof(operands[1]), rhs_dim)
-        by_size = by_rhs if dy_dim is None else by_dy
+        types = [unmapped(jax.typeof(x), d) for x, d in zip(operands, dims, strict=True)]
+        by_size = types[1 if dims[0] is None else 0][1]
         if out_sharding is None:
-            out_sharding = _sharding_in_type(dy_type, rhs_type, whole)
+            out_sharding = _sharding_in_type(map_, types[0][0], types[1][0], geometry)
         out_sharding = folded_sharding(out_sharding, dim, by_size)
-    lhs_shape = list(geometry.lhs_shape)
-    lhs_shape[dim] *= size
-    geometry = geometry.replace(lhs_shape=tuple(lhs_shape), rhs_shape=rhs.shape)
-    dx = _bind(dy, rhs, geometry=geometry, out_sharding=out_sharding, **params)
-    return unfold(dx, size, dim, groups, by_size), 0
+    shapes = {role: list(shape_of_role(geometry, role)) for role in (Role.LHS, Role.RHS)}
+    for role, sizes in shapes.items():
+        if role in index.dims:
+            sizes[index.dims[role]] *= size
+    changes: dict[str, Any] = {
+        "lhs_shape": tuple(shapes[Role.LHS]),
+        "rhs_shape": tuple(shapes[Role.RHS]),
+    }
+    if name == "g":
+        kind = "batch_group_count" if geometry.batch_group_count > 1 else "feature_group_count"
+        changes[kind] = getattr(geometry, kind) * size
+    out = _bind(
+        map_, *folded, geometry=geometry.replace(**changes), out_sharding=out_sharding, **params
+    )
+    return unfold(out, size, dim, groups, by_size), 0
 
 
-def _bind_shard(dy: jax.Array, rhs: jax.Array, geometry: ConvGeometry, **params: Any) -> jax.Array:
-    return conv_input_grad_p.bind(dy, rhs, geometry=geometry, out_sharding=None, **params)
+def _bind_shard(
+    map_: Map, operand: jax.Array, rhs: jax.Array, geometry: ConvGeometry, **params: Any
+) -> jax.Array:
+    return _PRIMITIVES[map_].bind(operand, rhs, geometry=geometry, out_sharding=None, **params)
 
 
-_lower = functools.partial(lowering.lower, bind=_bind_shard)
+def _lower(map_: Map, ctx: Any, *operands: Any, platform: str, **params: Any) -> Any:
+    geometry = params["geometry"]
+    # CUDA has no forward kernel. A transposed layer is worth the flip of its filter there.
+    if map_ is FORWARD and platform == "cuda" and is_worth_a_flip(geometry):
+        params["geometry"] = forward_as_input_grad(geometry)
 
-conv_input_grad_p.def_impl(
-    compiled(conv_input_grad_p, ("geometry", "precision", "implementation", "out_sharding"))
-)
-conv_input_grad_p.def_abstract_eval(_abstract_eval)
-ad.defbilinear(conv_input_grad_p, _transpose_dy, _transpose_rhs)
-compat.set_bilinear_jet_rule(conv_input_grad_p)
-batching.primitive_batchers[conv_input_grad_p] = _batch
-lowering.register(conv_input_grad_p, _lower)
+        def flipped(x: jax.Array, w: jax.Array) -> jax.Array:
+            w = lax_maps.transposed_filter(w, geometry)
+            return _PRIMITIVES[INPUT_GRAD].bind(x, w, **params)
+
+        return mlir.lower_fun(flipped, multiple_results=False)(ctx, *operands)
+    shard = functools.partial(_bind_shard, map_)
+    return lowering.lower(map_, ctx, *operands, bind=shard, platform=platform, **params)
+
+
+def _make(map_: Map) -> jex_core.Primitive:
+    primitive = jex_core.Primitive(f"conv_{map_.name}")
+    parameters = ("geometry", "precision", "implementation", "out_sharding")
+    primitive.def_impl(compiled(primitive, parameters))
+    primitive.def_abstract_eval(functools.partial(_abstract_eval, map_))
+    transposes = (functools.partial(_transpose, map_, role) for role in map_.operands)
+    ad.defbilinear(primitive, *transposes)
+    compat.set_bilinear_jet_rule(primitive)
+    batching.primitive_batchers[primitive] = functools.partial(_batch, map_)
+    lowering.register(primitive, functools.partial(_lower, map_))
+    return primitive
+
+
+_PRIMITIVES = {map_: _make(map_) for map_ in (FORWARD, INPUT_GRAD)}
+conv_forward_p, conv_input_grad_p = _PRIMITIVES.values()

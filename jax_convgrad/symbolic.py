@@ -15,6 +15,7 @@ from jax.export import is_symbolic_dim
 
 from . import custom_call, native
 from .geometry import ConvGeometry, certainly, dilated_size, is_static
+from .maps import FORWARD, INPUT_GRAD, Map
 
 
 def unsupported(geometry: ConvGeometry) -> str | None:
@@ -29,7 +30,7 @@ def unsupported(geometry: ConvGeometry) -> str | None:
 
 
 def workspace_bound(
-    geometry: ConvGeometry, dtype: Any, platform: str, precision: Any
+    geometry: ConvGeometry, dtype: Any, platform: str, precision: Any, map_: Map = INPUT_GRAD
 ) -> tuple[int, int]:
     """Workspace that is enough whatever the symbolic sizes, by the native planner.
 
@@ -38,9 +39,10 @@ def workspace_bound(
         dtype: a dtype that the kernels take.
         platform: "cpu" or "cuda", whose module was built.
         precision: canonical lax precision.
+        map_: what is computed.
 
     Returns:
-        Bytes, and bytes for each position of each image of dy.
+        Bytes, and bytes for each position of each image of the map's first operand.
     """
     module = native.module_for(platform)
     assert module is not None, platform
@@ -51,23 +53,27 @@ def workspace_bound(
         sample.rhs_shape,
         sample.out_shape,
         custom_call.attributes(sample, platform, precision),
+        map_name=map_.name,
     )
     return fixed, per_position
 
 
 def workspace_shape(
-    geometry: ConvGeometry, dtype: Any, platform: str, precision: Any
+    geometry: ConvGeometry, dtype: Any, platform: str, precision: Any, map_: Map = INPUT_GRAD
 ) -> tuple[int, ...]:
     """Shape of the bytes that `workspace_bound` asks for, with the same arguments.
 
     One size, or two of which the first is symbolic: as one, their number would soon exceed
     the 32 bits that JAX computes sizes in.
     """
-    fixed, per_position = workspace_bound(geometry, dtype, platform, precision)
+    fixed, per_position = workspace_bound(geometry, dtype, platform, precision, map_)
     if per_position == 0:
         return (fixed,)
-    batch = geometry.out_shape[geometry.dimension_numbers.out_spec[0]]
-    positions = batch * math.prod(geometry.out_sizes)
+    lhs_spec, _, out_spec = geometry.dimension_numbers
+    if map_ is FORWARD:
+        positions = geometry.lhs_shape[lhs_spec[0]] * math.prod(geometry.in_sizes)
+    else:
+        positions = geometry.out_shape[out_spec[0]] * math.prod(geometry.out_sizes)
     return (-(-fixed // per_position) + positions, per_position)
 
 

@@ -1,4 +1,4 @@
-"""Transposed convolutions as the input gradients that they are: shapes and padding only."""
+"""Transposed convolutions as maps of a convolution: shapes and padding only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from .geometry import (
     dilated_size,
     explicit_padding,
 )
+from .maps import FORWARD, INPUT_GRAD, Map
 
 _FUNCTION = "conv_transpose"
 
 
-def transposed_geometry(
+def transposed_map(
     lhs_shape: tuple[int, ...],
     rhs_shape: tuple[int, ...],
     strides: Sequence[int],
@@ -30,16 +31,17 @@ def transposed_geometry(
     dimension_numbers: DimensionNumbers,
     transpose_kernel: bool,
     use_consistent_padding: bool,
-) -> ConvGeometry:
-    """Returns the convolution whose input gradient is the transposed convolution asked for.
+) -> tuple[Map, ConvGeometry]:
+    """Returns the map, and of which convolution, that the transposed one asked for is.
 
-    With m the dilated extent of the filter and (a, b) the padding of the dilated input,
-    output o of the transposed convolution meets input p and tap r where
-    o = p*stride + a - (m - 1) + r*dilation, r counted on the flipped filter: the input
-    gradient of a convolution with that stride and pad_low = m - 1 - a.
+    Without `transpose_kernel` it is the forward map of a convolution whose input is dilated
+    by the strides. With it, the filter comes flipped and its channels swapped: with m its
+    dilated extent and (a, b) the padding of the dilated input, output o meets input p and
+    tap r where o = p*stride + a - (m - 1) + r*dilation, the input gradient of a convolution
+    with that stride and pad_low = m - 1 - a.
 
     Args:
-        lhs_shape: shape of conv_transpose's input, which is dy of that convolution.
+        lhs_shape: shape of conv_transpose's input.
         rhs_shape: shape of its filter.
         strides: the fractional stride.
         padding: as conv_transpose takes it.
@@ -49,7 +51,7 @@ def transposed_geometry(
         use_consistent_padding: whether integer padding is the forward convolution's.
 
     Returns:
-        The geometry, with the transposed convolution's result in the place of x.
+        The map, and the geometry of the convolution.
 
     Raises:
         ValueError: an argument's value is out of range or contradicts another.
@@ -95,7 +97,11 @@ def transposed_geometry(
         forward_low = windows[axis] - 1 - low
         forward_high = dilated + windows[axis] - 1 - forward_low - out_shape[dim]
         forward_padding.append((forward_low, forward_high))
-    return ConvGeometry(
+    if not transpose_kernel:
+        return FORWARD, probe.replace(
+            window_strides=(1,) * axes, lhs_dilation=probe.window_strides, padding=pads
+        )
+    return INPUT_GRAD, ConvGeometry(
         lhs_shape=tuple(out_shape),
         rhs_shape=rhs_shape,
         window_strides=probe.window_strides,
@@ -106,6 +112,21 @@ def transposed_geometry(
         dimension_numbers=lax.ConvDimensionNumbers(
             dnums.out_spec, (in_feature, out_feature, *dnums.rhs_spec[2:]), dnums.lhs_spec
         ),
+    )
+
+
+def is_worth_a_flip(conv: ConvGeometry) -> bool:
+    """Whether a forward map for which there is no kernel is done by that of the gradient.
+
+    Its filter has to be flipped for that. So it is where lax would multiply zeros, between
+    the elements of the input.
+    """
+    return (
+        conv.is_static
+        and conv.batch_group_count == 1
+        and any(
+            d > 1 and size > 1 for d, size in zip(conv.lhs_dilation, conv.in_sizes, strict=True)
+        )
     )
 
 

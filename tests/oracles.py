@@ -10,10 +10,12 @@ import numpy as np
 from jax import lax
 
 from jax_convgrad import ConvGeometry, custom_call, dispatch, native
+from jax_convgrad.maps import INPUT_GRAD, shape_of_role
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TARGET = f"@{native.TARGET}("
 FUSED_TARGET = f"@{native.FUSED_TARGET}("
+FORWARD_TARGET = f"@{native.FORWARD_TARGET}("
 
 
 def connected(g):
@@ -150,39 +152,43 @@ def geometry(*args, **kwargs):
     return ConvGeometry.parse(*args, **kwargs)
 
 
-def plan(g, dtype, kernel="auto", platform="cpu", precision=None):
+def plan(g, dtype, kernel="auto", platform="cpu", precision=None, map_=INPUT_GRAD):
     """The native planner's (kernel, workspace bytes), or None if the kernel does not fit."""
     try:
-        planned = dispatch.plan(g, dtype, platform, precision, kernel)
+        planned = dispatch.plan(g, dtype, platform, precision, kernel, map_)
     except ValueError:
         return None
     return planned.kernel, planned.workspace_bytes
 
 
-def kernels_for(g, dtype, platform="cpu", precision=None):
+def kernels_for(g, dtype, platform="cpu", precision=None, map_=INPUT_GRAD):
     """Names of a platform's kernels that take this problem."""
     names = native.module_for(platform).kernel_names()
-    return [name for name in names if plan(g, dtype, name, platform, precision) is not None]
+    return [name for name in names if plan(g, dtype, name, platform, precision, map_) is not None]
 
 
-def _call(dy, w, g, planned, platform, precision, arrays=()):
-    """The dX and the workspace of a plan (kernel, workspace bytes), as the kernel leaves them.
+def _call(operand, w, g, planned, platform, precision, arrays=(), map_=INPUT_GRAD):
+    """The result and the workspace of a plan (kernel, workspace bytes), as the kernel leaves them.
 
     With `arrays` the fused call: (residual, relu), of which either may have the shape (0,).
     """
     kernel, workspace_bytes = planned
-    lhs, filter_, cotangent = custom_call.layouts(g, platform)
+    layouts = custom_call.layouts(g, platform)
+    to = layouts[map_.result]
     results = (
-        jax.ShapeDtypeStruct(g.lhs_shape, dy.dtype),
+        jax.ShapeDtypeStruct(shape_of_role(g, map_.result), operand.dtype),
         jax.ShapeDtypeStruct((workspace_bytes,), np.uint8),
     )
     call = jax.ffi.ffi_call(
-        native.FUSED_TARGET if arrays else native.TARGET,
+        native.FUSED_TARGET if arrays else map_.target,
         results,
-        input_layouts=[cotangent, filter_, *((0,) if x.shape == (0,) else lhs for x in arrays)],
-        output_layouts=[lhs, (0,)],
+        input_layouts=[
+            *(layouts[role] for role in map_.operands),
+            *((0,) if x.shape == (0,) else to for x in arrays),
+        ],
+        output_layouts=[to, (0,)],
     )
-    return call(dy, w, *arrays, **custom_call.attributes(g, platform, precision, kernel))
+    return call(operand, w, *arrays, **custom_call.attributes(g, platform, precision, kernel))
 
 
 def call_kernel(dy, w, g, kernel="auto", platform="cpu", precision=None, arrays=()):
@@ -227,32 +233,36 @@ def _poisoned(shape, dtype):
     return jax.device_put(values.view(dtype).reshape(shape))
 
 
-def call_kernels_of_many(problems, kernels=kernels_for):
-    """dX of every CPU kernel that takes each problem, by one compiled program.
+def call_kernels_of_many(problems, kernels=kernels_for, map_=INPUT_GRAD):
+    """The result of every CPU kernel that takes each problem, by one compiled program.
 
-    The kernels write into memory that is poisoned, dX and workspace alike.
+    The kernels write into memory that is poisoned, result and workspace alike.
 
     Args:
-        problems: tuples (dy, w, g).
+        problems: tuples (dy or x, w, g).
         kernels: names of the kernels to call for a geometry and a dtype.
+        map_: what they compute.
 
     Returns:
-        A list as long as `problems`, of {name: dX} as NumPy arrays.
+        A list as long as `problems`, of {name: result} as NumPy arrays.
     """
     planned = [
-        {name: plan(g, dy.dtype.name, name)[1] for name in kernels(g, dy.dtype.name)}
+        {name: plan(g, dy.dtype.name, name, map_=map_)[1] for name in kernels(g, dy.dtype.name)}
         for dy, _, g in problems
     ]
 
     def call(poisoned, operands):
         del poisoned
         return [
-            {name: tuple(_call(dy, w, g, (name, size), "cpu", None)) for name, size in of.items()}
+            {
+                name: tuple(_call(dy, w, g, (name, size), "cpu", None, map_=map_))
+                for name, size in of.items()
+            }
             for (dy, w), (_, _, g), of in zip(operands, problems, planned, strict=True)
         ]
 
     poisoned = [
-        {name: (_poisoned(g.lhs_shape, dy.dtype), _poisoned((size,), np.uint8))
+        {name: (_poisoned(shape_of_role(g, map_.result), dy.dtype), _poisoned((size,), np.uint8))
          for name, size in of.items()}
         for (dy, _, g), of in zip(problems, planned, strict=True)
     ]  # fmt: skip

@@ -20,6 +20,7 @@ from jax.interpreters import mlir
 
 import jax_convgrad
 from jax_convgrad import __main__, custom_call, dispatch, native, primitive
+from jax_convgrad.maps import INPUT_GRAD
 from jax_convgrad.tools import calibrate, layers, rate_fit, rate_problems, rates
 from jax_convgrad.tools.geometries import (
     make_geometry,
@@ -231,7 +232,7 @@ def lowered_for_cuda(emulated, monkeypatch):
     monkeypatch.setattr(native, "TARGET", TARGET)
 
     def register(platform):
-        rule = functools.partial(primitive._lower, platform=platform)
+        rule = functools.partial(primitive._lower, INPUT_GRAD, platform=platform)
         mlir.register_lowering(primitive.conv_input_grad_p, rule, platform="cpu")
         jax.clear_caches()
 

@@ -74,7 +74,7 @@ def gpu(monkeypatch):
         planner = native.cpu
         module = types.SimpleNamespace(
             code=code, toolkit_version=toolkit, driver_version=lambda: driver,
-            plan=lambda *call: {**planner.plan(*call), "resident": 1, "model_us": 1.0},
+            plan=lambda *call, **kw: {**planner.plan(*call, **kw), "resident": 1, "model_us": 1.0},
             kernel_names=planner.kernel_names, ffi_api_version=(0, 3),
             reference_gpu=lambda dtype, allow_tf32: {
                 "name": "GPU", "multiprocessors": 1, "flops_per_s": 1.0, "bytes_per_s": 1.0

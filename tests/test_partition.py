@@ -206,7 +206,7 @@ def test_communication(rng, name):
     # The arrays of a device are small here: the kernel, and no convolution of XLA's.
     assert oracles.TARGET.strip("@(") in compiled.as_text()
     assert "convolution(" not in compiled.as_text()
-    entries = dict(zip(roles(g)[partition.DX], dx.sharding.spec, strict=False))
+    entries = dict(zip(roles(g)[2], dx.sharding.spec, strict=False))
     assert {letter: axes for letter, axes in entries.items() if axes} == dx_cut
     assert collectives(compiled) == sorted(Collective(*c) for c in expected)
 

@@ -3,7 +3,7 @@
 // There, finding what a register tile reads costs as much as the products, and so does
 // following a pointer for each row and tap. So a task copies what its rows read, once for
 // all panels: packed[register tile][tap, k][row]. Taps that no row of a tile has are left
-// out. Terms are added in the same order as there, so the bits are the same.
+// out.
 
 #pragma once
 
@@ -95,32 +95,44 @@ CONVGRAD_INLINE void CopyColumns(const O* const (&row)[kShortRows], int64_t coun
 }
 
 // Copies what the rows from m on read, for taps that some of them has.
+//
+// Neighbouring taps of few channels may lie side by side in dY, the last one first: where
+// every row has all of them, they are copied as one.
 template <typename O>
 inline void PackShortTile(const CpuArgs& a, const ActivationStrides& dy_at,
                           const GemmRows& rows, const Phase* const* phase, int64_t m,
                           const O* dy, ShortTile<O>* tile) {
+  static constexpr O kZeros[kShortSum] = {};
   const Problem& p = a.problem;
-  const O* const zeros = static_cast<const O*>(a.zeros);
+  const Phase& along = *phase[2];
   TapRows<O, kShortRows> found;
   GemmBlock block;
   block.k0 = 0;
   block.k_count = Depth<O>(p);
   block.taps = 0;
   tile->taps = 0;
+  bool whole = along.r_count > 1 && along.p_per_r * dy_at.axis[2] == block.k_count;
+  for (int64_t i = m; i < m + kShortRows; ++i) {
+    whole &= rows.lo[2][i] == 0 && rows.hi[2][i] == along.r_count;
+  }
+  const int64_t at_once = whole ? along.r_count : 1;
+  const int64_t tap_step = along.r_step * PackedDepth<O>(p);
   O* to = tile->packed;
   const auto pack = [&] {
-    FindTapRows(rows, block, m, dy, zeros, &found);
+    FindTapRows(rows, block, m, dy, kZeros, &found);
     tile->live = found.live;
     for (int t = 0; t < found.taps; ++t) {
-      tile->filter[tile->taps++] = block.filter[found.tap[t]];
-      CopyColumns<O>(found.row[t], block.k_count, to);
-      to += block.k_count * kShortRows;
+      for (int64_t i = 0; i < at_once; ++i) {
+        tile->filter[tile->taps++] = block.filter[found.tap[t]] - i * tap_step;
+      }
+      CopyColumns<O>(found.row[t], at_once * block.k_count, to);
+      to += at_once * block.k_count * kShortRows;
     }
     block.taps = 0;
   };
   for (int64_t t0 = 0; t0 < phase[0]->r_count; ++t0) {
     for (int64_t t1 = 0; t1 < phase[1]->r_count; ++t1) {
-      for (int64_t t2 = 0; t2 < phase[2]->r_count; ++t2) {
+      for (int64_t t2 = at_once - 1; t2 < along.r_count; ++t2) {
         AppendTap<O>(dy_at, p, phase, {t0, t1, t2}, 1, &block);
         if (block.taps == kBlockTaps) pack();
       }

@@ -29,7 +29,16 @@ from ..dispatch import Implementation
 from . import DTYPES, ToolError, layers, machine, random_layers, require, results, timing
 from .console import Console, table
 from .results import PEERS, Row
-from .workloads import JaxPeer, ScanPeer, Workload, distance, make_pool, reference, workloads
+from .workloads import (
+    MAPS,
+    JaxPeer,
+    ScanPeer,
+    Workload,
+    distance,
+    make_pool,
+    reference,
+    workloads,
+)
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {"auto": None, "native": "native", "xla": "xla"}
 
@@ -218,6 +227,7 @@ def main(
     random: int | None,
     dtype: str | None,
     layout: str,
+    maps: str | None,
     peers: str,
     classes: list[str] | None,
     per_class: int | None,
@@ -242,6 +252,9 @@ def main(
         require("matplotlib", "--png")
     results.check_writable(json_path, png_path)
     names = _parse_peers(peers)
+    names_of_maps = (maps or ("dx" if random is None else ",".join(MAPS))).split(",")
+    if unknown := [name for name in names_of_maps if name not in MAPS]:
+        raise ToolError(f"--map must name some of {', '.join(MAPS)}, got {unknown[0]!r}")
     torch_settings = None
     if "torch" in names:
         from . import torch_peer
@@ -254,11 +267,17 @@ def main(
     if random is None:
         listed = layers.load(layers_path or layers.default_path(), layout, batch_budget)
         selected = _select(listed, classes, per_class)
-        todo = [w for layer in selected for w in workloads(layer, dtype_name, precision)][:limit]
+        todo = [w for x in selected for w in workloads(x, dtype_name, precision, names_of_maps)][
+            :limit
+        ]
     else:
         drawn_dtype = None if dtype is None else dtype_name
         draw = functools.partial(
-            random_layers.random_workload, seed, dtype=drawn_dtype, precision=precision
+            random_layers.random_workload,
+            seed,
+            dtype=drawn_dtype,
+            precision=precision,
+            maps=names_of_maps,
         )
         todo = [draw(index) for index in range(random)][:limit]
     console = Console()

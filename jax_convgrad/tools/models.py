@@ -45,6 +45,8 @@ class Net:
         init: makes the parameters from (generator, widths, depths).
         logits: [N, H, W, 3] images under those parameters to [N, CLASSES].
         dtype: of activations and of the parameters that meet them.
+        smooth_logits: the same net with smooth functions in the place of ReLU and the
+            largest of a window, None if it has neither.
     """
 
     title: str
@@ -53,6 +55,11 @@ class Net:
     init: Callable[[np.random.Generator, Sequence[int], Sequence[int]], Params]
     logits: Callable[[Params, jax.Array], jax.Array]
     dtype: str = "float32"
+    smooth_logits: Callable[[Params, jax.Array], jax.Array] | None = None
+
+    def smooth(self) -> Net:
+        """A net of the same convolutions, whose gradient no last bit turns on or off."""
+        return dataclasses.replace(self, logits=self.smooth_logits or self.logits)
 
     def params(self, seed: int) -> Params:
         """Random float32 parameters, as NumPy arrays."""
@@ -149,23 +156,24 @@ def _init_resnet(
     }
 
 
-def _resnet(params: Params, x: jax.Array) -> jax.Array:
-    x = jax.nn.relu(_batch_norm(params["norm"], _conv(x, params["stem"], 2, 3)))
-    x = lax.reduce_window(
-        x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), [(0, 0), (1, 1), (1, 1), (0, 0)]
-    )
+def _resnet(params: Params, x: jax.Array, smooth: bool = False) -> jax.Array:
+    rectify = jax.nn.softplus if smooth else jax.nn.relu
+    x = rectify(_batch_norm(params["norm"], _conv(x, params["stem"], 2, 3)))
+    least, join = (0.0, lax.add) if smooth else (-jnp.inf, lax.max)
+    pads = [(0, 0), (1, 1), (1, 1), (0, 0)]
+    x = lax.reduce_window(x, np.asarray(least, x.dtype), join, (1, 3, 3, 1), (1, 2, 2, 1), pads)
     for stage, blocks in enumerate(params["stages"]):
         for index, p in enumerate(blocks):
             stride = 2 if stage > 0 and index == 0 else 1
             strided = 1 if len(p["convs"]) == 3 else 0  # the 3x3 one of a bottleneck
             y, shortcut = x, x
             for layer, (w, norm) in enumerate(zip(p["convs"], p["norms"], strict=True)):
-                y = jax.nn.relu(y) if layer else y
+                y = rectify(y) if layer else y
                 y = _conv(y, w, stride if layer == strided else 1, w.shape[0] // 2)
                 y = _batch_norm(norm, y)
             if "shortcut" in p:
                 shortcut = _batch_norm(p["norm"], _conv(x, p["shortcut"], stride, 0))
-            x = jax.nn.relu(y + shortcut)
+            x = rectify(y + shortcut)
     return _linear(params["head"], jnp.mean(x, (1, 2)))
 
 
@@ -218,9 +226,17 @@ RESNET50 = Net(
     (3, 4, 6, 3),
     functools.partial(_init_resnet, bottleneck=True),
     _resnet,
+    smooth_logits=functools.partial(_resnet, smooth=True),
 )
 NETS = {
-    "resnet18": Net("ResNet-18", (64, 128, 256, 512), (2, 2, 2, 2), _init_resnet, _resnet),
+    "resnet18": Net(
+        "ResNet-18",
+        (64, 128, 256, 512),
+        (2, 2, 2, 2),
+        _init_resnet,
+        _resnet,
+        smooth_logits=functools.partial(_resnet, smooth=True),
+    ),
     "convnext": Net("ConvNeXt-Atto", (40, 80, 160, 320), (2, 2, 6, 2), _init_convnext, _convnext),
     "resnet50": RESNET50,
     "convnext_tiny": Net(

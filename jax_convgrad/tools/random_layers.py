@@ -8,14 +8,14 @@ gradient), axes of size one anywhere, strides beyond the filter.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
+from collections.abc import Sequence
 
 from ..geometry import ConvGeometry
 from . import layers
 from .geometries import classify, layout, make_geometry
-from .workloads import Workload
+from .workloads import MAPS, Workload, workloads
 
 # A problem of more takes lax seconds where it has no fast route; one of less is all call.
 _FLOPS = (1e5, 4e8)
@@ -30,7 +30,13 @@ _EXCHANGED = {
 }
 
 
-def random_workload(seed: int, index: int, dtype: str | None, precision: str) -> Workload:
+def random_workload(
+    seed: int,
+    index: int,
+    dtype: str | None,
+    precision: str,
+    maps: Sequence[str] = tuple(MAPS),
+) -> Workload:
     """The index-th problem of a seed; each can be drawn without the others.
 
     Args:
@@ -38,9 +44,10 @@ def random_workload(seed: int, index: int, dtype: str | None, precision: str) ->
         index: position in it.
         dtype: name of a floating dtype; None draws one.
         precision: as in `Workload`.
+        maps: which maps it may be, by their names in MAPS.
 
     Returns:
-        A gradient, or now and then the forward pass of a transposed layer.
+        One map of a convolution.
     """
     rng = random.Random(f"{seed}:{index}")
     drawn_dtype = rng.choice(_DTYPES)
@@ -57,12 +64,8 @@ def random_workload(seed: int, index: int, dtype: str | None, precision: str) ->
         ):
             break
     layer = layers.of_geometry(geometry, f"random-{seed}-{index}", classify(geometry), index)
-    is_transposed = (
-        max(geometry.lhs_dilation) > 1 and max(geometry.window_strides) == 1 == geometry.groups
-    )
-    forward = is_transposed and geometry.batch_group_count == 1 and rng.random() < 0.5
-    workload = Workload(layer, "dx", dtype or drawn_dtype, precision)
-    return dataclasses.replace(workload, direction="fwd") if forward else workload
+    (workload,) = workloads(layer, dtype or drawn_dtype, precision, [rng.choice(maps)])
+    return workload
 
 
 def _ends_meet_input(g: ConvGeometry) -> bool:

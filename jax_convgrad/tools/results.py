@@ -164,11 +164,12 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """The `classes` of the JSON, with "all" for every gradient (no forwards) together."""
+    """The `classes` of the JSON, with "all" for every gradient and "all fwd" for forwards."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["class"], []).append(row)
-    groups["all"] = [row for row in rows if row["direction"] == "dx"]
+    for name, direction in (("all", "dx"), ("all fwd", "fwd")):
+        groups[name] = [row for row in rows if row["direction"] == direction]
     summary: dict[str, dict[str, Any]] = {}
     for class_name, members in groups.items():
         summary[class_name] = {}

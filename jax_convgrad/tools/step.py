@@ -31,9 +31,12 @@ The JSON is what `machine.describe` gives, `options`, `complete`, and
                                                that a kernel computes
       kernels                   how many by kernel, "lax" among them
       losses, loss_error        by program; their relative distance
-      gradient_error            the largest normwise distance of a parameter's two gradients
-      bound                     what is allowed for both: twice the sum, over the input
-                                gradients, of the error allowed for one
+      gradient_error            the largest normwise distance of a parameter's two gradients;
+                                in 16 bits that of ours from lax's of the step in float32
+      bound                     what is allowed for both: four times the sum, over the input
+                                gradients, of the error allowed for one; in 16 bits at least
+                                twice lax's own gradient_error. All of these are of the net
+                                with smooth functions for ReLU and the maximum of a window
       times_us                  by name above: {median, q1, q3, rounds, instances, calls}
       speedup, dx_speedup       lax over ours, {median, q1, q3, loss, within_noise}
       backward_us, dx_of_backward, dx_of_step, ceiling, expected    as above

@@ -9,6 +9,7 @@ permuted and flipped beforehand.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -139,7 +140,15 @@ class TorchPeer:
                 crop = [-p for pair in reversed(g.padding) for p in pair]
         arguments = (stride, padding, list(g.rhs_dilation), self._transposed, output_padding)
         if self._workload.direction == "fwd":
-            return lambda x, w: torch.ops.aten.convolution(x, w, None, *arguments, 1)
+            forward = functools.partial(
+                torch.ops.aten.convolution, bias=None, groups=g.feature_group_count
+            )
+            names = ("stride", "padding", "dilation", "transposed", "output_padding")
+            forward = functools.partial(forward, **dict(zip(names, arguments, strict=True)))
+            if crop is None:
+                return forward
+            pads = [-p for p in crop]
+            return lambda x, w: forward(torch.nn.functional.pad(x, pads), w)
         dtype = getattr(torch, self._workload.dtype)
         x = self._formatted(torch.empty(sizes, dtype=dtype, device=self._device))
 

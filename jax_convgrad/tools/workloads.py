@@ -16,11 +16,12 @@ from jax import lax
 
 from .. import dispatch, lax_maps
 from ..compat import canonicalize_precision
-from ..conv import conv_transpose
+from ..conv import conv_general_dilated
 from ..dispatch import Choice, Implementation
 from ..geometry import ConvGeometry
 from ..input_grad import conv_input_grad
-from . import ToolError, machine
+from ..maps import FORWARD, INPUT_GRAD
+from . import machine
 from .geometries import normwise_error, reduction_taps, tolerance
 from .layers import Layer
 
@@ -35,7 +36,7 @@ Function = Callable[[Any, Any], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The gradient ("dx") of a layer, or the forward ("fwd") of a transposed one.
+    """The input gradient ("dx") of a layer, or its forward map ("fwd").
 
     Either takes two operands: dy and the filter, or x and the filter.
     """
@@ -78,20 +79,15 @@ class Workload:
         if self.direction == "dx":
             taps = reduction_taps(self.geometry)
         else:
-            taps = math.prod(self.geometry.rhs_shape) // self.operand_channels[1]
+            rhs_spec = self.geometry.dimension_numbers.rhs_spec
+            taps = math.prod(self.geometry.rhs_shape) // self.geometry.rhs_shape[rhs_spec[0]]
         return tolerance("tf32" if tf32 else self.dtype, taps)
 
-    @property
-    def operand_channels(self) -> tuple[int, int]:
-        """Input and output channels of the layer."""
-        lhs_spec, rhs_spec, _ = self.geometry.dimension_numbers
-        return self.geometry.lhs_shape[lhs_spec[1]], self.geometry.rhs_shape[rhs_spec[0]]
-
     def lax_function(self, precision: Any = None) -> Function:
-        """The peer: the vjp that jax.grad takes of lax's convolution, or lax.conv_transpose."""
+        """The peer: lax's convolution, or the vjp that jax.grad takes of it."""
         g, precision = self.geometry, precision or self.precision
         if self.direction == "fwd":
-            return functools.partial(_transpose, lax.conv_transpose, g, precision)
+            return functools.partial(lax_maps.forward, geometry=g, precision=precision)
 
         def gradient(dy: Any, w: Any) -> Any:
             # The convolution at zeros is dead code: jit drops it and keeps its transpose.
@@ -108,8 +104,12 @@ class Workload:
         """This package's public function for the same map."""
         g = self.geometry
         if self.direction == "fwd":
-            ours = functools.partial(conv_transpose, implementation=implementation)
-            return functools.partial(_transpose, ours, g, self.precision)
+            return functools.partial(
+                conv_general_dilated,
+                **g.conv_params(),
+                precision=self.precision,
+                implementation=implementation,
+            )
 
         def gradient(dy: Any, w: Any) -> Any:
             return conv_input_grad(
@@ -124,58 +124,28 @@ class Workload:
         return gradient
 
     def choice(self, implementation: Implementation) -> Choice:
-        """What runs in `our_function`, asked of dispatch for the geometry that is bound.
+        """What runs in `our_function`, asked of dispatch.
 
         Raises:
             ValueError: "native" was asked for and there is no kernel.
         """
-        struct: Any = jax.ShapeDtypeStruct
-        operands = [struct(shape, self.dtype) for shape in self.operand_shapes]
-        jaxpr = jax.make_jaxpr(self.our_function(implementation))(*operands)
-        precision = canonicalize_precision(self.precision)
-        for equation in jaxpr.jaxpr.eqns:
-            if equation.primitive.name == "conv_input_grad":
-                return dispatch.choose(
-                    equation.params["geometry"],
-                    self.dtype,
-                    machine.lowering_platform(),
-                    equation.params["implementation"],
-                    precision,
-                )
-        return Choice("xla", "not a case for the primitive")
+        return dispatch.choose(
+            self.geometry,
+            self.dtype,
+            machine.lowering_platform(),
+            implementation,
+            canonicalize_precision(self.precision),
+            map_=FORWARD if self.direction == "fwd" else INPUT_GRAD,
+        )
 
 
-def _transpose(
-    function: Callable[..., jax.Array],
-    geometry: ConvGeometry,
-    precision: Any,
-    x: jax.Array,
-    w: jax.Array,
-) -> Any:
-    """A transposed layer through `conv_transpose`, which has no groups and no stride."""
-    return function(
-        x,
-        w,
-        geometry.lhs_dilation,
-        geometry.padding,
-        rhs_dilation=geometry.rhs_dilation,
-        dimension_numbers=geometry.dimension_numbers,
-        precision=precision,
-    )
+MAPS = {"dx": INPUT_GRAD, "y": FORWARD}
 
 
-def workloads(layer: Layer, dtype: str, precision: str) -> list[Workload]:
-    """The maps of a layer that are measured: its gradient, and a transposed one's forward."""
-    directions: list[Literal["dx", "fwd"]] = ["dx"]
-    if layer.class_name == "transposed":
-        g = layer.geometry
-        if max(g.window_strides) > 1 or g.groups > 1:
-            raise ToolError(
-                f"layer {layer.index} ({layer.name}) of class transposed must have stride 1 and "
-                f"one group, got {g}"
-            )
-        directions.append("fwd")
-    return [Workload(layer, direction, dtype, precision) for direction in directions]
+def workloads(layer: Layer, dtype: str, precision: str, maps: Sequence[str]) -> list[Workload]:
+    """The maps of a layer, by their names in MAPS, that are measured."""
+    directions: dict[str, Literal["dx", "fwd"]] = {"dx": "dx", "y": "fwd"}
+    return [Workload(layer, directions[name], dtype, precision) for name in maps]
 
 
 Operands = tuple[np.ndarray, np.ndarray]

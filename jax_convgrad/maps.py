@@ -1,0 +1,89 @@
+"""The maps of a convolution: three arrays, each of which is the result of one of them.
+
+    T(x, w, y') = sum of  y'[n, k, p] * x[n, c, h] * w[k, c, r]
+
+is linear in each array (docs/mathematics.md). A map leaves one of them out: it is the
+result, the other two are the operands. Whatever is said of a map's rules (its transposes,
+what a mapped or a cut dimension does) follows from which arrays have an index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from .geometry import ConvGeometry
+
+
+class Role(enum.IntEnum):
+    """An array of the form, by lax's name for it, and its place where all three are listed."""
+
+    LHS = 0  # x, and its gradient dX
+    RHS = 1  # the filter w
+    OUT = 2  # y, and its cotangent dY
+
+
+@dataclasses.dataclass(frozen=True)
+class Map:
+    """One of the three.
+
+    Attributes:
+        name: "forward", "input_grad" or "filter_grad".
+        operands: the activation first, or lhs and then dy.
+        result: the role that is left.
+    """
+
+    name: str
+    operands: tuple[Role, Role]
+    result: Role
+
+    @property
+    def target(self) -> str:
+        """The custom call's name."""
+        return f"convgrad_{self.name}"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+FORWARD = Map("forward", (Role.LHS, Role.RHS), Role.OUT)
+INPUT_GRAD = Map("input_grad", (Role.OUT, Role.RHS), Role.LHS)
+FILTER_GRAD = Map("filter_grad", (Role.LHS, Role.OUT), Role.RHS)
+
+
+def shape_of_role(geometry: ConvGeometry, role: Role) -> tuple[int, ...]:
+    """The shape of an array."""
+    return (geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape)[role]
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+    """An index of the form.
+
+    Attributes:
+        name: "n", "c", "k", or "g", the groups that are the major part of a dimension.
+        dims: the dimension of it, by the roles of the two or three arrays that have it.
+        groups: how many groups are the major part of that dimension, by role.
+    """
+
+    name: str
+    dims: dict[Role, int]
+    groups: dict[Role, int]
+
+
+def indices(geometry: ConvGeometry) -> dict[str, Index]:
+    """The indices but for the spatial ones, by name."""
+    lhs_spec, rhs_spec, out_spec = geometry.dimension_numbers
+    of_images, of_features = geometry.batch_group_count, geometry.feature_group_count
+    by_groups = lhs_spec[0] if of_images > 1 else lhs_spec[1]
+    every = (
+        Index("n", {Role.LHS: lhs_spec[0], Role.OUT: out_spec[0]},
+              {Role.LHS: of_images, Role.OUT: 1}),
+        Index("c", {Role.LHS: lhs_spec[1], Role.RHS: rhs_spec[1]},
+              {Role.LHS: of_features, Role.RHS: 1}),
+        Index("k", {Role.RHS: rhs_spec[0], Role.OUT: out_spec[1]},
+              {Role.RHS: geometry.groups, Role.OUT: geometry.groups}),
+        Index("g", {Role.LHS: by_groups, Role.RHS: rhs_spec[0], Role.OUT: out_spec[1]},
+              {Role.LHS: 1, Role.RHS: 1, Role.OUT: 1}),
+    )  # fmt: skip
+    return {index.name: index for index in every}

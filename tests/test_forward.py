@@ -1,0 +1,224 @@
+"""The forward map by every CPU kernel, against float64; its primitive's own rules."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from conftest import SEED
+from jax import lax
+
+import jax_convgrad
+from jax_convgrad import dispatch, native, partition
+from jax_convgrad.maps import FORWARD
+from jax_convgrad.primitive import bind_forward
+from jax_convgrad.tools.geometries import (
+    make_geometry,
+    named_cases,
+    normwise_error,
+    random_case,
+    tolerance,
+)
+
+pytestmark = pytest.mark.native
+
+NAMED = {case.name: case.geometry for case in named_cases()}
+RANDOM_COUNT = 25
+
+
+def terms(g):
+    """C*R*S: products that one element of y can sum, C the input channels of a group."""
+    return g.rhs_shape[g.dimension_numbers.rhs_spec[1]] * math.prod(g.window_sizes)
+
+
+def operands(rng, g, dtype):
+    x, w = rng.standard_normal(g.lhs_shape), rng.standard_normal(g.rhs_shape)
+    return x.astype(jnp.dtype(dtype)), w.astype(jnp.dtype(dtype))
+
+
+def call_kernels(x, w, g):
+    names = functools.partial(oracles.kernels_for, map_=FORWARD)
+    return oracles.call_kernels_of_many([(x, w, g)], names, FORWARD)[0]
+
+
+def check_kernels(rng, g, dtype):
+    x, w = operands(rng, g, dtype)
+    reference = oracles.lax_conv(g)(x.astype("float64"), w.astype("float64"))
+    bound = tolerance(dtype, terms(g))
+    results = call_kernels(x, w, g)
+    assert oracles.plan(g, dtype, map_=FORWARD)[0] in results
+    for name, y in results.items():
+        error = normwise_error(y, reference)
+        assert error <= bound, f"{name}: {error:.3e} above {bound:.3e} for {dtype} {g}"
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", NAMED)
+def test_named_geometry(rng, x64, name, dtype):
+    check_kernels(rng, NAMED[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("index", range(RANDOM_COUNT))
+def test_random_geometry(rng, x64, index, dtype):
+    check_kernels(rng, random_case(SEED, index).geometry, dtype)
+
+
+# Convolutions without padding whose taps along a row are one run of x (csrc/cpu/planner).
+RUNS = {
+    "patches": make_geometry((16, 16), (4, 4), (3, 40), batch=2, stride=4),
+    "patches that leave a rest": make_geometry((18, 19), (4, 4), (3, 5), batch=2, stride=4),
+    "windows that overlap": make_geometry((9, 23), (3, 5), (2, 33), batch=2, stride=(1, 2)),
+    "one channel, first": make_geometry(
+        (9, 23), (3, 5), (1, 20), batch=2, stride=2, dimension_numbers="first"
+    ),
+    "along a signal": make_geometry((301,), (25,), (1, 33), batch=3, stride=4),
+    "beyond the filter": make_geometry((40, 40), (2, 3), (3, 18), stride=7),
+}
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", RUNS)
+def test_taps_that_are_one_run(rng, x64, name, dtype):
+    check_kernels(rng, RUNS[name], dtype)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("where", ["x", "w"])
+@pytest.mark.parametrize("name", ["dense_3x3", *RUNS])
+def test_what_is_not_finite_reaches_what_the_definition_connects(rng, name, where, value):
+    g = RUNS.get(name) or NAMED[name]
+    x, w = operands(rng, g, "float32")
+    array = np.array(x if where == "x" else w)
+    array.reshape(-1)[rng.integers(array.size)] = value
+    x, w = (array, w) if where == "x" else (x, array)
+    with np.errstate(invalid="ignore"):
+        reached = ~np.isfinite(oracles.literal_forward(x, w, g))
+    for kernel, y in call_kernels(x, w, g).items():
+        np.testing.assert_array_equal(~np.isfinite(y), reached, err_msg=kernel)
+
+
+@pytest.mark.parametrize("index", range(6))
+def test_bits_of_an_image_do_not_depend_on_its_batch(rng, index):
+    g = random_case(SEED, 1000 + index).geometry
+    if g.batch_group_count > 1 or 0 in g.out_shape:
+        g = NAMED["dense_3x3"]
+    dim = g.dimension_numbers.lhs_spec[0]
+    shape = list(g.lhs_shape)
+    shape[dim] = 5
+    many = g.replace(lhs_shape=tuple(shape))
+    x, w = operands(rng, many, "float32")
+    shape[dim] = 1
+    one = g.replace(lhs_shape=tuple(shape))
+    y = call_kernels(x, w, many)["gemm"]
+    first = call_kernels(x.take([0], dim), w, one)["gemm"]
+    out_dim = g.dimension_numbers.out_spec[0]
+    np.testing.assert_array_equal(y.take([0], out_dim), first)
+
+
+G = make_geometry((6, 5), (3, 2), (4, 6), batch=2, stride=(2, 1), feature_groups=2, padding=1)
+DENSE = make_geometry((6, 5), (3, 2), (4, 6), batch=2, stride=(2, 1), padding=1)
+BATCHED = make_geometry((6, 5), (3, 2), (4, 6), batch=6, batch_groups=3, padding=1)
+
+
+@pytest.mark.parametrize("g", [G, DENSE, BATCHED], ids=["groups", "dense", "groups of images"])
+def test_transposes_and_batching(rng, x64, g):
+    """Each mapped operand, and derivatives of either order, in one custom call each."""
+    x, w = operands(rng, g, "float64")
+    ours = functools.partial(bind_forward, geometry=g, implementation="native")
+    theirs = oracles.lax_conv(g)
+    loss = lambda conv: lambda x, w: jnp.sum(jnp.sin(conv(x, w)))  # noqa: E731
+    xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w + 1, 3 * w])
+    functions = {
+        "value": lambda conv: conv(x, w),
+        "grad": lambda conv: jax.grad(loss(conv), (0, 1))(x, w),
+        "jvp": lambda conv: jax.jvp(conv, (x, w), (jnp.cos(x), jnp.sin(w))),
+        "second": lambda conv: jax.hessian(lambda s: loss(conv)(s * x, w))(1.5),
+        "third": lambda conv: jax.grad(jax.hessian(lambda s: loss(conv)(x, s * w)))(0.5),
+        "vmap x": lambda conv: jax.vmap(conv, (0, None))(xs, w),
+        "vmap w": lambda conv: jax.vmap(conv, (None, 0))(x, ws),
+        "vmap both": lambda conv: jax.vmap(conv)(xs, ws),
+        "vmap at the end": lambda conv: jax.vmap(conv, (4, None), 3)(jnp.moveaxis(xs, 0, 4), w),
+        "vmap of none": lambda conv: jax.vmap(conv, (0, None))(xs[:0], w),
+    }
+    for name, function in functions.items():
+        actual, expected = jax.jit(lambda f=function: (f(ours), f(theirs)))()
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9, err_msg=name)
+        if name.startswith("vmap") and name != "vmap of none":
+            text = jax.jit(lambda f=function: f(ours)).lower().as_text()
+            assert text.count(oracles.FORWARD_TARGET) == 1, name
+
+
+def test_public_convolution_is_one_custom_call_that_checkpoint_saves(rng):
+    """Policies know lax's primitive: ours is that one, with a mark."""
+    x, w = operands(rng, DENSE, "float32")
+
+    def conv(x, w):
+        return jnp.sin(jax_convgrad.conv_general_dilated(x, w, **DENSE.conv_params()))
+
+    def forwards(policy):
+        f = jax.checkpoint(lambda x, w: jnp.sum(conv(x, w)), policy=policy)
+        text = jax.jit(jax.grad(f)).lower(x, w).compile().as_text()
+        return text.count(f'custom_call_target="{native.FORWARD_TARGET}"')
+
+    text = jax.jit(conv).lower(x, w).as_text()
+    assert text.count(oracles.FORWARD_TARGET) == 1
+    assert "stablehlo.convolution" not in text
+    policies = jax.checkpoint_policies
+    assert forwards(policies.nothing_saveable) == forwards(policies.dots_saveable) == 1
+    jaxpr = str(jax.make_jaxpr(jax.linearize(
+        jax.checkpoint(lambda x: jnp.sum(conv(x, w)), policy=policies.dots_saveable), x
+    )[1])(x))  # fmt: skip
+    assert "name=conv_general_dilated" not in jaxpr
+
+
+def test_implementation_xla_is_lax_own_also_while_installed(rng):
+    x, w = operands(rng, DENSE, "float32")
+    conv = functools.partial(
+        jax_convgrad.conv_general_dilated, **DENSE.conv_params(), implementation="xla"
+    )
+    expected = lax.conv_general_dilated(x, w, **DENSE.conv_params())
+    with jax_convgrad.installed():
+        assert oracles.FORWARD_TARGET not in jax.jit(conv).lower(x, w).as_text()
+        np.testing.assert_array_equal(conv(x, w), expected)
+
+
+def test_cuda_has_no_forward_kernel():
+    choice = dispatch.choose(DENSE, "float32", "cuda", map_=FORWARD)
+    assert choice.implementation == "xla"
+    if native.cuda is not None:
+        assert "no forward kernel" in choice.reason
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_parts_put_together_are_the_whole(rng, x64, index):
+    """Cut by NumPy: the arithmetic of halos and paddings of a forward map."""
+    draw = np.random.default_rng(index)
+    stride, dilation, window = (int(n) for n in draw.integers(1, 4, 3))
+    size = 8 * int(draw.integers(1, 4)) * stride
+    reach = (window - 1) * dilation
+    low = int(draw.integers(0, reach + 1))
+    # As many rows of y as make the cuts move in step.
+    high = (size // stride - 1) * stride + reach + 1 - size - low
+    g = make_geometry(
+        (size, 3), (window, 2), (3, 4), batch=2, stride=(stride, 1), rhs_dilation=(dilation, 1),
+        padding=((low, high), (0, 1)), dimension_numbers="first",
+    )  # fmt: skip
+    x, w = operands(rng, g, "float64")
+    whole = oracles.lax_conv(g)(x, w)
+    for parts in (2, 4, 8):
+        edges = partition.halo(g, 0, parts, FORWARD)
+        if edges is None:
+            continue
+        local = partition.local_geometry(g, {"s0": parts}, FORWARD)
+        padded = np.pad(x, ((0, 0), (0, 0), (edges.before, edges.after), (0, 0)))
+        rows = edges.before + edges.rows + edges.after
+        pieces = [
+            oracles.lax_conv(local)(padded[:, :, i * edges.rows : i * edges.rows + rows], w)
+            for i in range(parts)
+        ]
+        np.testing.assert_allclose(np.concatenate(pieces, 2), whole, rtol=1e-12, atol=1e-12)
