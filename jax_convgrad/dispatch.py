@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 from typing import Any, Literal, TypeAlias
 
@@ -31,6 +32,9 @@ MAX_AXIS_SIZE = 2**31  # positions of an image or taps of a filter, along one ax
 # Whether lax's own convolution takes the kernel: what `install` and `installed` set. A JAX
 # user context, so it is part of every jit cache key.
 installed = jax.make_user_context(default_value=False)
+
+# With 3x3 and 4x4 filters of 512 to 1024 channels lax was up to 1.2 times as fast at 10 times.
+_LARGE_FILTER = 4
 
 
 @functools.cache
@@ -344,10 +348,15 @@ def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, map_: Ma
     """Why lax is preferred where the kernel could run, or None.
 
     On a CPU a rule belongs here for the rows, widened to their neighbours, that lose to lax
-    in benchmarks/results/. At present there is none.
+    in benchmarks/results/.
     """
-    del geometry, dtype, map_
+    del dtype
     if platform == "cuda":
         # Wrong in some cases, but a promise: never slower than lax without being asked.
         return f"no GPU measurements yet; {SWITCH}=on or implementation='native' run the kernel"
+    if map_ is FORWARD and geometry.is_static and geometry.groups == 1:
+        # Packing the filter then costs what the products do.
+        activations = math.prod(geometry.lhs_shape) + math.prod(geometry.out_shape)
+        if math.prod(geometry.rhs_shape) > _LARGE_FILTER * activations:
+            return f"the filter is over {_LARGE_FILTER} times as large as the activations"
     return None

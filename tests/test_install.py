@@ -55,7 +55,7 @@ def test_jitted_function_picks_it_up_and_reverts(operands):
     for switch in (jax_convgrad.install, jax_convgrad.install, jax_convgrad.uninstall):
         switch()
         counts.append(gradient.lower(*operands).as_text().count(oracles.TARGET))
-        np.testing.assert_allclose(gradient(*operands), before, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient(*operands), before, rtol=1e-4, atol=1e-4)
     assert counts == [0, 1, 1, 0]
 
 
@@ -110,7 +110,7 @@ def test_inner_jit_is_retraced(operands):
     before = gradient(*operands)
     with jax_convgrad.installed():
         assert gradient.lower(*operands).as_text().count(oracles.TARGET) == 1
-        np.testing.assert_allclose(gradient(*operands), before, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient(*operands), before, rtol=1e-4, atol=1e-4)
     assert gradient.lower(*operands).as_text().count(oracles.TARGET) == 0
 
 

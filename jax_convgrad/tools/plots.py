@@ -219,7 +219,8 @@ def _step_bars(axis: Any, net: dict[str, Any]) -> None:
     for program, height in (("lax", 1), ("ours", 0)):
         step, left = net["times_us"][program], 0.0
         forward, gradients = (
-            net["times_us"][name]["median"] / 1e3 for name in ("forward", f"dx_{program}")
+            net["times_us"][name]["median"] / 1e3
+            for name in (f"forward_{program}", f"dx_{program}")
         )
         rest = max(0.0, step["median"] / 1e3 - forward - gradients)
         for label, ms, colour in (
@@ -235,7 +236,7 @@ def _step_bars(axis: Any, net: dict[str, Any]) -> None:
                       capsize=3, elinewidth=1)  # fmt: skip
     if net["ceiling"]:
         axis.axvline(net["times_us"]["lax"]["median"] / 1e3 / net["ceiling"], color=_INK,
-                     linewidth=1.2, linestyle="--", label="if dX took no time")  # fmt: skip
+                     linewidth=1.2, linestyle="--", label="if forward and dX took no time")  # fmt: skip
     axis.set_yticks([1, 0], ["lax", "install()"])
     ceiling = f"{net['ceiling']:.3g}x" if net["ceiling"] else "none"
     axis.set_title(

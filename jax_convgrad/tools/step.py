@@ -2,23 +2,24 @@
 
 A step is the forward pass, the gradients for all parameters and the update of SGD with
 momentum: one jitted program that is given its parameters' memory. Loss and gradients of both
-programs are compared first, and every input gradient alone with lax in float64. Then five
+programs are compared first, and every input gradient alone with lax in float64. Then six
 things are timed in turns within one run (`timing`):
 
     lax, ours           the step, with lax's own gradients and under `install()`
-    forward             the loss alone, which both share
+    forward_lax, forward_ours    the loss alone
     dx_lax, dx_ours     the step's input gradients alone: each convolution's at its shape, on
                         random operands, one call after the other, by lax and by what
                         `install()` would run. The first convolution of a net has none
 
 From their medians follow
 
-    backward            lax - forward: both gradients of every layer, and the update
+    backward            lax - forward_lax: both gradients of every layer, and the update
     dx_of_backward      dx_lax / backward, dX's share of the backward pass
     dx_of_step          dx_lax / lax
-    ceiling             1 / (1 - dx_of_step): the speed-up if dX took no time (Amdahl)
-    expected            1 / (1 - dx_of_step + dx_ours / lax): the speed-up if dX took as long
-                        inside the step as alone
+    ceiling             lax / (backward - dx_lax): the speed-up if the forward pass and dX took
+                        no time (Amdahl)
+    expected            lax / (backward - dx_lax + forward_ours + dx_ours): the speed-up if they
+                        took as long inside the step as alone
 
 and the measured speed-up, lax / ours round by round, stands beside them. A layer alone finds
 its operands in a cache more or less than the step does, so the shares are estimates.
@@ -76,7 +77,8 @@ def describe(report: Report) -> list[str]:
     for what, name in (
         ("step, lax", "lax"),
         ("step, install()", "ours"),
-        ("forward", "forward"),
+        ("forward, lax", "forward_lax"),
+        ("forward, install()", "forward_ours"),
         ("all dX alone, lax", "dx_lax"),
         ("all dX alone, ours", "dx_ours"),
     ):
