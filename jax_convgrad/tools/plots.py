@@ -236,7 +236,8 @@ def _step_bars(axis: Any, net: dict[str, Any]) -> None:
                       capsize=3, elinewidth=1)  # fmt: skip
     if net["ceiling"]:
         axis.axvline(net["times_us"]["lax"]["median"] / 1e3 / net["ceiling"], color=_INK,
-                     linewidth=1.2, linestyle="--", label="if forward and dX took no time")  # fmt: skip
+                     linewidth=1.2, linestyle="--",
+                     label="if forward and dX took no time")  # fmt: skip
     axis.set_yticks([1, 0], ["lax", "install()"])
     ceiling = f"{net['ceiling']:.3g}x" if net["ceiling"] else "none"
     axis.set_title(
