@@ -27,7 +27,9 @@ def main() -> None:
 
     ours = gradient(jax_convgrad.conv_general_dilated, implementation="native")
     theirs = gradient(jax.lax.conv_general_dilated)
-    assert native.TARGET in ours.lower(x, w).compile().as_text()
+    program = ours.lower(x, w).compile().as_text()
+    assert native.TARGET in program
+    assert native.FORWARD_TARGET in program
     for got, expected in zip(ours(x, w), theirs(x, w), strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
     with jax_convgrad.installed():
@@ -35,7 +37,8 @@ def main() -> None:
             np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
     for switch, calls in ((jax_convgrad.install, True), (jax_convgrad.uninstall, False)):
         switch()
-        assert (native.TARGET in theirs.lower(x, w).compile().as_text()) == calls
+        program = theirs.lower(x, w).compile().as_text()
+        assert all((t in program) == calls for t in (native.TARGET, native.FORWARD_TARGET))
     mapped = jax.vmap(jax.grad(lambda x: loss(jax_convgrad.conv_general_dilated, x, w)))
     assert mapped(jnp.stack([x, x])).shape == (2, *x.shape)
     print(f"smoke: Python {sys.version.split()[0]}, jax {jax.__version__}: ok")
