@@ -4,6 +4,7 @@ Eight CPU devices stand for any eight. Shardings are written by the roles of dim
 {"N": "d"} cuts the images over mesh axis d.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -18,6 +19,7 @@ from conftest import SEED
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_convgrad import conv_input_grad, partition
+from jax_convgrad.primitive import bind_forward
 from jax_convgrad.tools.collectives import Collective, collectives
 from jax_convgrad.tools.geometries import (
     make_geometry,
@@ -208,6 +210,73 @@ def test_communication(rng, name):
     assert "convolution(" not in compiled.as_text()
     entries = dict(zip(roles(g)[2], dx.sharding.spec, strict=False))
     assert {letter: axes for letter, axes in entries.items() if axes} == dx_cut
+    assert collectives(compiled) == sorted(Collective(*c) for c in expected)
+
+
+def bytes_of_x(g, rows):
+    """Bytes of so many rows of x."""
+    return ITEM * rows * math.prod(g.lhs_shape) // g.in_sizes[0]
+
+
+def y_bytes(g, parts=1):
+    return ITEM * math.prod(g.out_shape) // parts
+
+
+# The forward map: how x and the filter are cut, how y comes out.
+FORWARD_CASES = {
+    "images": (LAYER, ONE, {"N": "d"}, {}, {"N": "d"}, []),
+    "output channels": (LAYER, ONE, {}, {"K": "d"}, {"K": "d"}, []),
+    "images and output channels": (
+        LAYER, TWO, {"N": "d"}, {"K": "m"}, {"N": "d", "K": "m"}, [],
+    ),
+    "groups": (GROUPED, ONE, {"C": "d"}, {"K": "d"}, {"K": "d"}, []),
+    "batch groups": (BATCH_GROUPED, ONE, {"N": "d"}, {"K": "d"}, {"K": "d"}, []),
+    "input channels": (
+        LAYER, ONE, {"C": "d"}, {"C": "d"}, {}, [("all-reduce", y_bytes(LAYER))],
+    ),
+    "images and input channels": (
+        LAYER, TWO, {"N": "d", "C": "m"}, {"C": "m"}, {"N": "d"},
+        [("all-reduce", y_bytes(LAYER, 4))],
+    ),
+    "rows": (
+        LAYER, ONE, {"0": "d"}, {}, {"0": "d"},
+        [("collective-permute", bytes_of_x(LAYER, 1))] * 2,
+    ),
+    "rows, stride as large as the filter": (PATCHES, ONE, {"0": "d"}, {}, {"0": "d"}, []),
+    "rows, dilated filter": (
+        DILATED, ONE, {"0": "d"}, {}, {"0": "d"},
+        [("collective-permute", bytes_of_x(DILATED, 2))] * 2,
+    ),
+    "rows, dilated input": (
+        TRANSPOSED, TWO, {"0": "d"}, {}, {"0": "d"},
+        [("collective-permute", bytes_of_x(TRANSPOSED, 1))] * 2,
+    ),
+    "steps of a causal layer": (
+        CAUSAL, ONE, {"0": "d"}, {}, {"0": "d"},
+        [("collective-permute", bytes_of_x(CAUSAL, 3))],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORWARD_CASES)
+def test_communication_of_the_forward_map(rng, name):
+    g, axes, x_cut, rhs_cut, y_cut, expected = FORWARD_CASES[name]
+    devices = mesh(**axes)
+    y_letters, rhs_letters, x_letters = roles(g)
+    shardings = [
+        NamedSharding(devices, spec(*of)) for of in ((x_letters, x_cut), (rhs_letters, rhs_cut))
+    ]
+    x = rng.standard_normal(g.lhs_shape).astype(np.float32)
+    w = rng.standard_normal(g.rhs_shape).astype(np.float32)
+    forward = functools.partial(bind_forward, geometry=g)
+    compiled = jax.jit(forward, in_shardings=shardings).lower(x, w).compile()
+    y = compiled(*jax.device_put((x, w), tuple(shardings)))
+    error = normwise_error(y, oracles.lax_conv(g)(x, w))
+    assert error <= 2 * tolerance("float32", math.prod(g.rhs_shape))
+    assert oracles.FORWARD_TARGET.strip("@(") in compiled.as_text()
+    assert "convolution(" not in compiled.as_text()
+    entries = dict(zip(y_letters, y.sharding.spec, strict=False))
+    assert {letter: axes for letter, axes in entries.items() if axes} == y_cut
     assert collectives(compiled) == sorted(Collective(*c) for c in expected)
 
 
