@@ -1,7 +1,7 @@
 // The CPU kernels without Python or JAX: for sanitizers, which would have to watch those
 // too, and for other processors under an emulator. Runs every kernel that takes a problem
 // on buffers of exactly their size and on threads of its own, and compares with the
-// literal sum in double.
+// literal sum in double: dX, and the forward map as "forward:" and the kernel.
 //
 //   cpu_driver FILE THREADS[,THREADS...] [FAULT]    one problem a line, see
 //   problem_lines.h
@@ -17,6 +17,7 @@
 //   early    a stage starts while the first task of the one before it still runs
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -99,21 +100,25 @@ int64_t Lacks(const std::string& fault, const char* buffer) {
   return fault == std::string("short_") + buffer ? kVector : 0;
 }
 
-// Runs one line's kernels and prints a line for each. Returns the number of failures.
-int RunLine(const Line& line, const std::vector<int>& threads, const std::string& fault) {
-  Problem problem{};
-  if (const std::string error = MakeProblem(line.lhs_shape, line.rhs_shape,
-                                            line.out_shape, line.attributes, &problem);
-      !error.empty()) {
-    std::printf("FAIL %s %s: %s\n", line.name.c_str(), line.dtype.c_str(), error.c_str());
-    return 1;
-  }
-  problem.dtype = DTypeByName(line.dtype);
+// What a line asks of a map: dX, or y, which is read as an input gradient.
+struct Request {
+  Problem problem;
+  Ints from_shape, to_shape;  // of dY and dX, or of x and y
+  int64_t w_at;               // where the filter begins
+  std::string prefix;         // of kernels' names, in print
+};
+
+// Runs a request's kernels and prints a line for each. Returns the number of failures.
+int RunRequest(const Line& line, const Request& request, const std::vector<int>& threads,
+               const std::string& fault) {
+  const Problem& problem = request.problem;
   std::mt19937 random(static_cast<unsigned>(std::hash<std::string>{}(line.name)));
-  Array dy(problem.dtype, line.out_shape, Lacks(fault, "dy"));
+  Array dy(problem.dtype, request.from_shape, Lacks(fault, "dy"));
   Array w(problem.dtype, line.rhs_shape, Lacks(fault, "w"));
   Fill(&dy, line.special, &random);
   Fill(&w, line.special, &random);
+  const void* const filter = static_cast<const unsigned char*>(w.data()) +
+                             request.w_at * SizeInBytes(problem.dtype);
   std::vector<double> expected;
 
   int failures = 0;
@@ -129,20 +134,21 @@ int RunLine(const Line& line, const std::vector<int>& threads, const std::string
         (std::strcmp(kernel, "auto") == 0 && !plan.exchanged)) {
       continue;
     }
-    const Array first(problem.dtype, line.lhs_shape, Lacks(fault, "dx"));
+    const Array first(problem.dtype, request.to_shape, Lacks(fault, "dx"));
     if (first.count() == 0) continue;
     if (expected.empty() && fault.empty()) {
-      expected = LiteralSum(problem, dy.Values(), w.Values(), first.count());
+      expected =
+          LiteralSum(problem, dy.Values(), w.Values(), first.count(), request.w_at);
     }
     bool same = true;
     int64_t stages = 0;
     for (size_t i = 0; i < threads.size(); ++i) {
-      const Array again(problem.dtype, line.lhs_shape, Lacks(fault, "dx"));
+      const Array again(problem.dtype, request.to_shape, Lacks(fault, "dx"));
       const Array& dx = i == 0 ? first : again;
       const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8},
                             Lacks(fault, "workspace"));
       Stages run(threads[i], i == 0 ? "" : fault, stages);
-      RunCpu(problem, plan, dy.data(), w.data(), dx.data(), workspace.data(), {},
+      RunCpu(problem, plan, dy.data(), filter, dx.data(), workspace.data(), {},
              threads[i],
              [&run](int64_t count, const Task& task) { run.Run(count, task); });
       stages = run.stages();
@@ -151,25 +157,49 @@ int RunLine(const Line& line, const std::vector<int>& threads, const std::string
     bool finished = true;
     if (fault.empty()) {
       const int which = 1 + static_cast<int>(random() % 3);
-      const EpilogueArrays arrays(which, problem.dtype, line.lhs_shape, line.special,
+      const EpilogueArrays arrays(which, problem.dtype, request.to_shape, line.special,
                                   &random);
-      const Array dx(problem.dtype, line.lhs_shape);
+      const Array dx(problem.dtype, request.to_shape);
       const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8});
       Stages run(threads.back(), "", 0);
-      RunCpu(problem, plan, dy.data(), w.data(), dx.data(), workspace.data(),
+      RunCpu(problem, plan, dy.data(), filter, dx.data(), workspace.data(),
              arrays.Pointers(), threads.back(),
              [&run](int64_t count, const Task& task) { run.Run(count, task); });
       finished = arrays.Holds(first, dx);
     }
     const double off = fault.empty() ? Error(first, expected) : 0;
     const bool passed = off <= line.tolerance && same && finished;
-    std::printf("%s %s %s %s error %.2e of %.2e %s%s\n", passed ? "pass" : "FAIL",
-                line.name.c_str(), line.dtype.c_str(), kernel, off, line.tolerance,
-                same ? "" : "other bits with other threads",
+    std::printf("%s %s %s %s%s error %.2e of %.2e %s%s\n", passed ? "pass" : "FAIL",
+                line.name.c_str(), line.dtype.c_str(), request.prefix.c_str(), kernel,
+                off, line.tolerance, same ? "" : "other bits with other threads",
                 finished ? "" : "another epilogue than that of the bits without one");
     failures += passed ? 0 : 1;
   }
   return failures;
+}
+
+// dX of a line and, unless there is a fault to be caught, y. Returns the number of
+// failures.
+int RunLine(const Line& line, const std::vector<int>& threads, const std::string& fault) {
+  Request dx{}, y{};
+  if (const std::string error = MakeProblem(line.lhs_shape, line.rhs_shape,
+                                            line.out_shape, line.attributes, &dx.problem);
+      !error.empty()) {
+    std::printf("FAIL %s %s: %s\n", line.name.c_str(), line.dtype.c_str(), error.c_str());
+    return 1;
+  }
+  dx.problem.dtype = DTypeByName(line.dtype);
+  dx.from_shape = y.to_shape = line.out_shape;
+  dx.to_shape = y.from_shape = line.lhs_shape;
+  const int failures = RunRequest(line, dx, threads, fault);
+  if (!fault.empty()) return failures;
+  y.problem = ForwardAsInputGrad(dx.problem, &y.w_at);
+  y.prefix = "forward:";
+  Line forward = line;  // whose sums may be longer
+  const double k = static_cast<double>(std::max<int64_t>(1, dx.problem.out_channels));
+  forward.tolerance *=
+      std::sqrt(std::max(1.0, static_cast<double>(dx.problem.in_channels) / k));
+  return failures + RunRequest(forward, y, threads, fault);
 }
 
 int Main(const char* path, const char* numbers, const std::string& fault) {

@@ -180,9 +180,11 @@ inline void Fill(Array* array, bool special, std::mt19937* random) {
   }
 }
 
-// The definition in kernel.h, word for word. dX as its strides lay it out.
+// The definition in kernel.h, word for word. dX as its strides lay it out; the filter
+// begins w_at elements into w.
 inline std::vector<double> LiteralSum(const Problem& p, const std::vector<double>& dy,
-                                      const std::vector<double>& w, int64_t count) {
+                                      const std::vector<double>& w, int64_t count,
+                                      int64_t w_at = 0) {
   std::vector<double> dx(static_cast<size_t>(count));
   // The position of dY that tap r of axis a brings to h, or -1.
   const auto reads = [&p](int a, int64_t h, int64_t r) -> int64_t {
@@ -198,7 +200,7 @@ inline std::vector<double> LiteralSum(const Problem& p, const std::vector<double
       for (r[1] = 0; r[1] < p.axis[1].win; ++r[1]) {
         for (r[2] = 0; r[2] < p.axis[2].win; ++r[2]) {
           int64_t from_dy = n * p.dy.batch + g * p.dy.group;
-          int64_t from_w = g * p.w.group + c * p.w.in_channel;
+          int64_t from_w = w_at + g * p.w.group + c * p.w.in_channel;
           bool inside = true;
           for (int a = 0; a < kAxes; ++a) {
             const int64_t position = reads(a, h[a], r[a]);
