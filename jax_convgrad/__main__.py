@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from .tools import DTYPES, ToolError
 
+_MAPS = "comma-separated: y, the forward pass, and dx, the input gradient"
+
 
 def _natural(text: str) -> int:
     value = int(text)
@@ -39,6 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("info", help="what is installed and compiled, and what would run")
 
     check = commands.add_parser("check", help="compare with float64 lax over many geometries")
+    check.add_argument("--map", dest="maps", metavar="MAPS",
+                       help=f"{_MAPS} (default both, on a GPU dx)")  # fmt: skip
     check.add_argument(
         "--count", type=_natural, default=500, help="random geometries (default 500)"
     )
@@ -126,9 +130,7 @@ def _add_bench_options(bench: argparse.ArgumentParser) -> None:
     add("--dtype", choices=tuple(DTYPES), help="default f32; with --random, any")
     add("--layout", choices=("NHWC", "NCHW"), default="NHWC",
         help="channels last with HWIO filters, or channels first with OIHW")  # fmt: skip
-    add("--map", dest="maps", metavar="MAPS",
-        help="comma-separated: y, the forward pass, and dx, the input gradient (default dx; "
-        "with --random, any)")  # fmt: skip
+    add("--map", dest="maps", metavar="MAPS", help=f"{_MAPS} (default dx; with --random, any)")
     add("--peers", default="lax", help="comma-separated: lax,torch (default lax)")
     add("--class", dest="classes", action="append", metavar="NAME",
         help="only this class of layers; may be repeated")  # fmt: skip

@@ -61,7 +61,8 @@ def test_check_passes_with_kernels(some_cases, capsys):
     some_cases(cases)
     assert __main__.main(["check", "--count", "3", "--dtype", "f32", "--seed", "3"]) == 0
     out = capsys.readouterr().out
-    assert f"{len(cases) + 3} results, {len(cases) + 3} native, 0 failed" in out
+    results = 2 * (len(cases) + 3)  # of dX and of y
+    assert f"{results} results, {results} native, 0 failed" in out
     assert "pass" in out
     assert "FAIL" not in out
 
@@ -72,7 +73,7 @@ def test_check_takes_one_kernel_by_name(some_cases, capsys):
     others = [case for case in named_cases() if case not in taken]
     some_cases([*taken[:3], *others[:3]])
     arguments = ("check", "--count", "0", "--dtype", "bf16", "--kernel", "few_channels")
-    assert __main__.main(arguments) == 0
+    assert __main__.main((*arguments, "--map", "dx")) == 0
     assert "3 results, 3 native, 0 failed" in (out := capsys.readouterr().out)
     assert "few_channels: 3" in out
 
@@ -95,18 +96,30 @@ def test_check_without_kernels_says_so(some_cases, monkeypatch, capsys):
     arguments = ("check", "--count", "0", "--dtype", "f32", "--require-native")
     assert __main__.main(arguments) == 1
     out = capsys.readouterr().out
-    assert "2 results, 0 native" in out
+    assert "4 results, 0 native" in out
     assert "compared lax with itself" in out
     assert "--require-native" in out
 
 
 @pytest.mark.native
-def test_check_fails_where_a_result_is_wrong(some_cases, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "map_name"),
+    [("conv_input_grad", "input_grad"), ("conv_general_dilated", "forward")],
+)
+def test_check_fails_where_a_result_is_wrong(some_cases, monkeypatch, capsys, name, map_name):
     some_cases(named_cases()[:2])
-    right = check.conv_input_grad
-    monkeypatch.setattr(check, "conv_input_grad", lambda *a, **k: 1.01 * right(*a, **k))
+    right = getattr(check, name)
+    monkeypatch.setattr(check, name, lambda *a, **k: 1.01 * right(*a, **k))
     assert __main__.main(["check", "--count", "0", "--dtype", "f32"]) == 1
-    assert "FAIL float32" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("\nFAIL ") == 2
+    assert out.count(f"\nFAIL {map_name} float32 ") == 2
+
+
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_map_that_there_is_not_is_refused(command, capsys):
+    assert __main__.main([command, "--map", "y,dz"]) == 2
+    assert "--map must name some of dx, y, got 'dz'" in capsys.readouterr().err
 
 
 def test_a_process_ends_with_the_commands_status(run_python):

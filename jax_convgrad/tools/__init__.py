@@ -11,12 +11,23 @@ import json
 import pathlib
 from typing import Any
 
+from ..maps import FORWARD, INPUT_GRAD
+
 # As the command line spells them.
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64"}
+MAPS = {"dx": INPUT_GRAD, "y": FORWARD}
 
 
 class ToolError(Exception):
     """A message for the user of the command line, printed as one line without a trace."""
+
+
+def maps_by_name(names: str) -> list[str]:
+    """The keys of `MAPS` that a comma-separated option names, or a ToolError."""
+    wanted = names.split(",")
+    if unknown := [name for name in wanted if name not in MAPS]:
+        raise ToolError(f"--map must name some of {', '.join(MAPS)}, got {unknown[0]!r}")
+    return wanted
 
 
 def require(module: str, purpose: str, install: str = "pip install 'jax-convgrad[bench]'") -> Any:

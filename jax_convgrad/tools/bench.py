@@ -26,19 +26,21 @@ import jax
 
 from .. import roofline
 from ..dispatch import Implementation
-from . import DTYPES, ToolError, layers, machine, random_layers, require, results, timing
+from . import (
+    DTYPES,
+    MAPS,
+    ToolError,
+    layers,
+    machine,
+    maps_by_name,
+    random_layers,
+    require,
+    results,
+    timing,
+)
 from .console import Console, table
 from .results import PEERS, Row
-from .workloads import (
-    MAPS,
-    JaxPeer,
-    ScanPeer,
-    Workload,
-    distance,
-    make_pool,
-    reference,
-    workloads,
-)
+from .workloads import JaxPeer, ScanPeer, Workload, distance, make_pool, reference, workloads
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {"auto": None, "native": "native", "xla": "xla"}
 
@@ -252,9 +254,7 @@ def main(
         require("matplotlib", "--png")
     results.check_writable(json_path, png_path)
     names = _parse_peers(peers)
-    names_of_maps = (maps or ("dx" if random is None else ",".join(MAPS))).split(",")
-    if unknown := [name for name in names_of_maps if name not in MAPS]:
-        raise ToolError(f"--map must name some of {', '.join(MAPS)}, got {unknown[0]!r}")
+    names_of_maps = maps_by_name(maps or ("dx" if random is None else ",".join(MAPS)))
     torch_settings = None
     if "torch" in names:
         from . import torch_peer

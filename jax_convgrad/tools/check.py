@@ -1,6 +1,6 @@
-"""`check`: the gradient against float64 lax on this machine, over many geometries.
+"""`check`: maps of convolutions against float64 lax on this machine, over many geometries.
 
-Every geometry runs in every dtype through the public function, on the kernel wherever
+Every geometry runs in every dtype through the public functions, on the kernel wherever
 one takes it, on fresh random data. The reference is lax's convolution in float64 on the
 CPU, of the same operands after rounding.
 """
@@ -17,9 +17,11 @@ import numpy as np
 
 from .. import custom_call, dispatch, lax_maps, native
 from ..compat import canonicalize_precision
+from ..conv import conv_general_dilated
 from ..geometry import ConvGeometry
 from ..input_grad import conv_input_grad
-from . import DTYPES, ToolError, machine
+from ..maps import FORWARD, INPUT_GRAD, Map, shape_of_role
+from . import DTYPES, MAPS, ToolError, machine, maps_by_name
 from .console import Console, table
 from .geometries import (
     Case,
@@ -40,6 +42,7 @@ class Outcome:
     """One case in one dtype: what ran, how far off it was, how far off it may be."""
 
     case: Case
+    map_: Map
     dtype: str
     kernel: str | None  # None where lax ran
     error: float
@@ -58,7 +61,12 @@ def input_grad_params(geometry: ConvGeometry) -> dict[str, Any]:
 
 
 def forced_kernel(
-    geometry: ConvGeometry, dtype: str, platform: str, kernel: str, precision: Any
+    geometry: ConvGeometry,
+    dtype: str,
+    platform: str,
+    kernel: str,
+    precision: Any,
+    map_: Map = INPUT_GRAD,
 ) -> Any:
     """The custom call with one kernel by name, or None if that kernel does not take it."""
     module = native.module_for(platform)
@@ -69,24 +77,28 @@ def forced_kernel(
         raise ToolError(f"--kernel must be one of {names} on {platform}, got {kernel!r}")
     try:
         workspace_bytes = dispatch.plan(
-            geometry, dtype, platform, precision, kernel
+            geometry, dtype, platform, precision, kernel, map_
         ).workspace_bytes
     except ValueError:
         return None
     attributes = custom_call.attributes(geometry, platform, precision, kernel)
-    lhs, rhs, out = custom_call.layouts(geometry, platform)
+    layouts = custom_call.layouts(geometry, platform)
     struct: Any = jax.ShapeDtypeStruct
     call: Any = jax.ffi.ffi_call(
-        native.TARGET,
-        (struct(geometry.lhs_shape, dtype), struct((workspace_bytes,), np.uint8)),
-        input_layouts=(out, rhs),
-        output_layouts=(lhs, (0,)),
+        map_.target,
+        (
+            struct(shape_of_role(geometry, map_.result), dtype),
+            struct((workspace_bytes,), np.uint8),
+        ),
+        input_layouts=tuple(layouts[role] for role in map_.operands),
+        output_layouts=(layouts[map_.result], (0,)),
     )
-    return lambda dy, w: call(dy, w, **attributes)[0]
+    return lambda operand, w: call(operand, w, **attributes)[0]
 
 
 def _run_case(
     case: Case,
+    map_: Map,
     dtypes: Sequence[str],
     platform: str,
     rng: np.random.Generator,
@@ -95,70 +107,74 @@ def _run_case(
 ) -> list[Outcome]:
     geometry = case.geometry
     cpu = jax.local_devices(backend="cpu")[0]
-    reference = jax.jit(lambda dy, w: lax_maps.input_grad(dy, w, geometry))
+    reference = jax.jit(lambda operand, w: lax_maps.of(map_)(operand, w, geometry))
+    taps = reduction_taps(geometry, map_)
     outcomes = []
     for dtype in dtypes:
         tf32 = platform == "cuda" and dtype == "float32" and precision != "highest"
-        bound = tolerance("tf32" if tf32 else dtype, reduction_taps(geometry))
+        bound = tolerance("tf32" if tf32 else dtype, taps)
         name: str | None = kernel
         function: Callable[..., Any] | None
         if kernel is not None:
             function = forced_kernel(
-                geometry, dtype, platform, kernel, canonicalize_precision(precision)
+                geometry, dtype, platform, kernel, canonicalize_precision(precision), map_
             )
             if function is None:
                 continue
         else:
-            name, function = _public(geometry, dtype, platform, precision)
-        dy = rng.standard_normal(geometry.out_shape).astype(dtype)
+            name, function = _public(map_, geometry, dtype, platform, precision)
+        operand = rng.standard_normal(shape_of_role(geometry, map_.operands[0])).astype(dtype)
         w = rng.standard_normal(geometry.rhs_shape).astype(dtype)
         failure, error = None, float("nan")
         try:
-            out = jax.jit(function)(dy, w)
+            out = jax.jit(function)(operand, w)
             with jax.default_device(cpu):
-                expected = reference(dy.astype(np.float64), w.astype(np.float64))
+                expected = reference(operand.astype(np.float64), w.astype(np.float64))
             error = normwise_error(out, expected)
         except Exception as e:  # a tool that stops at the first failure hides the others
             failure = f"{type(e).__name__}: {e}".splitlines()[0]
-        outcomes.append(Outcome(case, dtype, name, error, bound, failure))
+        outcomes.append(Outcome(case, map_, dtype, name, error, bound, failure))
     return outcomes
 
 
 def _public(
-    geometry: ConvGeometry, dtype: str, platform: str, precision: str
+    map_: Map, geometry: ConvGeometry, dtype: str, platform: str, precision: str
 ) -> tuple[str | None, Callable[..., Any]]:
     """The kernel's name and the public function, insisting on the kernel if there is one."""
     try:
         choice = dispatch.choose(
-            geometry, dtype, platform, "native", canonicalize_precision(precision)
+            geometry, dtype, platform, "native", canonicalize_precision(precision), map_=map_
         )
     except ValueError:
-        choice = dispatch.choose(geometry, dtype, platform, "xla")
-    params = input_grad_params(geometry)
+        choice = dispatch.choose(geometry, dtype, platform, "xla", map_=map_)
+    options: dict[str, Any] = {
+        "precision": precision, "implementation": choice.implementation
+    }  # fmt: skip
 
-    def function(dy: jax.Array, w: jax.Array) -> jax.Array:
-        return conv_input_grad(
-            dy, w, **params, precision=precision, implementation=choice.implementation
-        )
+    def forward(x: jax.Array, w: jax.Array) -> jax.Array:
+        return conv_general_dilated(x, w, **geometry.conv_params(), **options)
 
-    return choice.kernel, function
+    def input_grad(dy: jax.Array, w: jax.Array) -> jax.Array:
+        return conv_input_grad(dy, w, **input_grad_params(geometry), **options)
+
+    return choice.kernel, forward if map_ is FORWARD else input_grad
 
 
 def summarize(outcomes: Sequence[Outcome]) -> str:
     """The table: one line per dtype and class, the worst case of each."""
-    groups: dict[tuple[str, str], list[Outcome]] = {}
+    groups: dict[tuple[str, str, str], list[Outcome]] = {}
     for outcome in outcomes:
-        key = (outcome.dtype, classify(outcome.case.geometry))
+        key = (outcome.map_.name, outcome.dtype, classify(outcome.case.geometry))
         groups.setdefault(key, []).append(outcome)
     rows = []
-    for (dtype, class_name), members in sorted(groups.items()):
+    for (map_name, dtype, class_name), members in sorted(groups.items()):
         computed = [o for o in members if o.failure is None]
         worst = max(computed, key=lambda o: o.error / o.bound, default=None)
         native_count = sum(o.kernel is not None for o in members)
         failed = sum(not o.passed for o in members)
         rows.append(
             (
-                f"{dtype} {class_name}",
+                f"{map_name} {dtype} {class_name}",
                 str(len(members)),
                 str(native_count),
                 "-" if worst is None else f"{worst.error:.2e}",
@@ -166,13 +182,14 @@ def summarize(outcomes: Sequence[Outcome]) -> str:
                 "pass" if not failed else f"FAIL {failed}",
             )
         )
-    headers = ("dtype and class", "cases", "native", "worst error", "its bound", "result")
+    headers = ("map, dtype, class", "cases", "native", "worst error", "its bound", "result")
     return table(headers, rows)
 
 
 def main(
     *,
     count: int,
+    maps: str | None,
     dtype: str,
     seed: int,
     kernel: str | None,
@@ -183,6 +200,7 @@ def main(
 
     Args:
         count: random geometries, besides the named ones.
+        maps: names in `MAPS`, comma-separated; None for those that have kernels here.
         dtype: "all" or a key of `DTYPES`.
         seed: of the geometries and of the data.
         kernel: one kernel by name, on the geometries that it takes; None for the planner's.
@@ -194,6 +212,8 @@ def main(
     """
     console = Console()
     platform = machine.lowering_platform()
+    maps = maps or ("dx" if platform == "cuda" else ",".join(MAPS))
+    wanted = [MAPS[name] for name in maps_by_name(maps)]
     dtypes = list(DTYPES.values()) if dtype == "all" else [DTYPES[dtype]]
     cases = [*named_cases(), *random_cases(count, seed)]
     try:
@@ -204,13 +224,14 @@ def main(
     clear_caches: Callable[[], None] = jax.clear_caches
     start = time.perf_counter()
     console.line(
-        f"check: {len(cases)} geometries in {', '.join(dtypes)} on {platform} "
+        f"check: {maps} of {len(cases)} geometries in {', '.join(dtypes)} on {platform} "
         f"({jax.devices()[0].device_kind}), seed {seed}"
     )
     with jax.enable_x64(True), console.progress(len(cases), "check"):
         for index, case in enumerate(cases):
             rng = np.random.default_rng([seed, index])
-            outcomes += _run_case(case, dtypes, platform, rng, kernel, precision)
+            for map_ in wanted:
+                outcomes += _run_case(case, map_, dtypes, platform, rng, kernel, precision)
             if index % _CASES_PER_CACHE == _CASES_PER_CACHE - 1:
                 clear_caches()
             console.advance()
@@ -219,7 +240,8 @@ def main(
     for o in failures:
         what = o.failure or f"error {o.error:.3e} above {o.bound:.3e}"
         ran = "lax" if o.kernel is None else f"kernel {o.kernel}"
-        console.line(f"FAIL {o.dtype} {o.case.name} ({ran}): {what}\n  {o.case.geometry}", "red")
+        name = f"{o.map_.name} {o.dtype} {o.case.name}"
+        console.line(f"FAIL {name} ({ran}): {what}\n  {o.case.geometry}", "red")
     native_count = sum(o.kernel is not None for o in outcomes)
     used: dict[str, int] = {}
     for o in outcomes:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..geometry import ConvGeometry
+from ..maps import FORWARD, INPUT_GRAD, Map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,13 @@ def tolerance(dtype: Any, taps: int) -> float:
     return max(constant, per_root_tap * math.sqrt(max(taps, 1)))
 
 
-def reduction_taps(geometry: ConvGeometry) -> int:
-    """K*R*S: products that one element of dX can sum, K the output channels of a group."""
-    out_channels = geometry.rhs_shape[geometry.dimension_numbers.rhs_spec[0]]
-    return out_channels // geometry.groups * math.prod(geometry.window_sizes)
+def reduction_taps(geometry: ConvGeometry, map_: Map = INPUT_GRAD) -> int:
+    """K*R*S: products that one element of dX can sum, or C*R*S of y, of a group's channels."""
+    out_feature, in_feature, *_ = geometry.dimension_numbers.rhs_spec
+    if map_ is FORWARD:
+        return geometry.rhs_shape[in_feature] * math.prod(geometry.window_sizes)
+    out_channels = geometry.rhs_shape[out_feature] // geometry.groups
+    return out_channels * math.prod(geometry.window_sizes)
 
 
 def normwise_error(out: Any, ref: Any) -> float:

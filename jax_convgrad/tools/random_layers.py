@@ -13,9 +13,9 @@ import random
 from collections.abc import Sequence
 
 from ..geometry import ConvGeometry
-from . import layers
+from . import MAPS, layers
 from .geometries import classify, layout, make_geometry
-from .workloads import MAPS, Workload, workloads
+from .workloads import Workload, workloads
 
 # A problem of more takes lax seconds where it has no fast route; one of less is all call.
 _FLOPS = (1e5, 4e8)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -20,7 +19,7 @@ from ..conv import conv_general_dilated
 from ..dispatch import Choice, Implementation
 from ..geometry import ConvGeometry
 from ..input_grad import conv_input_grad
-from ..maps import FORWARD, INPUT_GRAD
+from ..maps import FORWARD, INPUT_GRAD, Map
 from . import machine
 from .geometries import normwise_error, reduction_taps, tolerance
 from .layers import Layer
@@ -52,6 +51,11 @@ class Workload:
         return self.layer.geometry
 
     @property
+    def map_(self) -> Map:
+        """What is computed."""
+        return FORWARD if self.direction == "fwd" else INPUT_GRAD
+
+    @property
     def name(self) -> str:
         """The net, with " fwd" appended for a forward."""
         return self.layer.name + (" fwd" if self.direction == "fwd" else "")
@@ -76,11 +80,7 @@ class Workload:
     def bound(self) -> float:
         """The normwise error allowed against float64."""
         tf32 = machine.is_gpu() and self.dtype == "float32" and self.precision != "highest"
-        if self.direction == "dx":
-            taps = reduction_taps(self.geometry)
-        else:
-            rhs_spec = self.geometry.dimension_numbers.rhs_spec
-            taps = math.prod(self.geometry.rhs_shape) // self.geometry.rhs_shape[rhs_spec[0]]
+        taps = reduction_taps(self.geometry, self.map_)
         return tolerance("tf32" if tf32 else self.dtype, taps)
 
     def lax_function(self, precision: Any = None) -> Function:
@@ -135,11 +135,8 @@ class Workload:
             machine.lowering_platform(),
             implementation,
             canonicalize_precision(self.precision),
-            map_=FORWARD if self.direction == "fwd" else INPUT_GRAD,
+            map_=self.map_,
         )
-
-
-MAPS = {"dx": INPUT_GRAD, "y": FORWARD}
 
 
 def workloads(layer: Layer, dtype: str, precision: str, maps: Sequence[str]) -> list[Workload]:
