@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend import core as jex_core
 from jax.interpreters import mlir
 
-from . import compat, custom_call, dispatch, lax_maps, partition, symbolic
+from . import compat, custom_call, dispatch, lax_maps, native, partition, symbolic
 from .dispatch import Implementation
 from .geometry import ConvGeometry
 from .maps import Map, Role
@@ -125,7 +125,7 @@ def _lower(
     return call_kernel(
         ctx,
         map_,
-        map_.target,
+        native.TARGETS[map_],
         operand,
         rhs,
         geometry=geometry,

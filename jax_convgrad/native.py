@@ -18,9 +18,9 @@ import jax
 
 from .maps import FORWARD, INPUT_GRAD
 
-TARGET = INPUT_GRAD.target
+TARGETS = {map_: map_.target for map_ in (FORWARD, INPUT_GRAD)}
+TARGET, FORWARD_TARGET = TARGETS[INPUT_GRAD], TARGETS[FORWARD]
 FUSED_TARGET = "convgrad_input_grad_fused"
-FORWARD_TARGET = FORWARD.target
 
 try:
     __version__ = importlib.metadata.version("jax-convgrad")

@@ -229,7 +229,7 @@ def test_64_bit_arithmetic_is_what_the_wide_cases_take(emulated, case):
 def lowered_for_cuda(emulated, monkeypatch):
     """Makes the CPU lowering of the primitive the CUDA one, on the emulated module."""
     monkeypatch.setattr(native, "cuda", emulated)
-    monkeypatch.setattr(native, "TARGET", TARGET)
+    monkeypatch.setitem(native.TARGETS, INPUT_GRAD, TARGET)
 
     def register(platform):
         rule = functools.partial(primitive._lower, INPUT_GRAD, platform=platform)

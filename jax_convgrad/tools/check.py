@@ -85,7 +85,7 @@ def forced_kernel(
     layouts = custom_call.layouts(geometry, platform)
     struct: Any = jax.ShapeDtypeStruct
     call: Any = jax.ffi.ffi_call(
-        map_.target,
+        native.TARGETS[map_],
         (
             struct(shape_of_role(geometry, map_.result), dtype),
             struct((workspace_bytes,), np.uint8),
