@@ -177,9 +177,10 @@ def assign(
         arrays = sorted(factor.dims, key=lambda array: elements[array], reverse=True)
         names = dict.fromkeys(n for array in arrays for n in specs[array][factor.dims[array]])
         axes = [name for name in names if winner[name] == factor.name]
-        parts = [mesh_shape[name] for name in axes]
-        while axes and not fits(factor, geometry, math.prod(parts), map_):
-            axes.pop(), parts.pop()
+        while axes:
+            if fits(factor, geometry, math.prod(mesh_shape[name] for name in axes), map_):
+                break
+            axes.pop()
         if axes:
             assignment[factor.name] = tuple(axes)
     return assignment
