@@ -28,14 +28,20 @@ DType DTypeByName(const std::string& name) {
                         name);
 }
 
+Map MapByName(const std::string& name) {
+  const ModuleParts& parts = Parts();
+  if (name == NameOf(Map::kInputGrad)) return Map::kInputGrad;
+  if (name == NameOf(Map::kForward) && parts.forward != nullptr) return Map::kForward;
+  if (name == NameOf(Map::kFilterGrad) && parts.filter_grad != nullptr) {
+    return Map::kFilterGrad;
+  }
+  throw py::value_error("map must be one that the module computes, got " + name);
+}
+
 // A problem that dispatch.py describes by the same words as the custom call.
 Problem ProblemByAttributes(const std::string& dtype, const Ints& lhs_shape,
                             const Ints& rhs_shape, const Ints& out_shape,
-                            const py::dict& call, const std::string& map = "input_grad") {
-  const bool forward = map == NameOf(Map::kForward) && Parts().forward != nullptr;
-  if (!forward && map != NameOf(Map::kInputGrad)) {
-    throw py::value_error("map must be one that the module computes, got " + map);
-  }
+                            const py::dict& call, Map map = Map::kInputGrad) {
   const auto ints = [&call](const char* name) { return call[name].cast<Ints>(); };
   const Attributes attributes{ints("window_strides"),
                               ints("padding"),
@@ -53,7 +59,7 @@ Problem ProblemByAttributes(const std::string& dtype, const Ints& lhs_shape,
   const std::string error =
       MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, &problem);
   if (!error.empty()) throw py::value_error(error);
-  if (forward) {
+  if (map == Map::kForward) {
     int64_t w_at;
     problem = ForwardAsInputGrad(problem, &w_at);
   }
@@ -62,10 +68,11 @@ Problem ProblemByAttributes(const std::string& dtype, const Ints& lhs_shape,
   return problem;
 }
 
-Plan PlanOf(const Problem& problem, const py::dict& call, int capability) {
+Plan PlanOf(const Problem& problem, const py::dict& call, int capability,
+            Map map = Map::kInputGrad) {
   Plan plan{};
   const std::string error =
-      Parts().plan(problem, call["kernel"].cast<std::string>(), capability, &plan);
+      Parts().plan(map, problem, call["kernel"].cast<std::string>(), capability, &plan);
   if (!error.empty()) throw py::value_error(error);
   return plan;
 }
@@ -73,10 +80,12 @@ Plan PlanOf(const Problem& problem, const py::dict& call, int capability) {
 // The planner: what runs a request.
 py::dict PlanByAttributes(const std::string& dtype, const Ints& lhs_shape,
                           const Ints& rhs_shape, const Ints& out_shape,
-                          const py::dict& call, int capability, const std::string& map) {
+                          const py::dict& call, int capability,
+                          const std::string& map_name) {
+  const Map map = MapByName(map_name);
   const Problem problem =
       ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call, map);
-  const Plan plan = PlanOf(problem, call, capability);
+  const Plan plan = PlanOf(problem, call, capability, map);
   py::dict result;
   result["kernel"] = plan.kernel;
   result["workspace_bytes"] =
@@ -146,6 +155,7 @@ void Define(py::module_& m) {
     targets["convgrad_input_grad_fused"] = py::capsule(Parts().input_grad_fused);
     if (Parts().forward != nullptr) {
       targets["convgrad_forward"] = py::capsule(Parts().forward);
+      targets["convgrad_filter_grad"] = py::capsule(Parts().filter_grad);
     }
     return targets;
   });
@@ -156,19 +166,23 @@ void Define(py::module_& m) {
       "workspace_bound",
       [](const std::string& dtype, const Ints& lhs_shape, const Ints& rhs_shape,
          const Ints& out_shape, const py::dict& call, const std::string& map) {
-        const WorkspaceBound bound = Parts().bound_workspace(
-            ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call, map));
+        const WorkspaceBound bound = Parts().bound_workspace(ProblemByAttributes(
+            dtype, lhs_shape, rhs_shape, out_shape, call, MapByName(map)));
         return py::make_tuple(bound.bytes, bound.bytes_per_position);
       },
       py::arg("dtype"), py::arg("lhs_shape"), py::arg("rhs_shape"), py::arg("out_shape"),
       py::arg("attributes"), py::arg("map_name") = "input_grad");
-  m.def("kernel_names", [] {
-    std::vector<std::string> names;
-    for (const char* const* name = Parts().kernel_names(); *name != nullptr; ++name) {
-      names.emplace_back(*name);
-    }
-    return names;
-  });
+  m.def(
+      "kernel_names",
+      [](const std::string& map) {
+        std::vector<std::string> names;
+        const char* const* name = MapByName(map) == Map::kFilterGrad
+                                      ? Parts().filter_kernel_names()
+                                      : Parts().kernel_names();
+        for (; *name != nullptr; ++name) names.emplace_back(*name);
+        return names;
+      },
+      py::arg("map_name") = "input_grad");
   if (parts.cpu_isa != nullptr) {
     m.def("isa", parts.cpu_isa);
     return;

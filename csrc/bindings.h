@@ -6,18 +6,21 @@
 #include <string>
 
 #include "kernel.h"
+#include "problem.h"
 
 namespace convgrad {
 
 struct ModuleParts {
   int ffi_api_major, ffi_api_minor;  // of the headers that the handlers were built with
   // The handlers, null where there is none.
-  void *input_grad, *input_grad_fused, *forward;
+  void *input_grad, *input_grad_fused, *forward, *filter_grad;
 
-  const char* const* (*kernel_names)();  // null-terminated
+  // Null-terminated. The forward map's are those of the input gradient.
+  const char* const* (*kernel_names)();
+  const char* const* (*filter_kernel_names)();
   // Returns an error, empty if there is none.
-  std::string (*plan)(const Problem& problem, const std::string& kernel, int capability,
-                      Plan* plan);
+  std::string (*plan)(Map map, const Problem& problem, const std::string& kernel,
+                      int capability, Plan* plan);
   int64_t (*workspace_bytes)(const Problem& problem, const Plan& plan,
                              const std::string& kernel);
   WorkspaceBound (*bound_workspace)(const Problem& problem);

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/filter/plan.h"
 #include "kernel.h"
 #include "problem.h"
 #include "xla/ffi/api/ffi.h"
@@ -70,7 +71,10 @@ namespace {
 
 #ifdef CONVGRAD_CUDA
 constexpr auto& KernelNames = CudaKernelNames;
-constexpr auto& MakePlan = PlanCuda;
+bool MakePlan(Map, const Problem& problem, const char* kernel, const Gpu& gpu,
+              Plan* plan) {
+  return PlanCuda(problem, kernel, gpu, plan);
+}
 constexpr auto& BoundWorkspace = BoundCudaWorkspace;
 int64_t WorkspaceBytes(const Problem& problem, const Plan&, const std::string& kernel) {
   return CudaWorkspaceBytes(problem, kernel.c_str());
@@ -78,8 +82,10 @@ int64_t WorkspaceBytes(const Problem& problem, const Plan&, const std::string& k
 #else
 constexpr auto& KernelNames = CpuKernelNames;
 constexpr auto& BoundWorkspace = BoundCpuWorkspace;
-bool MakePlan(const Problem& problem, const char* kernel, const Gpu&, Plan* plan) {
-  return PlanCpu(problem, kernel, plan);
+bool MakePlan(Map map, const Problem& problem, const char* kernel, const Gpu&,
+              Plan* plan) {
+  return map == Map::kFilterGrad ? PlanCpuFilterGrad(problem, kernel, plan)
+                                 : PlanCpu(problem, kernel, plan);
 }
 int64_t WorkspaceBytes(const Problem&, const Plan& plan, const std::string&) {
   return plan.workspace_bytes;
@@ -100,11 +106,20 @@ std::optional<DType> ToDType(ffi::DataType type) {
   }
 }
 
-std::string PlanProblem(const Problem& problem, const std::string& kernel, const Gpu& gpu,
-                        Plan* plan) {
-  if (MakePlan(problem, kernel.c_str(), gpu, plan)) return "";
+std::string PlanProblem(Map map, const Problem& problem, const std::string& kernel,
+                        const Gpu& gpu, Plan* plan) {
+  if (MakePlan(map, problem, kernel.c_str(), gpu, plan)) return "";
   return "kernel must be 'auto' or the name of a kernel that takes this geometry, got '" +
          kernel + "'";
+}
+
+// An array, which is a gradient if it is not an operand of the convolution itself.
+const char* NameOf(Map map, Role role) {
+  constexpr const char* kNames[] = {"x", "w", "y"};
+  constexpr const char* kGradients[] = {"dx", "dw", "dy"};
+  const bool gradient =
+      map != Map::kForward && (role == kOut || role == RolesOf(map).result);
+  return (gradient ? kGradients : kNames)[role];
 }
 
 // The operands after the first two.
@@ -118,8 +133,9 @@ std::string ReadRest(Map map, const ffi::RemainingArgs& args, bool fused, Rest* 
   const size_t least = places.size();
   places.push_back(&rest->padding);
   if (args.size() < least || args.size() > places.size()) {
-    return std::string("operands must be ") + (map == Map::kForward ? "x" : "dy") +
-           ", w" + (fused ? ", residual, relu" : "") +
+    const Roles roles = RolesOf(map);
+    return std::string("operands must be ") + NameOf(map, roles.operand[0]) + ", " +
+           NameOf(map, roles.operand[1]) + (fused ? ", residual, relu" : "") +
            " and at most one for the padding, got " + std::to_string(2 + args.size());
   }
   for (size_t i = 0; i < args.size(); ++i) {
@@ -130,7 +146,7 @@ std::string ReadRest(Map map, const ffi::RemainingArgs& args, bool fused, Rest* 
   return "";
 }
 
-// What a call is for, once everything is checked: a kernel reads `from` and w.
+// What a call is for, once everything is checked.
 struct Call {
   Problem problem;
   Plan plan;
@@ -138,24 +154,25 @@ struct Call {
   int64_t w_at;  // where the filter begins, in elements
 };
 
-// Everything that both platforms check before a kernel sees a pointer. `from` is x or dY,
-// `to` is y or dX.
-std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& from,
-                    const ffi::AnyBuffer& w, const ffi::RemainingArgs& args, bool fused,
-                    const ffi::AnyBuffer& to, int64_t workspace_bytes, Call* made) {
-  const bool forward = map == Map::kForward;
-  const Ints from_shape = ToInts(from.dimensions()), rhs_shape = ToInts(w.dimensions()),
-             to_shape = ToInts(to.dimensions());
-  const Ints &lhs_shape = forward ? from_shape : to_shape,
-             &out_shape = forward ? to_shape : from_shape;
-  const std::string shapes = ShowShapes(lhs_shape, rhs_shape, out_shape);
+// Everything that both platforms check before a kernel sees a pointer.
+std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& first,
+                    const ffi::AnyBuffer& second, const ffi::RemainingArgs& args,
+                    bool fused, const ffi::AnyBuffer& to, int64_t workspace_bytes,
+                    Call* made) {
+  const Roles roles = RolesOf(map);
+  Ints shape[3];
+  shape[roles.operand[0]] = ToInts(first.dimensions());
+  shape[roles.operand[1]] = ToInts(second.dimensions());
+  shape[roles.result] = ToInts(to.dimensions());
+  const std::string shapes = ShowShapes(shape[kLhs], shape[kRhs], shape[kOut]);
   const std::optional<DType> dtype = ToDType(to.element_type());
-  if (!dtype || from.element_type() != to.element_type() ||
-      w.element_type() != to.element_type()) {
+  if (!dtype || first.element_type() != to.element_type() ||
+      second.element_type() != to.element_type()) {
     std::ostringstream message;
-    message << (forward ? "x, w and y" : "dy, w and dx")
+    message << NameOf(map, roles.operand[0]) << ", " << NameOf(map, roles.operand[1])
+            << " and " << NameOf(map, roles.result)
             << " must share one dtype of F64, F32, BF16 and F16, got "
-            << from.element_type() << ", " << w.element_type() << " and "
+            << first.element_type() << ", " << second.element_type() << " and "
             << to.element_type() << " for " << shapes;
     return message.str();
   }
@@ -173,7 +190,7 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
         std::tuple{"relu", rest.relu, &made->epilogue.relu}}) {
     if (!operand || operand->element_count() == 0) continue;
     if (operand->element_type() != to.element_type() ||
-        ToInts(operand->dimensions()) != to_shape) {
+        ToInts(operand->dimensions()) != shape[roles.result]) {
       return std::string(name) + " must have dx's dtype and shape, or no element, for " +
              shapes;
     }
@@ -188,17 +205,17 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
   }
   Problem& problem = made->problem;
   if (std::string error =
-          MakeProblem(lhs_shape, rhs_shape, out_shape, attributes, &problem);
+          MakeProblem(shape[kLhs], shape[kRhs], shape[kOut], attributes, &problem);
       !error.empty()) {
     return error;
   }
   made->w_at = 0;
-  if (forward) problem = ForwardAsInputGrad(problem, &made->w_at);
+  if (map == Map::kForward) problem = ForwardAsInputGrad(problem, &made->w_at);
   problem.dtype = *dtype;
   problem.allow_tf32 = call.allow_tf32;
   problem.workspace_limit = workspace_bytes;
   if (std::string error =
-          PlanProblem(problem, std::string(call.kernel), CurrentGpu(), &made->plan);
+          PlanProblem(map, problem, std::string(call.kernel), CurrentGpu(), &made->plan);
       !error.empty()) {
     return error + " for " + shapes;
   }
@@ -314,6 +331,18 @@ void RunInPool(ffi::ThreadPool& pool, int64_t count,
   loop->Wait();
 }
 
+// The pool, or for what is done before another thread would have woken up this one alone.
+ParallelFor LoopFor(const Problem& problem, ffi::ThreadPool& pool) {
+  if (!IsTooSmallToShare(problem)) {
+    return [&pool](int64_t count, const std::function<void(int64_t)>& task) {
+      RunInPool(pool, count, task);
+    };
+  }
+  return [](int64_t count, const std::function<void(int64_t)>& task) {
+    for (int64_t i = 0; i < count; ++i) task(i);
+  };
+}
+
 template <Map kMap, bool kFused>
 ffi::Error Activation(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer from,
                       ffi::AnyBuffer w, ffi::RemainingArgs args,
@@ -327,19 +356,34 @@ ffi::Error Activation(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer 
     return Invalid(kMap, error);
   }
   if (to->element_count() == 0) return ffi::Error::Success();
-  const bool alone = IsTooSmallToShare(made.problem);
   const unsigned char* filter = static_cast<const unsigned char*>(w.untyped_data()) +
                                 made.w_at * SizeInBytes(made.problem.dtype);
   RunCpu(made.problem, made.plan, from.untyped_data(), filter, to->untyped_data(),
          workspace->untyped_data(), made.epilogue,
-         std::max<int64_t>(1, pool.num_threads()),
-         [&](int64_t count, const std::function<void(int64_t)>& task) {
-           if (!alone) return RunInPool(pool, count, task);
-           for (int64_t i = 0; i < count; ++i) task(i);
-         });
+         std::max<int64_t>(1, pool.num_threads()), LoopFor(made.problem, pool));
   return ffi::Error::Success();
 } catch (const std::exception& e) {
   return Failed(kMap, e.what());
+}
+
+ffi::Error FilterGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer x,
+                      ffi::AnyBuffer dy, ffi::RemainingArgs args,
+                      ffi::Result<ffi::AnyBuffer> dw,
+                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
+  Call made{};
+  if (std::string error =
+          Prepare(Map::kFilterGrad, call, x, dy, args, false, *dw,
+                  static_cast<int64_t>(workspace->element_count()), &made);
+      !error.empty()) {
+    return Invalid(Map::kFilterGrad, error);
+  }
+  if (dw->element_count() == 0) return ffi::Error::Success();
+  RunCpuFilterGrad(made.problem, made.plan, x.untyped_data(), dy.untyped_data(),
+                   dw->untyped_data(), workspace->untyped_data(),
+                   LoopFor(made.problem, pool));
+  return ffi::Error::Success();
+} catch (const std::exception& e) {
+  return Failed(Map::kFilterGrad, e.what());
 }
 
 #endif
@@ -382,11 +426,12 @@ XLA_FFI_DEFINE_HANDLER(kInputGradFused, kInputGradOf<true>, Binding(), kTraits);
 #ifndef CONVGRAD_CUDA
 constexpr auto kForwardOf = Activation<Map::kForward, false>;
 XLA_FFI_DEFINE_HANDLER(kForward, kForwardOf, Binding());
+XLA_FFI_DEFINE_HANDLER(kFilterGrad, FilterGrad, Binding());
 #endif
 
-std::string PlanFor(const Problem& problem, const std::string& kernel, int capability,
-                    Plan* plan) {
-  return PlanProblem(problem, kernel, GpuOf(capability), plan);
+std::string PlanFor(Map map, const Problem& problem, const std::string& kernel,
+                    int capability, Plan* plan) {
+  return PlanProblem(map, problem, kernel, GpuOf(capability), plan);
 }
 
 }  // namespace
@@ -400,6 +445,8 @@ const ModuleParts& Parts() {
     p.input_grad_fused = reinterpret_cast<void*>(kInputGradFused);
 #ifndef CONVGRAD_CUDA
     p.forward = reinterpret_cast<void*>(kForward);
+    p.filter_grad = reinterpret_cast<void*>(kFilterGrad);
+    p.filter_kernel_names = CpuFilterKernelNames;
 #endif
     p.kernel_names = KernelNames;
     p.plan = PlanFor;

@@ -97,7 +97,10 @@ std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
          Show(out_shape);
 }
 
-const char* NameOf(Map map) { return map == Map::kForward ? "forward" : "input_grad"; }
+const char* NameOf(Map map) {
+  constexpr const char* kNames[] = {"forward", "input_grad", "filter_grad"};
+  return kNames[static_cast<int>(map)];
+}
 
 Problem ForwardAsInputGrad(const Problem& given, int64_t* w_at) {
   Problem p = given;

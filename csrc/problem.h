@@ -35,10 +35,23 @@ std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
 std::string AddPadding(const Ints& operand_shape, Ints* padding);
 
 // Which array of the convolution is the result (docs/mathematics.md).
-enum class Map { kForward, kInputGrad };
+enum class Map { kForward, kInputGrad, kFilterGrad };
 
-// "forward" or "input_grad".
+// "forward", "input_grad" or "filter_grad".
 const char* NameOf(Map map);
+
+// An array of the convolution: x, the filter or y, or its gradient.
+enum Role { kLhs, kRhs, kOut };
+
+// The arrays of a map: its two operands and its result.
+struct Roles {
+  Role operand[2], result;
+};
+constexpr Roles RolesOf(Map map) {
+  return map == Map::kForward     ? Roles{{kLhs, kRhs}, kOut}
+         : map == Map::kInputGrad ? Roles{{kOut, kRhs}, kLhs}
+                                  : Roles{{kLhs, kOut}, kRhs};
+}
 
 // The forward map as the input gradient that it is: read the other way, with x in the
 // place of dY and y in that of dX. Per axis h*lhs_dilation = p*stride - pad_lo +

@@ -1,7 +1,8 @@
-"""A JAX convolution whose input gradient is computed by its own kernels.
+"""A JAX convolution that is computed and differentiated by its own kernels.
 
 `conv_general_dilated` and `conv_transpose` have the signatures of `jax.lax`'s;
-`conv_input_grad` is the gradient by itself; `install` gives it to lax's own convolution.
+`conv_input_grad` and `conv_filter_grad` are the gradients by themselves; `install` gives
+the kernels to lax's own convolution.
 """
 
 import pkgutil
@@ -14,7 +15,7 @@ from .conv import conv_general_dilated, conv_transpose
 from .explanation import Explanation, explain
 from .exporting import export_checks
 from .geometry import ConvGeometry
-from .input_grad import conv_input_grad
+from .gradients import conv_filter_grad, conv_input_grad
 from .integration import install, installed, uninstall
 from .native import __version__
 
@@ -22,6 +23,7 @@ __all__ = [
     "ConvGeometry",
     "Explanation",
     "__version__",
+    "conv_filter_grad",
     "conv_general_dilated",
     "conv_input_grad",
     "conv_transpose",

@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="compare with float64 lax over many geometries")
     check.add_argument("--map", dest="maps", metavar="MAPS",
-                       help=f"{_MAPS} (default both, on a GPU dx)")  # fmt: skip
+                       help=f"{_MAPS} (default all, on a GPU dx)")  # fmt: skip
     check.add_argument(
         "--count", type=_natural, default=500, help="random geometries (default 500)"
     )

@@ -14,7 +14,7 @@ from jax.lax import conv_transpose as lax_conv_transpose
 from . import compat, dispatch, lax_lowering, lax_maps
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
-from .input_grad import as_array
+from .gradients import as_array
 from .primitive import bind, filter_cotangent, input_cotangent
 from .transposed import transposed_map
 
@@ -50,7 +50,7 @@ def conv_general_dilated(
 ) -> jax.Array:
     """`jax.lax.conv_general_dilated` by this package's kernels, and its gradient for lhs.
 
-    The result is the kernel's on a CPU, and lax's elsewhere; the gradient for rhs is lax's.
+    The result and the gradient for rhs are the kernels' on a CPU, and lax's elsewhere.
     A `jax.custom_vjp`: reverse mode, to any order and forward over reverse, works; jvp of
     the function itself does not (use `jax_convgrad.install` for that).
 
@@ -180,7 +180,15 @@ def _conv_bwd(
             implementation=call.implementation,
         )
     if lhs is not None:
-        d_rhs = filter_cotangent(dy, lhs, call.rhs_type, call.geometry, precision=call.precision)
+        d_rhs = filter_cotangent(
+            lhs,
+            dy,
+            call.rhs_type,
+            call.geometry,
+            precision=call.precision,
+            # Not every platform with the other kernels has this one.
+            implementation="xla" if call.implementation == "xla" else None,
+        )
     return d_lhs, d_rhs
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from . import custom_call, gpu_code, native, symbolic
 from .geometry import ConvGeometry
-from .maps import FORWARD, INPUT_GRAD, Map
+from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map
 from .transposed import forward_as_input_grad, is_worth_a_flip
 
 Implementation: TypeAlias = Literal["native", "xla"] | None
@@ -317,11 +317,13 @@ def choose(
         reason = f"no kernel for platform {platform}"
     if reason is None and native.module_for(platform) is None:
         reason = f"the {platform} module was not built"
-    if reason is None and platform == "cuda" and map_ is FORWARD:
-        if is_worth_a_flip(geometry):
+    if reason is None and platform == "cuda" and map_ is not INPUT_GRAD:
+        if map_ is FORWARD and is_worth_a_flip(geometry):
             geometry, map_ = forward_as_input_grad(geometry), INPUT_GRAD
         else:
-            reason = "no forward kernel for platform cuda"
+            reason = f"no {map_.title} kernel for platform {platform}"
+    if reason is None and map_ is FILTER_GRAD and not geometry.is_static:
+        reason = "of symbolic sizes, which the filter gradient's kernels do not take"
     if reason is None and platform == "cuda":
         excluded()  # also where sizes are symbolic and nothing is planned yet
         reason = gpu_code.local_obstacle()

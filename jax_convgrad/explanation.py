@@ -14,7 +14,7 @@ from . import compat, dispatch, gpu_code, native, roofline
 from .conv import check_dtypes
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
-from .maps import FORWARD
+from .maps import FILTER_GRAD, FORWARD
 
 # JAX has two words for it, of which lowering uses the second.
 _LOWERING_PLATFORM = {"gpu": "cuda"}
@@ -39,6 +39,7 @@ class Explanation:
         roofs: those rates.
         reference: the GPU that the plan is made for, None if not on "cuda".
         forward: what computes the convolution itself.
+        filter_grad: what computes the gradient for the filter.
         rebuild: a kernel that a rebuild of the package would add for this machine's GPU,
             None if there is none.
     """
@@ -56,6 +57,7 @@ class Explanation:
     roofs: roofline.Roofs | None
     reference: dispatch.ReferenceGpu | None
     forward: dispatch.Choice
+    filter_grad: dispatch.Choice
     rebuild: str | None = None
 
     @property
@@ -106,13 +108,11 @@ class Explanation:
             name += " with dy for the filter"
         if self.instruction_set is not None:
             name += f", {self.instruction_set} instructions"
-        forward = self.forward.kernel
         lines = [
             f"input gradient of {self.geometry} in {self.dtype} on {self.platform}",
             f"  runs as   {name}: {self.reason}",
-            f"  forward   {'xla' if forward is None else f'native, kernel {forward}'}: "
-            f"{self.forward.reason}",
-            "  filter gradient: xla, there is no kernel yet",
+            f"  forward   {_line(self.forward)}",
+            f"  filter gradient: {_line(self.filter_grad)}",
             f"  work      {self.flops / 1e6:.6g} MFLOP, {self.bytes_moved / 1e6:.6g} MB, "
             f"workspace {self.workspace_bytes / 1e6:.6g} MB",
         ]
@@ -125,6 +125,14 @@ class Explanation:
                 f"GFLOP/s and {self.roofs.bytes_per_s / 1e9:.4g} GB/s ({self.roofs.source})"
             )
         return "\n".join(lines)
+
+
+def _line(choice: dispatch.Choice) -> str:
+    runs = "xla" if choice.plan is None else f"native, kernel {choice.kernel}"
+    if choice.plan is not None and choice.plan.exchanged:
+        runs += " with dy and x exchanged"
+    workspace = f", workspace {choice.workspace_bytes / 1e6:.6g} MB" if choice.plan else ""
+    return f"{runs}: {choice.reason}{workspace}"
 
 
 def explain(
@@ -214,6 +222,8 @@ def explain(
     # A kernel can be insisted on where the platform has one (lax_lowering.py).
     asked = None if implementation == "native" and platform != "cpu" else implementation
     forward = dispatch.choose(geometry, dtype, platform, asked, precision, map_=FORWARD)
+    asked = "xla" if implementation == "xla" else None
+    filter_grad = dispatch.choose(geometry, dtype, platform, asked, precision, map_=FILTER_GRAD)
     reference = None
     if choice.plan is not None and platform == "cuda":
         reference = dispatch.reference_gpu(dtype, precision)
@@ -235,5 +245,6 @@ def explain(
         roofs=roofs,
         reference=reference,
         forward=forward,
+        filter_grad=filter_grad,
         rebuild=gpu_code.local_missing_kernel() if platform == "cuda" else None,
     )

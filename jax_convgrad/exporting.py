@@ -8,7 +8,7 @@ from . import native
 
 
 def export_checks() -> list[export.DisabledSafetyCheck]:
-    """The safety checks that `jax.export` has to leave out for programs with the kernel.
+    """The safety checks that `jax.export` has to leave out for programs with the kernels.
 
     `jax.export` refuses custom calls whose stability it cannot vouch for. This package
     vouches for its own (docs/export.md); the process that runs the exported program has
@@ -27,5 +27,5 @@ def export_checks() -> list[export.DisabledSafetyCheck]:
         >>> export.export(jax.jit(jax.grad(loss)), disabled_checks=checks)(x).out_avals
         (ShapedArray(float32[8,3,32,32]),)
     """
-    targets = (native.TARGET, native.FUSED_TARGET, native.FORWARD_TARGET)
+    targets = (native.FUSED_TARGET, *native.TARGETS.values())
     return [export.DisabledSafetyCheck.custom_call(target) for target in targets]

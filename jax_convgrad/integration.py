@@ -68,26 +68,27 @@ def _register() -> None:
     lax_lhs_rule, lax_rhs_rule = compat.lax_transpose_rules()
 
     def lhs_rule(dy: jax.Array, lhs: Any, rhs: jax.Array, **params: Any) -> jax.Array:
-        if not dispatch.installed.value or not _covered(lhs.aval, rhs, dy):
+        if not dispatch.installed.value or not _covered(dy):
             return lax_lhs_rule(dy, lhs, rhs, **params)
         precision = params.pop("precision")
         geometry = _geometry(lhs.aval, rhs, **params)
         return input_cotangent(dy, rhs, lhs.aval, geometry, precision=precision)
 
     def rhs_rule(dy: jax.Array, lhs: jax.Array, rhs: Any, **params: Any) -> jax.Array:
-        if not dispatch.installed.value or is_static((*lhs.shape, *rhs.aval.shape)):
-            return lax_rhs_rule(dy, lhs, rhs, **params)
         # Of symbolic sizes lax's rule does not take a stride.
+        symbolic = not is_static((*lhs.shape, *rhs.aval.shape))
+        if not dispatch.installed.value or not (symbolic or _covered(dy)):
+            return lax_rhs_rule(dy, lhs, rhs, **params)
         precision = params.pop("precision")
         geometry = _geometry(lhs, rhs.aval, **params)
-        return filter_cotangent(dy, lhs, rhs.aval, geometry, precision=precision)
+        return filter_cotangent(lhs, dy, rhs.aval, geometry, precision=precision)
 
     ad.defbilinear(lax.conv_general_dilated_p, lhs_rule, rhs_rule)
     lax_lowering.register()
 
 
-def _covered(lhs_type: Any, rhs: jax.Array, dy: jax.Array) -> bool:
-    """Whether the primitive takes this convolution; lax's own rule has the rest."""
+def _covered(dy: jax.Array) -> bool:
+    """Whether the primitives take this convolution; lax's own rules have the rest."""
     if dispatch.switch() == "off":
         return False
     return dispatch.unsupported_dtype(dy.dtype) is None

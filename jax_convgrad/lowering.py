@@ -19,7 +19,7 @@ from jax.interpreters import mlir
 from . import compat, custom_call, dispatch, lax_maps, native, partition, symbolic
 from .dispatch import Implementation
 from .geometry import ConvGeometry
-from .maps import Map, Role
+from .maps import Map
 
 
 def register(primitive: jex_core.Primitive, rule: Callable[..., Any]) -> None:
@@ -52,8 +52,8 @@ def choice_in(
 def lower(
     map_: Map,
     ctx: Any,
-    operand: Any,
-    rhs: Any,
+    first: Any,
+    second: Any,
     *,
     bind: Callable[..., jax.Array],
     platform: str,
@@ -65,8 +65,8 @@ def lower(
     Args:
         map_: what is computed.
         ctx: JAX's lowering context.
-        operand: x or dy, lowered.
-        rhs: lowered operand.
+        first: operand of the map, lowered.
+        second: likewise.
         bind: binds the primitive for the shards of one device.
         platform: "cpu", "cuda" or another.
         out_sharding: the primitive's parameter.
@@ -78,21 +78,21 @@ def lower(
     del out_sharding  # which is that of the result's type
     (out,) = ctx.avals_out
     if not compat.has_explicit_sharding(out):
-        return _lower(map_, ctx, operand, rhs, bind, platform, **params)
+        return _lower(map_, ctx, first, second, bind, platform, **params)
     # The code is XLA's to partition; of the types only the result's remains, as a constraint.
     auto = ctx.replace(
         avals_in=[jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in],
         avals_out=[jax.core.ShapedArray(out.shape, out.dtype)],
     )
-    (result,) = _lower(map_, auto, operand, rhs, bind, platform, **params)
+    (result,) = _lower(map_, auto, first, second, bind, platform, **params)
     return [compat.constrain(ctx, result, out)]
 
 
 def _lower(
     map_: Map,
     ctx: Any,
-    operand: Any,
-    rhs: Any,
+    first: Any,
+    second: Any,
     bind: Callable[..., jax.Array],
     platform: str,
     *,
@@ -109,13 +109,13 @@ def _lower(
         )
         # Of the convolutions that are lowered to the kernel this must not be one.
         with dispatch.installed(False), compat.mark_forward(None):
-            return rule(compat.with_lowering_cache_of_its_own(ctx), operand, rhs)
+            return rule(compat.with_lowering_cache_of_its_own(ctx), first, second)
     if compat.partitioned_automatically(ctx):
         shard = functools.partial(bind, precision=precision, implementation=implementation)
         split = functools.partial(
             partition.partitioned, geometry=geometry, map_=map_, compute=shard
         )
-        result = mlir.lower_fun(split, multiple_results=False)(ctx, operand, rhs)
+        result = mlir.lower_fun(split, multiple_results=False)(ctx, first, second)
         # The call itself names a Python object, which the persistent compilation cache leaves
         # out of its keys on request: without this, programs that differ in their padding alone
         # would share a key. An object of another process may have the same name as well.
@@ -126,8 +126,8 @@ def _lower(
         ctx,
         map_,
         native.TARGETS[map_],
-        operand,
-        rhs,
+        first,
+        second,
         geometry=geometry,
         platform=platform,
         precision=precision,
@@ -139,8 +139,8 @@ def call_kernel(
     ctx: Any,
     map_: Map,
     target: str,
-    operand: Any,
-    rhs: Any,
+    first: Any,
+    second: Any,
     *arrays: Any,
     geometry: ConvGeometry,
     platform: str,
@@ -153,8 +153,8 @@ def call_kernel(
         ctx: JAX's lowering context, of which the types of operands and result are used.
         map_: what is computed.
         target: the call's name.
-        operand: x or dy, lowered.
-        rhs: lowered operand.
+        first: operand of the map, lowered.
+        second: likewise.
         *arrays: more of them, each of the result's shape, or None for one without elements.
         geometry: of the convolution.
         platform: "cpu" or "cuda".
@@ -171,8 +171,8 @@ def call_kernel(
         shape = (choice.workspace_bytes,)
     workspace = jax.core.ShapedArray(shape, np.dtype(np.uint8))
     by_role = [layout[::-1] for layout in custom_call.layouts(geometry, platform)]
-    first, to = by_role[map_.operands[0]], by_role[map_.result]
-    operands, avals, layouts = [operand, rhs], [*ctx.avals_in[:2]], [first, by_role[Role.RHS]]
+    places, to = (by_role[role] for role in map_.operands), by_role[map_.result]
+    operands, avals, layouts = [first, second], [*ctx.avals_in[:2]], [*places]
     for array in arrays:
         empty = jax.core.ShapedArray((0,), out.dtype)
         operands.append(_without_elements(ctx, empty) if array is None else array)

@@ -38,6 +38,11 @@ class Map:
     result: Role
 
     @property
+    def title(self) -> str:
+        """Its name in words."""
+        return self.name.replace("_grad", " gradient")
+
+    @property
     def target(self) -> str:
         """The custom call's name."""
         return f"convgrad_{self.name}"

@@ -16,9 +16,9 @@ import types
 
 import jax
 
-from .maps import FORWARD, INPUT_GRAD
+from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD
 
-TARGETS = {map_: map_.target for map_ in (FORWARD, INPUT_GRAD)}
+TARGETS = {map_: map_.target for map_ in (FORWARD, INPUT_GRAD, FILTER_GRAD)}
 TARGET, FORWARD_TARGET = TARGETS[INPUT_GRAD], TARGETS[FORWARD]
 FUSED_TARGET = "convgrad_input_grad_fused"
 

@@ -5,12 +5,13 @@ XLA cannot look inside a custom call. It is told here which dimensions belong to
 and K the images, input and output channels, and S a spatial axis:
 
     factor   dimensions              a device holding its shard of the factor
-    n        N of x and y            works alone
-    c        C of x and the filter   dX: works alone; y: has a partial sum, one all-reduce
-    k        K of y and the filter   y: works alone; dX: has a partial sum, one all-reduce
+    n        N of x and y            y, dX: works alone; dW: has a partial sum, one all-reduce
+    c        C of x and the filter   dX, dW: works alone; y: has a partial sum, one all-reduce
+    k        K of y and the filter   y, dW: works alone; dX: has a partial sum, one all-reduce
     g        K of y and the filter,  works alone on whole groups
              C of x (N of x for batch groups)
-    s        S of x and y            takes a halo of rows of the operand from its neighbours
+    s        S of x and y            takes a halo of rows from its neighbours, of dy for dX,
+                                     else of x; dW: has a partial sum, one all-reduce
 
 An index of the result works alone, one that is summed over gives partial sums. Every other
 sharded dimension is gathered first. docs/sharding.md counts the bytes.
@@ -35,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from . import compat, placement
 from .geometry import ConvGeometry, dilated_size
-from .maps import FORWARD, INPUT_GRAD, Map, Role, indices, shape_of_role
+from .maps import INPUT_GRAD, Map, Role, indices, shape_of_role
 from .placement import Spec
 
 # The result of one device's operands.
@@ -61,7 +62,7 @@ class Factor:
 
 @dataclasses.dataclass(frozen=True)
 class Halo:
-    """Rows of the operand along one axis that a shard of the result needs from its neighbours.
+    """Rows of a map's first operand along one axis that a device needs from its neighbours.
 
     Attributes:
         before: rows of the shard before, its last ones.
@@ -105,15 +106,15 @@ def halo(geometry: ConvGeometry, axis: int, shards: int, map_: Map = INPUT_GRAD)
     """What a spatial axis that is cut in equal parts exchanges, None if it cannot be cut.
 
     Device i holds rows [i * P / shards, ...) of y and rows [i * H / shards, ...) of x: one
-    of the two is what it has, the other what it computes. All devices run one program, so
-    the two cuts must move in step: P * stride = H * lhs_dilation. And a neighbour can give
-    only what it has.
+    of the two is what it computes, or for the filter gradient sums over. All devices run one
+    program, so the two cuts must move in step: P * stride = H * lhs_dilation. And a neighbour
+    can give only what it has.
 
     Args:
         geometry: the convolution.
         axis: the spatial axis.
         shards: the number of parts.
-        map_: the forward map or the input gradient.
+        map_: what is computed.
 
     Returns:
         The halo, whose `before` and `after` may be zero.
@@ -124,7 +125,7 @@ def halo(geometry: ConvGeometry, axis: int, shards: int, map_: Map = INPUT_GRAD)
         return None
     low = geometry.padding[axis][0]
     reach = (geometry.window_sizes[axis] - 1) * geometry.rhs_dilation[axis]
-    if map_ is FORWARD:  # the input gradient read the other way (csrc/problem.h)
+    if map_ is not INPUT_GRAD:  # x has the halo: the map read the other way (csrc/problem.h)
         size, out, stride, dilation, low = out, size, dilation, stride, reach - low
     rows = out // shards
     # dX row h takes the rows p of dy with h * dilation + low - reach <= p * stride
@@ -232,7 +233,7 @@ def _local_axis(
     size, out = geometry.in_sizes[axis] // shards, geometry.out_sizes[axis] // shards
     low, _ = geometry.padding[axis]
     rows = edges.before + edges.rows + edges.after
-    if map_ is FORWARD:
+    if map_ is not INPUT_GRAD:
         size, low = rows, low - edges.before * geometry.lhs_dilation[axis]
     else:
         out, low = rows, low + edges.before * geometry.window_strides[axis]
@@ -263,8 +264,8 @@ def _with_halo(
 
 
 def device_program(
-    operand: jax.Array,
-    rhs: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
     *,
     geometry: ConvGeometry,
     map_: Map,
@@ -280,8 +281,8 @@ def device_program(
             assert edges is not None, (geometry, factor)
             axes = assignment[factor.name]
             dim = factor.dims[map_.operands[0]]
-            operand = _with_halo(operand, dim, edges, axes, mesh_shape)
-    out = compute(operand, rhs, local_geometry(geometry, shards, map_))
+            first = _with_halo(first, dim, edges, axes, mesh_shape)
+    out = compute(first, second, local_geometry(geometry, shards, map_))
     summed = [axes for name, axes in assignment.items() if name in _reduced(geometry, map_)]
     return lax.psum(out, tuple(itertools.chain(*summed))) if summed else out
 
@@ -378,9 +379,9 @@ def _partition(
 _device_p = jex_core.Primitive("convgrad_of_one_device")
 
 
-def _device_type(operand: Any, rhs: Any, *, program: Any, shape: tuple[int, ...]) -> Any:
-    del rhs, program
-    return jax.core.ShapedArray(shape, operand.dtype)
+def _device_type(first: Any, second: Any, *, program: Any, shape: tuple[int, ...]) -> Any:
+    del second, program
+    return jax.core.ShapedArray(shape, first.dtype)
 
 
 def _lower_device(ctx: Any, *operands: Any, program: Any, shape: tuple[int, ...]) -> Any:
@@ -432,11 +433,11 @@ def sharding_rule(
             if not word:
                 row[dim] = f"w{len(whole)}"
                 whole.append(row[dim])
-    operand, rhs, out = (" ".join(words[role]) for role in roles)
+    first, second, out = (" ".join(words[role]) for role in roles)
     arguments: dict[str, Any] = {"need_replication_factors": tuple(whole)}
     if reduced := tuple(name for name in _reduced(geometry, map_) if name in used):
         arguments["reduction_factors"] = reduced
-    return f"{operand}, {rhs} -> {out}", arguments
+    return f"{first}, {second} -> {out}", arguments
 
 
 def _sharding_rule(
@@ -447,14 +448,14 @@ def _sharding_rule(
 
 
 def _whole(
-    operand: jax.Array, rhs: jax.Array, geometry: ConvGeometry, map_: Map, compute: Compute
+    first: jax.Array, second: jax.Array, geometry: ConvGeometry, map_: Map, compute: Compute
 ) -> jax.Array:
     del map_
-    return compute(operand, rhs, geometry)
+    return compute(first, second, geometry)
 
 
 partitioned = custom_partitioning(_whole, static_argnums=(2, 3, 4))
-"""`compute(operand, rhs, geometry)` where XLA splits the program, with the rule above."""
+"""`compute(first, second, geometry)` where XLA splits the program, with the rule above."""
 # JAX decodes shardings along whole axes of the mesh only, and fails on others.
 partitioned.def_partition(
     partition=_partition, sharding_rule=_sharding_rule, decode_shardings=False

@@ -29,8 +29,8 @@ from .transposed import forward_as_input_grad, is_worth_a_flip
 
 def bind(
     map_: Map,
-    operand: jax.Array,
-    rhs: jax.Array,
+    first: jax.Array,
+    second: jax.Array,
     geometry: ConvGeometry,
     *,
     precision: Any = None,
@@ -45,9 +45,9 @@ def bind(
     dtype, as the transpose of a convolution with `preferred_element_type` is in lax.
 
     Args:
-        map_: FORWARD or INPUT_GRAD.
-        operand: x or dy.
-        rhs: the filter.
+        map_: what is computed.
+        first: x, or dy for INPUT_GRAD.
+        second: the filter, or dy for FILTER_GRAD.
         geometry: of the convolution.
         precision: a canonical precision.
         preferred_element_type: dtype of the result, None for the operands'.
@@ -60,24 +60,24 @@ def bind(
     """
     function = function or f"conv_{map_.name}"
     if preferred_element_type is not None:
-        dtype = dispatch.result_dtype(operand.dtype, preferred_element_type, function)
+        dtype = dispatch.result_dtype(first.dtype, preferred_element_type, function)
         if dispatch.unsupported_dtype(dtype) is None:
-            operand, rhs = lax_maps.convert(operand, dtype), lax_maps.convert(rhs, dtype)
+            first, second = lax_maps.convert(first, dtype), lax_maps.convert(second, dtype)
             preferred_element_type = None
-    reason = dispatch.unsupported(geometry, operand.dtype)
+    reason = dispatch.unsupported(geometry, first.dtype)
     if reason is not None:
         # Not a case for the primitive: lax has rules for every dtype.
         dispatch.require_not_native(implementation, reason)
         return lax_maps.of(map_)(
-            operand,
-            rhs,
+            first,
+            second,
             geometry,
             precision=precision,
             preferred_element_type=preferred_element_type,
             out_sharding=out_sharding,
         )
     if out_sharding is not None:
-        if not compat.has_explicit_sharding(jax.typeof(operand), jax.typeof(rhs)):
+        if not compat.has_explicit_sharding(jax.typeof(first), jax.typeof(second)):
             raise ValueError(
                 f"{function} out_sharding is for meshes with explicit axes, which the operands "
                 f"are not on, got {out_sharding!r}."
@@ -85,8 +85,8 @@ def bind(
         out_sharding = compat.canonicalize_sharding(out_sharding, function)
     return _bind(
         map_,
-        operand,
-        rhs,
+        first,
+        second,
         geometry=geometry,
         precision=precision,
         implementation=implementation,
@@ -96,45 +96,41 @@ def bind(
 
 bind_forward = functools.partial(bind, FORWARD)
 bind_input_grad = functools.partial(bind, INPUT_GRAD)
+bind_filter_grad = functools.partial(bind, FILTER_GRAD)
 
 
-def input_cotangent(
-    dy: jax.Array,
-    rhs: jax.Array,
-    lhs_type: Any,
+def cotangent(
+    map_: Map,
+    first: jax.Array,
+    second: jax.Array,
+    type_: Any,
     geometry: ConvGeometry,
     *,
     precision: Any,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """What the transpose of a convolution gives for lhs, of its type.
+    """What the transpose of a convolution gives for an operand, of that operand's type.
 
     As in lax, the arithmetic is done in the cotangent's dtype, which is
     preferred_element_type where that was given.
     """
-    dx = bind_input_grad(
-        dy,
-        lax_maps.convert(rhs, dy.dtype),
+    dtype = (first if map_ is INPUT_GRAD else second).dtype
+    result = bind(
+        map_,
+        lax_maps.convert(first, dtype),
+        lax_maps.convert(second, dtype),
         geometry,
         precision=precision,
-        out_sharding=compat.explicit_sharding(lhs_type),
+        out_sharding=compat.explicit_sharding(type_),
         implementation=implementation,
     )
-    return lax_maps.convert(dx, lhs_type.dtype)
+    return lax_maps.convert(result, type_.dtype)
 
 
-def filter_cotangent(
-    dy: jax.Array, lhs: jax.Array, rhs_type: Any, geometry: ConvGeometry, *, precision: Any
-) -> jax.Array:
-    """What it gives for rhs, likewise; through lax."""
-    dw = lax_maps.filter_grad(
-        lax_maps.convert(lhs, dy.dtype),
-        dy,
-        geometry,
-        precision=precision,
-        out_sharding=compat.explicit_sharding(rhs_type),
-    )
-    return lax_maps.convert(dw, rhs_type.dtype)
+input_cotangent = functools.partial(cotangent, INPUT_GRAD)
+"""For lhs: of dy, rhs, the type of lhs and the geometry."""
+filter_cotangent = functools.partial(cotangent, FILTER_GRAD)
+"""For rhs: of lhs, dy, the type of rhs and the geometry."""
 
 
 def compiled(
@@ -156,35 +152,38 @@ def compiled(
 
 def result_type(
     map_: Map,
-    operand: Any,
-    rhs: Any,
+    first: Any,
+    second: Any,
     geometry: ConvGeometry,
     out_sharding: NamedSharding | None = None,
 ) -> Any:
     """The type of a map's result for those of the operands."""
     if out_sharding is None:
-        out_sharding = _sharding_in_type(map_, operand, rhs, geometry)
+        out_sharding = _sharding_in_type(map_, first, second, geometry)
     return jax.core.ShapedArray(
         shape_of_role(geometry, map_.result),
-        operand.dtype,
-        weak_type=operand.weak_type and rhs.weak_type,
+        first.dtype,
+        weak_type=first.weak_type and second.weak_type,
         sharding=out_sharding,
-        manual_axis_type=operand.manual_axis_type,
+        manual_axis_type=first.manual_axis_type,
     )
 
 
-def _sharding_in_type(map_: Map, operand: Any, rhs: Any, geometry: ConvGeometry) -> NamedSharding:
+def _sharding_in_type(map_: Map, first: Any, second: Any, geometry: ConvGeometry) -> NamedSharding:
     """The sharding in the result's type. Without explicit axes it says nothing but its mesh."""
-    mesh = rhs.sharding.mesh if operand.sharding.mesh.empty else operand.sharding.mesh
+    mesh = second.sharding.mesh if first.sharding.mesh.empty else first.sharding.mesh
     spec: PartitionSpec | None = PartitionSpec()
-    if compat.has_explicit_sharding(operand, rhs):
-        spec = partition.inferred(geometry, (operand, rhs), mesh.shape, map_)
+    if compat.has_explicit_sharding(first, second):
+        spec = partition.inferred(geometry, (first, second), mesh.shape, map_)
     if spec is None:
-        name = "dy" if map_ is INPUT_GRAD else "x"
+        names = {Role.LHS: "x", Role.RHS: "w", Role.OUT: "dy"}
+        got = " and ".join(
+            f"{names[role]} {aval.str_short(True)}"
+            for role, aval in zip(map_.operands, (first, second), strict=True)
+        )
         raise compat.ShardingTypeError(
             "Please specify the output sharding via `out_sharding` parameter of "
-            f"`conv_{map_.name}`: got {name} {operand.str_short(True)} and w "
-            f"{rhs.str_short(True)}."
+            f"`conv_{map_.name}`: got {got}."
         )
     return NamedSharding(mesh, spec)
 
@@ -192,26 +191,26 @@ def _sharding_in_type(map_: Map, operand: Any, rhs: Any, geometry: ConvGeometry)
 # --- the primitives' rules. Each takes the two operands and the same four parameters.
 
 
-def _bind(map_: Map, operand: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
-    operand, rhs = compat.match_varying_axes(operand, rhs)
-    return _PRIMITIVES[map_].bind(operand, rhs, **params)
+def _bind(map_: Map, first: jax.Array, second: jax.Array, **params: Any) -> jax.Array:
+    first, second = compat.match_varying_axes(first, second)
+    return _PRIMITIVES[map_].bind(first, second, **params)
 
 
 def _abstract_eval(
-    map_: Map, operand: Any, rhs: Any, *, geometry: ConvGeometry, out_sharding: Any, **_: Any
+    map_: Map, first: Any, second: Any, *, geometry: ConvGeometry, out_sharding: Any, **_: Any
 ) -> Any:
-    for role, aval in zip(map_.operands, (operand, rhs), strict=True):
+    for role, aval in zip(map_.operands, (first, second), strict=True):
         assert aval.shape == shape_of_role(geometry, role), (role, aval.shape, geometry)
-    assert operand.dtype == rhs.dtype, (operand.dtype, rhs.dtype)
-    return result_type(map_, operand, rhs, geometry, out_sharding)
+    assert first.dtype == second.dtype, (first.dtype, second.dtype)
+    return result_type(map_, first, second, geometry, out_sharding)
 
 
 def _transpose(
     map_: Map,
     role: Role,
     ct: jax.Array,
-    operand: Any,
-    rhs: Any,
+    first: Any,
+    second: Any,
     *,
     geometry: ConvGeometry,
     precision: Any,
@@ -219,22 +218,18 @@ def _transpose(
     **_: Any,
 ) -> jax.Array:
     """The map whose result is the operand in that role, ct in the place of the old result."""
-    arrays = {map_.operands[0]: operand, map_.operands[1]: rhs, map_.result: ct}
+    arrays = {map_.operands[0]: first, map_.operands[1]: second, map_.result: ct}
     sharding = compat.explicit_sharding(arrays.pop(role).aval)
-    wanted = next(m for m in (FORWARD, INPUT_GRAD, FILTER_GRAD) if m.result is role)
-    first, second = (arrays[r] for r in wanted.operands)
-    if wanted is FILTER_GRAD:
-        return lax_maps.filter_grad(
-            first, second, geometry, precision=precision, out_sharding=sharding
-        )
+    wanted = next(m for m in _PRIMITIVES if m.result is role)
+    one, other = (arrays[r] for r in wanted.operands)
     return bind(
         wanted,
-        first,
-        second,
+        one,
+        other,
         geometry,
         precision=precision,
         out_sharding=sharding,
-        # Where a gradient's kernel is insisted on, its transposes may still be lax's.
+        # Where a map's kernel is insisted on, its transposes may still be lax's.
         implementation="xla" if implementation == "xla" else None,
     )
 
@@ -249,7 +244,7 @@ def _batch(
     **params: Any,
 ) -> tuple[jax.Array, int]:
     """One call for all examples. A mapped operand's axis joins an index that it shares with
-    the result: the activations' the batch, the filter's the channels, both together groups.
+    the result, images or channels; both together join the groups.
     """
     mapped = {
         role: (x, dim)
@@ -304,9 +299,9 @@ def _batch(
 
 
 def _bind_shard(
-    map_: Map, operand: jax.Array, rhs: jax.Array, geometry: ConvGeometry, **params: Any
+    map_: Map, first: jax.Array, second: jax.Array, geometry: ConvGeometry, **params: Any
 ) -> jax.Array:
-    return _PRIMITIVES[map_].bind(operand, rhs, geometry=geometry, out_sharding=None, **params)
+    return _PRIMITIVES[map_].bind(first, second, geometry=geometry, out_sharding=None, **params)
 
 
 def _lower(map_: Map, ctx: Any, *operands: Any, platform: str, **params: Any) -> Any:
@@ -337,5 +332,5 @@ def _make(map_: Map) -> jex_core.Primitive:
     return primitive
 
 
-_PRIMITIVES = {map_: _make(map_) for map_ in (FORWARD, INPUT_GRAD)}
-conv_forward_p, conv_input_grad_p = _PRIMITIVES.values()
+_PRIMITIVES = {map_: _make(map_) for map_ in (FORWARD, INPUT_GRAD, FILTER_GRAD)}
+conv_forward_p, conv_input_grad_p, conv_filter_grad_p = _PRIMITIVES.values()

@@ -10,12 +10,13 @@ import numpy as np
 from jax import lax
 
 from jax_convgrad import ConvGeometry, custom_call, dispatch, native
-from jax_convgrad.maps import INPUT_GRAD, shape_of_role
+from jax_convgrad.maps import FILTER_GRAD, INPUT_GRAD, shape_of_role
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TARGET = f"@{native.TARGET}("
 FUSED_TARGET = f"@{native.FUSED_TARGET}("
 FORWARD_TARGET = f"@{native.FORWARD_TARGET}("
+FILTER_TARGET = f"@{native.TARGETS[FILTER_GRAD]}("
 
 
 def connected(g):
@@ -163,11 +164,11 @@ def plan(g, dtype, kernel="auto", platform="cpu", precision=None, map_=INPUT_GRA
 
 def kernels_for(g, dtype, platform="cpu", precision=None, map_=INPUT_GRAD):
     """Names of a platform's kernels that take this problem."""
-    names = native.module_for(platform).kernel_names()
+    names = native.module_for(platform).kernel_names(map_.name)
     return [name for name in names if plan(g, dtype, name, platform, precision, map_) is not None]
 
 
-def _call(operand, w, g, planned, platform, precision, arrays=(), map_=INPUT_GRAD):
+def _call(first, second, g, planned, platform, precision, arrays=(), map_=INPUT_GRAD):
     """The result and the workspace of a plan (kernel, workspace bytes), as the kernel leaves them.
 
     With `arrays` the fused call: (residual, relu), of which either may have the shape (0,).
@@ -176,7 +177,7 @@ def _call(operand, w, g, planned, platform, precision, arrays=(), map_=INPUT_GRA
     layouts = custom_call.layouts(g, platform)
     to = layouts[map_.result]
     results = (
-        jax.ShapeDtypeStruct(shape_of_role(g, map_.result), operand.dtype),
+        jax.ShapeDtypeStruct(shape_of_role(g, map_.result), first.dtype),
         jax.ShapeDtypeStruct((workspace_bytes,), np.uint8),
     )
     call = jax.ffi.ffi_call(
@@ -188,7 +189,7 @@ def _call(operand, w, g, planned, platform, precision, arrays=(), map_=INPUT_GRA
         ],
         output_layouts=[to, (0,)],
     )
-    return call(operand, w, *arrays, **custom_call.attributes(g, platform, precision, kernel))
+    return call(first, second, *arrays, **custom_call.attributes(g, platform, precision, kernel))
 
 
 def call_kernel(dy, w, g, kernel="auto", platform="cpu", precision=None, arrays=()):
@@ -239,7 +240,7 @@ def call_kernels_of_many(problems, kernels=kernels_for, map_=INPUT_GRAD):
     The kernels write into memory that is poisoned, result and workspace alike.
 
     Args:
-        problems: tuples (dy or x, w, g).
+        problems: tuples of the map's operands and g.
         kernels: names of the kernels to call for a geometry and a dtype.
         map_: what they compute.
 

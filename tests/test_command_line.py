@@ -61,7 +61,7 @@ def test_check_passes_with_kernels(some_cases, capsys):
     some_cases(cases)
     assert __main__.main(["check", "--count", "3", "--dtype", "f32", "--seed", "3"]) == 0
     out = capsys.readouterr().out
-    results = 2 * (len(cases) + 3)  # of dX and of y
+    results = 3 * (len(cases) + 3)  # of dX, y and dW
     assert f"{results} results, {results} native, 0 failed" in out
     assert "pass" in out
     assert "FAIL" not in out
@@ -96,7 +96,7 @@ def test_check_without_kernels_says_so(some_cases, monkeypatch, capsys):
     arguments = ("check", "--count", "0", "--dtype", "f32", "--require-native")
     assert __main__.main(arguments) == 1
     out = capsys.readouterr().out
-    assert "4 results, 0 native" in out
+    assert "6 results, 0 native" in out
     assert "compared lax with itself" in out
     assert "--require-native" in out
 
@@ -119,7 +119,7 @@ def test_check_fails_where_a_result_is_wrong(some_cases, monkeypatch, capsys, na
 @pytest.mark.parametrize("command", ["check", "bench"])
 def test_a_map_that_there_is_not_is_refused(command, capsys):
     assert __main__.main([command, "--map", "y,dz"]) == 2
-    assert "--map must name some of dx, y, got 'dz'" in capsys.readouterr().err
+    assert "--map must name some of dx, y, dw, got 'dz'" in capsys.readouterr().err
 
 
 def test_a_process_ends_with_the_commands_status(run_python):
@@ -226,7 +226,7 @@ def test_random_problems_are_drawn_one_by_one_and_of_every_kind():
     again = random_layers.random_workload(SEED, 7, None, "default")
     assert again == drawn[7]
     assert {w.dtype for w in drawn} == {"float64", "float32", "bfloat16", "float16"}
-    assert {w.direction for w in drawn} == {"dx", "fwd"}
+    assert {w.direction for w in drawn} == {"dx", "fwd", "dw"}
     geometries = [w.geometry for w in drawn]
     assert {g.axes for g in geometries} == {1, 2, 3}
     assert any(g.batch_group_count > 1 for g in geometries)

@@ -332,13 +332,20 @@ def test_groups_of_images(operands):
         np.testing.assert_allclose(conv(x, w), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_for_the_filter_stays_with_lax(operands):
-    """It has lhs_dilation too, and the images in the place of the filter."""
-    assert unchanged(
-        lambda x, w, dy: jax.linear_transpose(lambda w: upsample(x, w), w)(dy),
-        *operands,
-        jnp.ones((2, 8, 10, 2)),
-    )
+@pytest.mark.native
+def test_gradient_for_the_filter_of_a_transposed_layer(operands):
+    """It has lhs_dilation."""
+    x, w = operands
+    dy = jnp.cos(upsample(x, w))
+
+    def gradient(x, w, dy):
+        return jax.linear_transpose(lambda w: upsample(x, w), w)(dy)[0]
+
+    expected = gradient(x, w, dy)
+    with jax_convgrad.installed():
+        text = lowered(gradient, x, w, dy)
+        assert (text.count(oracles.FILTER_TARGET), text.count(CONVOLUTION)) == (1, 0)
+        np.testing.assert_allclose(gradient(x, w, dy), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_asks_for_lax_gets_it_beside_a_layer_that_does_not(operands):

@@ -185,11 +185,13 @@ def test_two_steps_of_training(batch, net, dtype):
     jax_convgrad.uninstall()
     assert error(actual, expected) <= BOUNDS[dtype]
     assert all(np.any(change) for change in actual[1])
-    targets = oracles.TARGET, oracles.FORWARD_TARGET
+    targets = oracles.TARGET, oracles.FORWARD_TARGET, oracles.FILTER_TARGET
     assert not any(target in expected[2] for target in targets)
     if jax_convgrad.native.cpu is not None:
-        # All forward passes, and the gradients of all layers but the first.
-        assert [actual[2].count(target) for target in targets] == [2, 3]
+        # All forward passes and filter gradients, the input gradients of all layers but the
+        # first, and no convolution besides.
+        assert [actual[2].count(target) for target in targets] == [2, 3, 3]
+        assert "stablehlo.convolution" not in actual[2]
         types = {"float32": "xf32>", "bfloat16": "xbf16>"}
         for line in actual[2].splitlines():
             if any(target in line for target in targets):

@@ -11,6 +11,7 @@ from jax import lax
 import jax_convgrad
 from jax_convgrad import lax_maps
 from jax_convgrad.geometry import dilated_size
+from jax_convgrad.tools import references
 from jax_convgrad.tools.geometries import tolerance
 
 # name: lhs_shape, rhs_shape and the parameters that are not defaults
@@ -100,7 +101,12 @@ def test_conv_input_grad_is_the_literal_sum(small, rng, x64, implementation):
 
 def test_filter_grad_is_the_literal_sum(small, rng, x64):
     x, (dy, _) = rng.standard_normal(small.lhs_shape), oracles.operands(rng, small)
-    assert_equal_sums(lax_maps.filter_grad(x, dy, small), oracles.literal_filter_grad(x, dy, small))
+    literal = oracles.literal_filter_grad(x, dy, small)
+    assert_equal_sums(lax_maps.filter_grad(x, dy, small), literal)
+    assert_equal_sums(references.filter_grad(x, dy, small), literal)
+    params = small.conv_params()
+    actual = jax_convgrad.conv_filter_grad(x, dy, small.rhs_shape, **params)
+    assert_equal_sums(actual, literal)
 
 
 def test_forward_is_the_literal_sum(small, rng, x64):

@@ -71,13 +71,16 @@ inline __attribute__((always_inline)) void SetState(CpuJob* job, const State& st
   __builtin_memcpy(job->state, &state, sizeof(state));
 }
 
+struct FilterArgs;  // filter/job.h
+
 // The kernels of one instruction set. Each fills in the job and computes nothing.
 struct CpuKernels {
   void (*direct)(const CpuArgs& args, CpuJob* job);
   void (*gemm)(const CpuArgs& args, CpuJob* job);
-  void (*channels)(const CpuArgs& args, CpuJob* job);  // lanes hold channels
-  void (*planes)(const CpuArgs& args, CpuJob* job);    // lanes hold pixels
-  void (*dots)(const CpuArgs& args, CpuJob* job);      // lanes hold out channels
+  void (*channels)(const CpuArgs& args, CpuJob* job);   // lanes hold channels
+  void (*planes)(const CpuArgs& args, CpuJob* job);     // lanes hold pixels
+  void (*dots)(const CpuArgs& args, CpuJob* job);       // lanes hold out channels
+  void (*filter)(const FilterArgs& args, CpuJob* job);  // the filter gradient
 };
 
 // Limits that the planner and the kernels share, whatever the instruction set.

@@ -6,7 +6,7 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 
 extern const CpuKernels kKernels;
-const CpuKernels kKernels = {Direct, Gemm, Channels, Planes, Dots};
+const CpuKernels kKernels = {Direct, Gemm, Channels, Planes, Dots, Filter};
 
 }  // namespace CONVGRAD_ISA
 }  // namespace convgrad

@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "../kernel.h"
+#include "../phase.h"
 
 #if defined(__AVX512BF16__)
 #include <immintrin.h>

@@ -11,11 +11,11 @@ import json
 import pathlib
 from typing import Any
 
-from ..maps import FORWARD, INPUT_GRAD
+from ..maps import FILTER_GRAD, FORWARD, INPUT_GRAD
 
 # As the command line spells them.
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "f64": "float64"}
-MAPS = {"dx": INPUT_GRAD, "y": FORWARD}
+MAPS = {"dx": INPUT_GRAD, "y": FORWARD, "dw": FILTER_GRAD}
 
 
 class ToolError(Exception):

@@ -39,8 +39,9 @@ from . import (
     timing,
 )
 from .console import Console, table
+from .references import distance, reference
 from .results import PEERS, Row
-from .workloads import JaxPeer, ScanPeer, Workload, distance, make_pool, reference, workloads
+from .workloads import JaxPeer, ScanPeer, Workload, make_pool, workloads
 
 _IMPLEMENTATIONS: dict[str, Implementation] = {"auto": None, "native": "native", "xla": "xla"}
 

@@ -50,7 +50,8 @@ from .check import forced_kernel
 from .console import Console
 from .rate_problems import Planned
 from .rates import Rates
-from .workloads import JaxPeer, Workload, distance, make_pool
+from .references import distance
+from .workloads import JaxPeer, Workload, make_pool
 
 # Operand sets: more than an L2 cache holds.
 _POOL, _POOL_BYTES = 16, 2**28

@@ -19,8 +19,8 @@ from .. import custom_call, dispatch, lax_maps, native
 from ..compat import canonicalize_precision
 from ..conv import conv_general_dilated
 from ..geometry import ConvGeometry
-from ..input_grad import conv_input_grad
-from ..maps import FORWARD, INPUT_GRAD, Map, shape_of_role
+from ..gradients import conv_filter_grad, conv_input_grad
+from ..maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, shape_of_role
 from . import DTYPES, MAPS, ToolError, machine, maps_by_name
 from .console import Console, table
 from .geometries import (
@@ -72,8 +72,10 @@ def forced_kernel(
     module = native.module_for(platform)
     if module is None:
         raise ToolError(f"--kernel needs compiled kernels: the {platform} module was not built")
-    if kernel not in module.kernel_names():
-        names = ", ".join(module.kernel_names())
+    maps = [map_.name for map_ in MAPS.values() if map_.target in module.targets()]
+    known = dict.fromkeys(name for of_map in maps for name in module.kernel_names(of_map))
+    if kernel not in known:
+        names = ", ".join(known)
         raise ToolError(f"--kernel must be one of {names} on {platform}, got {kernel!r}")
     try:
         workspace_bytes = dispatch.plan(
@@ -93,7 +95,7 @@ def forced_kernel(
         input_layouts=tuple(layouts[role] for role in map_.operands),
         output_layouts=(layouts[map_.result], (0,)),
     )
-    return lambda operand, w: call(operand, w, **attributes)[0]
+    return lambda first, second: call(first, second, **attributes)[0]
 
 
 def _run_case(
@@ -107,7 +109,7 @@ def _run_case(
 ) -> list[Outcome]:
     geometry = case.geometry
     cpu = jax.local_devices(backend="cpu")[0]
-    reference = jax.jit(lambda operand, w: lax_maps.of(map_)(operand, w, geometry))
+    reference = jax.jit(lambda first, second: lax_maps.of(map_)(first, second, geometry))
     taps = reduction_taps(geometry, map_)
     outcomes = []
     for dtype in dtypes:
@@ -123,13 +125,15 @@ def _run_case(
                 continue
         else:
             name, function = _public(map_, geometry, dtype, platform, precision)
-        operand = rng.standard_normal(shape_of_role(geometry, map_.operands[0])).astype(dtype)
-        w = rng.standard_normal(geometry.rhs_shape).astype(dtype)
+        first, second = (
+            rng.standard_normal(shape_of_role(geometry, role)).astype(dtype)
+            for role in map_.operands
+        )
         failure, error = None, float("nan")
         try:
-            out = jax.jit(function)(operand, w)
+            out = jax.jit(function)(first, second)
             with jax.default_device(cpu):
-                expected = reference(operand.astype(np.float64), w.astype(np.float64))
+                expected = reference(first.astype(np.float64), second.astype(np.float64))
             error = normwise_error(out, expected)
         except Exception as e:  # a tool that stops at the first failure hides the others
             failure = f"{type(e).__name__}: {e}".splitlines()[0]
@@ -157,7 +161,12 @@ def _public(
     def input_grad(dy: jax.Array, w: jax.Array) -> jax.Array:
         return conv_input_grad(dy, w, **input_grad_params(geometry), **options)
 
-    return choice.kernel, forward if map_ is FORWARD else input_grad
+    def filter_grad(x: jax.Array, dy: jax.Array) -> jax.Array:
+        params = geometry.conv_params()
+        return conv_filter_grad(x, dy, geometry.rhs_shape, **params, **options)
+
+    functions = {FORWARD: forward, INPUT_GRAD: input_grad, FILTER_GRAD: filter_grad}
+    return choice.kernel, functions[map_]
 
 
 def summarize(outcomes: Sequence[Outcome]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..geometry import ConvGeometry
-from ..maps import FORWARD, INPUT_GRAD, Map
+from ..maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +60,14 @@ def tolerance(dtype: Any, taps: int) -> float:
 
 
 def reduction_taps(geometry: ConvGeometry, map_: Map = INPUT_GRAD) -> int:
-    """K*R*S: products that one element of dX can sum, or C*R*S of y, of a group's channels."""
+    """Products that one element of a map's result can sum.
+
+    K*R*S for dX and C*R*S for y, of a group's channels, and N*P*Q for dW.
+    """
     out_feature, in_feature, *_ = geometry.dimension_numbers.rhs_spec
+    if map_ is FILTER_GRAD:
+        images = geometry.out_shape[geometry.dimension_numbers.out_spec[0]]
+        return images * math.prod(geometry.out_sizes)
     if map_ is FORWARD:
         return geometry.rhs_shape[in_feature] * math.prod(geometry.window_sizes)
     out_channels = geometry.rhs_shape[out_feature] // geometry.groups

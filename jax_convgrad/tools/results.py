@@ -9,7 +9,7 @@ The JSON is one object:
     complete    false in a file that an interrupted run left
     roofs       {flops_per_s, bytes_per_s, source}, measured on the device
     rows        one object for each row measured, in order:
-      index, name, class, direction ("dx" or "fwd"), source, geometry (text)
+      index, name, class, direction ("dx", "fwd" or "dw"), source, geometry (text)
       batch, batch_in_file
       flops, bytes              work of one problem, products with padding not counted;
                                 least traffic
@@ -164,11 +164,11 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """The `classes` of the JSON, with "all" for every gradient and "all fwd" for forwards."""
+    """The `classes` of the JSON: "all" for the input gradients, "all fwd" and "all dw" too."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row["class"], []).append(row)
-    for name, direction in (("all", "dx"), ("all fwd", "fwd")):
+    for name, direction in (("all", "dx"), ("all fwd", "fwd"), ("all dw", "dw")):
         groups[name] = [row for row in rows if row["direction"] == direction]
     summary: dict[str, dict[str, Any]] = {}
     for class_name, members in groups.items():

@@ -1,6 +1,6 @@
 """PyTorch as a peer of bench: oneDNN on a CPU, cuDNN in benchmark mode on a GPU.
 
-The input gradient is `aten.convolution_backward` with the input's mask alone. With layout
+A gradient is `aten.convolution_backward` with that operand's mask alone. With layout
 NHWC the tensors have memory format channels_last, except in one dimension, where PyTorch
 has none. Asymmetric padding is what a PyTorch user writes: `pad` in front, whose backward
 crops. A layer with input dilation is PyTorch's transposed convolution, its filter
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..geometry import dilated_size
+from ..maps import Role
 from . import machine, require
 from .workloads import Operands, Workload
 
@@ -71,13 +72,18 @@ class TorchPeer:
         self._workload = workload
         self._device = "cuda" if machine.is_gpu() else "cpu"
         lhs_spec, rhs_spec, out_spec = workload.geometry.dimension_numbers
-        first, self._result_spec = (
-            (out_spec, lhs_spec) if workload.direction == "dx" else (lhs_spec, out_spec)
-        )
+        specs = {Role.LHS: lhs_spec, Role.RHS: rhs_spec, Role.OUT: out_spec}
+        self._result_spec = specs[workload.map_.result]
         self._call = self._function()
         self._pool = [
-            (self._tensor(data, first), self._filter(w, rhs_spec)) for data, w in pool
-        ]  # fmt: skip
+            tuple(
+                self._filter(array, rhs_spec)
+                if role is Role.RHS
+                else self._tensor(array, specs[role])
+                for role, array in zip(workload.map_.operands, arrays, strict=True)
+            )
+            for arrays in pool
+        ]
         self._graph: Any = None
 
     def _tensor(self, array: np.ndarray, spec: Sequence[int]) -> Any:
@@ -150,6 +156,8 @@ class TorchPeer:
             pads = [-p for p in crop]
             return lambda x, w: forward(torch.nn.functional.pad(x, pads), w)
         dtype = getattr(torch, self._workload.dtype)
+        if self._workload.direction == "dw":
+            return self._filter_grad(arguments, crop)
         x = self._formatted(torch.empty(sizes, dtype=dtype, device=self._device))
 
         def gradient(dy: Any, w: Any) -> Any:
@@ -157,6 +165,21 @@ class TorchPeer:
                 dy, x, w, None, *arguments, g.feature_group_count, [True, False, False]
             )[0]
             return dx if crop is None else torch.nn.functional.pad(dx, crop)
+
+        return gradient
+
+    def _filter_grad(self, arguments: Any, crop: list[int] | None) -> Callable[[Any, Any], Any]:
+        g, torch = self._workload.geometry, self._torch
+        dtype = getattr(torch, self._workload.dtype)
+        w = self._filter(np.zeros(g.rhs_shape, np.float32), g.dimension_numbers.rhs_spec).to(dtype)
+
+        def gradient(x: Any, dy: Any) -> Any:
+            if crop is not None:
+                x = torch.nn.functional.pad(x, [-p for p in crop])
+            dw = torch.ops.aten.convolution_backward(
+                dy, x, w, None, *arguments, g.feature_group_count, [False, True, False]
+            )[1]
+            return dw.flip(list(range(2, dw.dim()))).transpose(0, 1) if self._transposed else dw
 
         return gradient
 

@@ -16,7 +16,8 @@ from jax import lax
 
 from .. import dispatch, integration
 from . import ToolError, layers, machine, models, results, timing
-from .workloads import Workload, distance, make_pool, reference
+from .references import distance, reference
+from .workloads import Workload, make_pool
 
 PROGRAMS = ("lax", "ours")
 _MOMENTUM, _LEARNING_RATE = 0.9, 0.01

@@ -18,30 +18,29 @@ from ..compat import canonicalize_precision
 from ..conv import conv_general_dilated
 from ..dispatch import Choice, Implementation
 from ..geometry import ConvGeometry
-from ..input_grad import conv_input_grad
-from ..maps import FORWARD, INPUT_GRAD, Map
+from ..gradients import conv_filter_grad, conv_input_grad
+from ..maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, shape_of_role
 from . import machine
-from .geometries import normwise_error, reduction_taps, tolerance
+from .geometries import reduction_taps, tolerance
 from .layers import Layer
 
 # Operand sets that calls rotate through: as many as a call can take, within this memory.
 _POOL_LIMITS = {"cpu": (32, 2**28), "gpu": (64, 2**32)}
-# A float64 reference beyond this takes longer than the measurement.
-_REFERENCE_FLOPS = 1e9
-_REFERENCE_IMAGES = 3
 
 Function = Callable[[Any, Any], Any]
+Direction = Literal["dx", "fwd", "dw"]
+_MAPS: dict[str, Map] = {"dx": INPUT_GRAD, "fwd": FORWARD, "dw": FILTER_GRAD}
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The input gradient ("dx") of a layer, or its forward map ("fwd").
+    """The input gradient ("dx") of a layer, its forward map ("fwd") or its filter gradient ("dw").
 
-    Either takes two operands: dy and the filter, or x and the filter.
+    Each takes two operands: dy and the filter, x and the filter, or x and dy.
     """
 
     layer: Layer
-    direction: Literal["dx", "fwd"]
+    direction: Direction
     dtype: str
     precision: str
 
@@ -53,27 +52,31 @@ class Workload:
     @property
     def map_(self) -> Map:
         """What is computed."""
-        return FORWARD if self.direction == "fwd" else INPUT_GRAD
+        return _MAPS[self.direction]
 
     @property
     def name(self) -> str:
-        """The net, with " fwd" appended for a forward."""
-        return self.layer.name + (" fwd" if self.direction == "fwd" else "")
+        """The net, with the map appended unless it is the input gradient."""
+        return self.layer.name + self._suffix
 
     @property
     def class_name(self) -> str:
-        """The class to average in; forwards are averaged by themselves."""
-        return self.layer.class_name + (" fwd" if self.direction == "fwd" else "")
+        """The class to average in; each map is averaged by itself."""
+        return self.layer.class_name + self._suffix
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.direction == "dx" else f" {self.direction}"
 
     @property
     def operand_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of the two operands."""
-        g = self.geometry
-        return (g.out_shape if self.direction == "dx" else g.lhs_shape), g.rhs_shape
+        first, second = self.map_.operands
+        return shape_of_role(self.geometry, first), shape_of_role(self.geometry, second)
 
     @property
     def bytes_moved(self) -> int:
-        """Least memory traffic in bytes, the same for both directions."""
+        """Least memory traffic in bytes, the same for all maps."""
         return self.geometry.bytes_moved(np.dtype(self.dtype).itemsize)
 
     @property
@@ -88,17 +91,18 @@ class Workload:
         g, precision = self.geometry, precision or self.precision
         if self.direction == "fwd":
             return functools.partial(lax_maps.forward, geometry=g, precision=precision)
+        result = shape_of_role(g, self.map_.result)
 
-        def gradient(dy: Any, w: Any) -> Any:
-            # The convolution at zeros is dead code: jit drops it and keeps its transpose.
-            def forward(x: Any) -> Any:
+        # The convolution at zeros is dead code: jit drops it and keeps its transpose.
+        def gradient(dy: Any, other: Any) -> Any:
+            def forward(wanted: Any) -> Any:
+                x, w = (other, wanted) if self.direction == "dw" else (wanted, other)
                 return lax_maps.forward(x, w, g, precision=precision)
 
-            _, pull = jax.vjp(forward, jnp.zeros(g.lhs_shape, dy.dtype))
-            (dx,) = pull(dy)
-            return dx
+            _, pull = jax.vjp(forward, jnp.zeros(result, dy.dtype))
+            return pull(dy)[0]
 
-        return gradient
+        return (lambda x, dy: gradient(dy, x)) if self.direction == "dw" else gradient
 
     def our_function(self, implementation: Implementation) -> Function:
         """This package's public function for the same map."""
@@ -111,11 +115,13 @@ class Workload:
                 implementation=implementation,
             )
 
-        def gradient(dy: Any, w: Any) -> Any:
-            return conv_input_grad(
-                dy,
-                w,
-                g.lhs_shape,
+        public = conv_input_grad if self.direction == "dx" else conv_filter_grad
+
+        def gradient(first: Any, second: Any) -> Any:
+            return public(
+                first,
+                second,
+                shape_of_role(g, self.map_.result),
                 **g.conv_params(),
                 precision=self.precision,
                 implementation=implementation,
@@ -141,7 +147,7 @@ class Workload:
 
 def workloads(layer: Layer, dtype: str, precision: str, maps: Sequence[str]) -> list[Workload]:
     """The maps of a layer, by their names in MAPS, that are measured."""
-    directions: dict[str, Literal["dx", "fwd"]] = {"dx": "dx", "y": "fwd"}
+    directions: dict[str, Direction] = {"dx": "dx", "y": "fwd", "dw": "dw"}
     return [Workload(layer, directions[name], dtype, precision) for name in maps]
 
 
@@ -238,61 +244,3 @@ class ScanPeer:
             out = self._scan(self._operands)
         out.block_until_ready()
         return 1e6 * (time.perf_counter() - start) / (instances * calls)
-
-
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """Trusted values of some images of a result, and the error allowed against them."""
-
-    images: tuple[int, ...]
-    batch_dimension: int
-    values: np.ndarray
-    bound: float
-    dtype: str
-
-    def error(self, out: Any) -> float:
-        """Normwise error of the images that this holds."""
-        return normwise_error(np.take(np.asarray(out), self.images, self.batch_dimension),
-                              self.values)  # fmt: skip
-
-
-def reference(workload: Workload, operands: Operands) -> Reference:
-    """The result by lax in float64: first, last and middle image, fewer where they are large.
-
-    One image of the largest layers would take minutes in float64: those are compared with
-    lax in float32 at precision HIGHEST, and the bound is widened by float32's own.
-    """
-    g = workload.geometry
-    lhs_spec, _, out_spec = g.dimension_numbers
-    batch_in, batch_out = (
-        (out_spec[0], lhs_spec[0]) if workload.direction == "dx" else (lhs_spec[0], out_spec[0])
-    )
-    batch = workload.layer.batch
-    flops_per_image = g.flops / batch
-    many = max(1, min(_REFERENCE_IMAGES, int(_REFERENCE_FLOPS // max(1.0, flops_per_image))))
-    images = tuple(sorted({0, batch // 2, batch - 1}, key=(0, batch - 1, batch // 2).index)[:many])
-    if g.batch_group_count > 1:  # images of dX and of dy are not the same ones
-        images = tuple(range(batch))
-    exact = workload.dtype == "float64" or flops_per_image <= _REFERENCE_FLOPS
-    dtype = "float64" if exact else "float32"
-    bound = workload.bound
-    if not exact:
-        bound += tolerance("float32", reduction_taps(g))
-    shape = list(g.lhs_shape)
-    shape[lhs_spec[0]] = len(images)
-    part = dataclasses.replace(
-        workload, layer=dataclasses.replace(workload.layer, geometry=g.replace(lhs_shape=(*shape,)))
-    )
-    data = operands[0] if g.batch_group_count > 1 else np.take(operands[0], images, batch_in)
-    with jax.enable_x64(True):
-        function = jax.jit(part.lax_function(lax.Precision.HIGHEST))
-        values = np.asarray(function(data.astype(dtype), operands[1].astype(dtype)))
-    return Reference(images, batch_out, values, bound, dtype)
-
-
-@jax.jit
-def distance(out: jax.Array, other: jax.Array) -> jax.Array:
-    """Normwise distance of two whole results, on the device."""
-    wide = jnp.promote_types(out.dtype, jnp.float32)
-    out, other = out.astype(wide), other.astype(wide)
-    return jnp.sqrt(jnp.sum((out - other) ** 2) / jnp.sum(other**2))

@@ -1,4 +1,4 @@
-"""The input gradient as a public function."""
+"""The gradients of a convolution as public functions."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from . import compat, dispatch
 from .dispatch import Implementation
 from .fused import bind_fused
 from .geometry import ConvGeometry, DimensionNumbers, Padding, sequence_of, shape_of
+from .primitive import bind_filter_grad
 
 
 def conv_input_grad(
@@ -104,11 +105,7 @@ def conv_input_grad(
     dy_shape, w_shape = shape_of(dy, "dy", function), shape_of(w, "w", function)
     lhs_shape = sequence_of(lhs_shape, "lhs_shape", function, "a sequence of integers")
     dy, w = as_array(dy, "dy", function), as_array(w, "w", function)
-    if dy.dtype != w.dtype:
-        raise TypeError(
-            f"{function} requires arguments to have the same dtypes, got {dy.dtype} for dy and "
-            f"{w.dtype} for w."
-        )
+    _check_dtypes({"dy": dy, "w": w}, function)
     batchless = len(lhs_shape) == len(dy_shape) == len(w_shape) - 1
     if batchless:
         lhs_shape, dy_shape = (1, *lhs_shape), (1, *dy_shape)
@@ -125,13 +122,7 @@ def conv_input_grad(
         batch_group_count,
         function=function,
     )
-    if dy_shape != geometry.out_shape:
-        expected = geometry.out_shape[1:] if batchless else geometry.out_shape
-        raise ValueError(
-            f"{function} dy must have the shape of the convolution's result, {expected} for "
-            f"lhs_shape {lhs_shape[1:] if batchless else lhs_shape} and w {w_shape}, got "
-            f"{dy_shape[1:] if batchless else dy_shape}."
-        )
+    _check_dy(dy_shape, geometry, batchless, "lhs_shape", "w", function)
     dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, function)
     arrays = {}
     for name, value in (("residual", residual), ("relu_mask", relu_mask)):
@@ -167,6 +158,131 @@ def conv_input_grad(
         implementation=implementation,
     )
     return dx[0] if batchless else dx
+
+
+def conv_filter_grad(
+    x: jax.Array,
+    dy: jax.Array,
+    rhs_shape: Sequence[int],
+    window_strides: Sequence[int] | None = None,
+    padding: Padding = "VALID",
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: DimensionNumbers = None,
+    feature_group_count: int = 1,
+    batch_group_count: int = 1,
+    precision: lax.PrecisionLike = None,
+    preferred_element_type: Any = None,
+    out_sharding: Any = None,
+    *,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Gradient of a convolution with respect to its filter, dE/dW.
+
+    For y = conv_general_dilated(x, w, ...) and the cotangent dy = dE/dY, returns dE/dW: the
+    sum over images n and positions p of dy[n, k, p] * x[n, c, h], where
+    h * lhs_dilation = p * stride - pad_low + r * rhs_dilation on every spatial axis.
+    Differentiable in x and dy to any order, forward and reverse. The sum is made of parts
+    that depend on the shapes alone: its bits are the same on any number of threads.
+
+    Args:
+        x: the convolution's input, its lhs.
+        dy: cotangent of the convolution's result, of that result's shape and x's dtype.
+        rhs_shape: shape of the filter, and of the result. One size more than `x.ndim` means
+            that x and dy are a single image without a batch axis, [C, H, W].
+        window_strides: `n` integers; None means ones.
+        padding: 'SAME', 'SAME_LOWER', 'VALID' or `n` pairs (low, high), of the forward
+            convolution.
+        lhs_dilation: `n` integers of the forward convolution; None means ones.
+        rhs_dilation: `n` integers; None means ones.
+        dimension_numbers: layouts of x, w and y, as in `jax.lax.conv_general_dilated`.
+        feature_group_count: of the forward convolution.
+        batch_group_count: of the forward convolution.
+        precision: as in `jax.lax.conv_general_dilated`.
+        preferred_element_type: dtype of the result; None means x's.
+        out_sharding: sharding of the result, for meshes with explicit axes.
+        implementation: "native" for the kernel, "xla" for lax, None for the kernel where
+            it is no slower.
+
+    Returns:
+        dE/dW, an array of shape `rhs_shape`. Float16 and bfloat16 accumulate in float32.
+
+    Raises:
+        ValueError: shapes or parameters contradict each other, or "native" was asked
+            for where no kernel serves.
+        TypeError: an argument is of the wrong kind, or dtypes differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x, dy = jnp.arange(9.0).reshape(1, 3, 3), jnp.ones((1, 2, 2))
+        >>> conv_filter_grad(x, dy, (1, 1, 2, 2))
+        Array([[[[ 8., 12.],
+                 [20., 24.]]]], dtype=float32)
+    """
+    function = "conv_filter_grad"
+    dispatch.check_implementation(implementation, function)
+    dispatch.check_out_sharding(out_sharding, function)
+    x_shape, dy_shape = shape_of(x, "x", function), shape_of(dy, "dy", function)
+    rhs_shape = sequence_of(rhs_shape, "rhs_shape", function, "a sequence of integers")
+    x, dy = as_array(x, "x", function), as_array(dy, "dy", function)
+    _check_dtypes({"x": x, "dy": dy}, function)
+    batchless = len(x_shape) == len(dy_shape) == len(rhs_shape) - 1
+    if batchless:
+        x_shape, dy_shape = (1, *x_shape), (1, *dy_shape)
+        x, dy = x[None], dy[None]
+        dimension_numbers = _with_batch(dimension_numbers, len(dy_shape), function)
+    geometry = ConvGeometry.parse(
+        x_shape,
+        rhs_shape,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        batch_group_count,
+        function=function,
+    )
+    _check_dy(dy_shape, geometry, batchless, "x", "rhs_shape", function)
+    return bind_filter_grad(
+        x,
+        dy,
+        geometry,
+        precision=compat.canonicalize_precision(precision),
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+        implementation=implementation,
+    )
+
+
+def _check_dtypes(arrays: dict[str, jax.Array], function: str) -> None:
+    (first, a), (second, b) = arrays.items()
+    if a.dtype != b.dtype:
+        raise TypeError(
+            f"{function} requires arguments to have the same dtypes, got {a.dtype} for {first} "
+            f"and {b.dtype} for {second}."
+        )
+
+
+def _check_dy(
+    dy_shape: tuple[int, ...],
+    geometry: ConvGeometry,
+    batchless: bool,
+    lhs: str,
+    rhs: str,
+    function: str,
+) -> None:
+    """Raises unless dy has the result's shape; `lhs` and `rhs` are the arguments' names."""
+    if dy_shape == geometry.out_shape:
+        return
+    expected, lhs_shape, got = (
+        shape[1:] if batchless else shape
+        for shape in (geometry.out_shape, geometry.lhs_shape, dy_shape)
+    )
+    raise ValueError(
+        f"{function} dy must have the shape of the convolution's result, {expected} for "
+        f"{lhs} {lhs_shape} and {rhs} {geometry.rhs_shape}, got {got}."
+    )
 
 
 def as_array(value: Any, argument: str, function: str) -> jax.Array:

@@ -1,0 +1,295 @@
+"""The filter gradient by every CPU kernel, against float64; its primitive's own rules."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from conftest import SEED
+
+import jax_convgrad
+from jax_convgrad import dispatch, native, partition
+from jax_convgrad.maps import FILTER_GRAD, shape_of_role
+from jax_convgrad.primitive import bind_filter_grad
+from jax_convgrad.tools import references
+from jax_convgrad.tools.geometries import (
+    make_geometry,
+    named_cases,
+    normwise_error,
+    random_case,
+    reduction_taps,
+    tolerance,
+)
+
+pytestmark = pytest.mark.native
+
+NAMED = {case.name: case.geometry for case in named_cases()}
+RANDOM_COUNT = 25
+
+# What decides how the kernels cut a problem up (csrc/cpu/filter/plan.cc).
+CUTS = {
+    "several chunks, and a rest": make_geometry((37, 41), (3, 3), (7, 19), batch=3, padding=1),
+    "several slices of channels": make_geometry((5, 5), (2, 2), (101, 3), batch=2),
+    "more dY channels than x channels": make_geometry((6, 6), (3, 3), (40, 3), padding=1),
+    "a long row": make_geometry((5000,), (7,), (2, 3), batch=2, stride=2),
+    "a window longer than the image": make_geometry((9,), (30,), (3, 5), batch=2, padding=25),
+    "depthwise, several chunks": make_geometry(
+        (40, 40), (3, 3), (21, 21), batch=2, feature_groups=21, padding=1
+    ),
+    "narrow groups": make_geometry((9, 9), (3, 3), (32, 32), feature_groups=8, padding=1),
+    "narrow groups, wider": make_geometry((9, 9), (3, 3), (12, 24), feature_groups=6, padding=1),
+    "stride beyond a dilated filter": make_geometry((30, 30), (2, 2), (3, 17), stride=6,
+                                                    rhs_dilation=4),
+    "groups that a block does not fill": make_geometry((5, 5), (3, 3), (63, 42), feature_groups=21),
+    "dilated input": make_geometry((9, 8), (4, 3), (5, 20), lhs_dilation=3, stride=2, padding=2),
+    "dilated input of groups": make_geometry((9, 8), (4, 3), (6, 6), lhs_dilation=2, padding=2,
+                                             feature_groups=6),
+}  # fmt: skip
+
+
+def operands(rng, g, dtype):
+    return [
+        rng.standard_normal(shape_of_role(g, role)).astype(jnp.dtype(dtype))
+        for role in FILTER_GRAD.operands
+    ]
+
+
+def call_kernels(x, dy, g):
+    names = functools.partial(oracles.kernels_for, map_=FILTER_GRAD)
+    return oracles.call_kernels_of_many([(x, dy, g)], names, FILTER_GRAD)[0]
+
+
+def check_kernels(rng, g, dtype):
+    x, dy = operands(rng, g, dtype)
+    expected = references.filter_grad(x, dy, g)
+    bound = tolerance(dtype, reduction_taps(g, FILTER_GRAD))
+    results = call_kernels(x, dy, g)
+    assert oracles.plan(g, dtype, map_=FILTER_GRAD)[0] in results
+    for name, dw in results.items():
+        error = normwise_error(dw, expected)
+        assert error <= bound, f"{name}: {error:.3e} above {bound:.3e} for {dtype} {g}"
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", NAMED)
+def test_named_geometry(rng, x64, name, dtype):
+    check_kernels(rng, NAMED[name], dtype)
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", CUTS)
+def test_cuts(rng, x64, name, dtype):
+    check_kernels(rng, CUTS[name], dtype)
+    check_kernels(rng, channels_first(CUTS[name]), dtype)
+
+
+def channels_first(g):
+    """The same convolution with channels before the spatial axes."""
+    assert g.dimension_numbers.lhs_spec[1] != 1
+    rank = len(g.lhs_shape)
+    moved = {
+        "lhs_shape": tuple(g.lhs_shape[d] for d in g.dimension_numbers.lhs_spec),
+        "rhs_shape": tuple(g.rhs_shape[d] for d in g.dimension_numbers.rhs_spec),
+        "dimension_numbers": jax.lax.ConvDimensionNumbers(*[tuple(range(rank))] * 3),
+    }
+    return g.replace(**moved)
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("index", range(RANDOM_COUNT))
+def test_random_geometry(rng, x64, index, dtype):
+    check_kernels(rng, random_case(SEED, index).geometry, dtype)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+@pytest.mark.parametrize("where", [0, 1], ids=["x", "dy"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense_3x3",
+        "a window longer than the image",
+        "depthwise, several chunks",
+        "narrow groups",
+        "dilated input",
+        "dilated input of groups",
+    ],
+)
+def test_what_is_not_finite_reaches_what_the_definition_connects(rng, name, where, value):
+    """At a corner too, where most taps meet padding."""
+    g = CUTS.get(name) or NAMED[name]
+    for at in (0, -1, None):
+        arrays = operands(rng, g, "float32")
+        values = np.array(arrays[where])
+        index = rng.integers(values.size) if at is None else at
+        values.reshape(-1)[index] = value
+        arrays[where] = values
+        with np.errstate(invalid="ignore"):
+            reached = ~np.isfinite(references.filter_grad(*arrays, g))
+        for kernel, dw in call_kernels(*arrays, g).items():
+            np.testing.assert_array_equal(~np.isfinite(dw), reached, err_msg=kernel)
+
+
+def test_error_of_a_long_sum_is_that_of_pairwise_addition(rng):
+    """Ten million products of one sign: added one by one they would be wrong by 1e-5."""
+    count = 10_000_000
+    g = make_geometry((count,), (1,), (1, 1))
+    x, dy = (rng.uniform(0.5, 1.5, (1, count, 1)).astype(np.float32) for _ in range(2))
+    exact = float(np.sum(x.astype(np.float64) * dy))
+    pairwise = abs(float(np.sum(x * dy)) - exact)
+    for name, dw in call_kernels(x, dy, g).items():
+        assert abs(float(dw.item()) - exact) <= 4 * max(pairwise, 6e-8 * exact), name
+
+
+@pytest.mark.parametrize("name", ["dense_3x3", *CUTS])
+def test_workspace_is_bounded(name):
+    g = CUTS.get(name) or NAMED[name]
+    for dtype, size in (("float32", 4), ("float64", 8), ("bfloat16", 4)):
+        _, workspace_bytes = oracles.plan(g, dtype, map_=FILTER_GRAD)
+        assert workspace_bytes <= max(32 << 20, 4 * size * math.prod(g.rhs_shape))
+
+
+DENSE = make_geometry((6, 5), (3, 2), (4, 6), batch=2, stride=(2, 1), padding=1)
+GROUPED = make_geometry((6, 5), (3, 2), (4, 6), batch=2, stride=(2, 1), feature_groups=2, padding=1)
+BATCHED = make_geometry((6, 5), (3, 2), (4, 6), batch=6, batch_groups=3, padding=1)
+EVERY = pytest.mark.parametrize(
+    "g", [DENSE, GROUPED, BATCHED], ids=["dense", "groups", "groups of images"]
+)
+
+
+def by_lax(g):
+    """The transpose of lax's convolution for the filter."""
+    w = jax.ShapeDtypeStruct(g.rhs_shape, "float64")
+    return lambda x, dy: jax.linear_transpose(lambda w: oracles.lax_conv(g)(x, w), w)(dy)[0]
+
+
+@EVERY
+def test_transposes_and_batching(rng, x64, g):
+    """Each mapped operand, and derivatives of either order, in one custom call each."""
+    x, dy = operands(rng, g, "float64")
+    ours = functools.partial(bind_filter_grad, geometry=g, implementation="native")
+    theirs = by_lax(g)
+    loss = lambda conv: lambda x, dy: jnp.sum(jnp.sin(conv(x, dy)))  # noqa: E731
+    xs, dys = jnp.stack([x, 2 * x, x - 1]), jnp.stack([dy, dy + 1, 3 * dy])
+    functions = {
+        "value": lambda conv: conv(x, dy),
+        "grad": lambda conv: jax.grad(loss(conv), (0, 1))(x, dy),
+        "jvp": lambda conv: jax.jvp(conv, (x, dy), (jnp.cos(x), jnp.sin(dy))),
+        "second": lambda conv: jax.hessian(lambda s: loss(conv)(s * x, dy))(1.5),
+        "third": lambda conv: jax.grad(jax.hessian(lambda s: loss(conv)(x, s * dy)))(0.5),
+        "vmap x": lambda conv: jax.vmap(conv, (0, None))(xs, dy),
+        "vmap dy": lambda conv: jax.vmap(conv, (None, 0))(x, dys),
+        "vmap both": lambda conv: jax.vmap(conv)(xs, dys),
+        "vmap at the end": lambda conv: jax.vmap(conv, (4, None), 3)(jnp.moveaxis(xs, 0, 4), dy),
+        "vmap of none": lambda conv: jax.vmap(conv, (0, None))(xs[:0], dy),
+    }
+    for name, function in functions.items():
+        actual, expected = jax.jit(lambda f=function: (f(ours), f(theirs)))()
+        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9, err_msg=name)
+        if name.startswith("vmap") and name != "vmap of none":
+            text = jax.jit(lambda f=function: f(ours)).lower().as_text()
+            assert text.count(oracles.FILTER_TARGET) == 1, name
+
+
+@EVERY
+def test_public_function(rng, g):
+    x, dy = operands(rng, g, "float32")
+    function = functools.partial(
+        jax_convgrad.conv_filter_grad, rhs_shape=g.rhs_shape, **g.conv_params()
+    )
+    for implementation in ("native", "xla", None):
+        dw = function(x, dy, implementation=implementation)
+        error = normwise_error(dw, references.filter_grad(x, dy, g))
+        assert error <= tolerance("float32", reduction_taps(g, FILTER_GRAD))
+    wide = function(x.astype("bfloat16"), dy.astype("bfloat16"), preferred_element_type="float32")
+    assert wide.dtype == jnp.float32
+
+
+def test_public_function_of_one_image(rng):
+    g = make_geometry((6, 5), (3, 2), (4, 6), batch=1, dimension_numbers="first")
+    x, dy = operands(rng, g, "float32")
+    dw = jax_convgrad.conv_filter_grad(x[0], dy[0], g.rhs_shape)
+    np.testing.assert_allclose(dw, references.filter_grad(x, dy, g), rtol=1e-4, atol=1e-5)
+
+
+def test_bad_arguments_of_the_public_function_are_named():
+    x, dy = jnp.ones((1, 2, 4, 4)), jnp.ones((1, 3, 2, 2))
+    call = jax_convgrad.conv_filter_grad
+    assert call(x, dy, (3, 2, 3, 3)).shape == (3, 2, 3, 3)
+    with pytest.raises(ValueError, match=r"dy must have the shape .* \(1, 3, 3, 3\) for x"):
+        call(x, dy, (3, 2, 2, 2))
+    with pytest.raises(ValueError, match=r"\(3, 3, 3\) for x \(2, 4, 4\) .* got \(3, 2, 2\)"):
+        call(x[0], dy[0], (3, 2, 2, 2))
+    with pytest.raises(TypeError, match=r"float32 for x and bfloat16 for dy"):
+        call(x, dy.astype("bfloat16"), (3, 2, 3, 3))
+    with pytest.raises(TypeError, match=r"conv_filter_grad x must be an array"):
+        call("x", dy, (3, 2, 3, 3))
+    with pytest.raises(TypeError, match=r"rhs_shape"):
+        call(x, dy, 3)
+    with pytest.raises(ValueError, match=r"implementation must be None"):
+        call(x, dy, (3, 2, 3, 3), implementation="fast")
+
+
+def test_per_example_gradients_are_one_call(rng):
+    """vmap of grad, as differential privacy asks for."""
+    x = jnp.asarray(rng.standard_normal((5, 1, 6, 6, 3)), "float32")
+    w = jnp.asarray(rng.standard_normal((3, 3, 3, 8)), "float32")
+
+    def loss(w, x):
+        y = jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.sum(jnp.sin(y))
+
+    gradients = jax.jit(jax.vmap(jax.grad(loss), (None, 0)))
+    expected = gradients(w, x)
+    with jax_convgrad.installed():
+        text = gradients.lower(w, x).as_text()
+        assert text.count(oracles.FILTER_TARGET) == 1
+        assert "stablehlo.convolution" not in text
+        np.testing.assert_allclose(gradients(w, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cuda_has_no_kernel():
+    choice = dispatch.choose(DENSE, "float32", "cuda", map_=FILTER_GRAD)
+    assert choice.implementation == "xla"
+    if native.cuda is not None:
+        assert "no filter gradient kernel" in choice.reason
+
+
+@pytest.mark.parametrize("index", range(12))
+def test_parts_put_together_are_the_whole(rng, index):
+    """Cut by NumPy: the arithmetic of halos and paddings, each part a term of the sum."""
+    draw = np.random.default_rng(index)
+    stride, dilation, window = (int(n) for n in draw.integers(1, 4, 3))
+    size = 8 * int(draw.integers(1, 4)) * stride
+    reach = (window - 1) * dilation
+    low = int(draw.integers(0, reach + 1))
+    # As many rows of y as make the cuts move in step.
+    high = (size // stride - 1) * stride + reach + 1 - size - low
+    g = make_geometry(
+        (size, 3), (window, 2), (3, 4), batch=2, stride=(stride, 1), rhs_dilation=(dilation, 1),
+        padding=((low, high), (0, 1)), dimension_numbers="first",
+    )  # fmt: skip
+    x, dy = operands(rng, g, "float64")
+    whole = references.filter_grad(x, dy, g)
+    for parts in (2, 4, 8):
+        edges = partition.halo(g, 0, parts, FILTER_GRAD)
+        if edges is None:
+            continue
+        local = partition.local_geometry(g, {"s0": parts}, FILTER_GRAD)
+        padded = np.pad(x, ((0, 0), (0, 0), (edges.before, edges.after), (0, 0)))
+        rows = edges.before + edges.rows + edges.after
+        of_y = g.out_sizes[0] // parts
+        pieces = [
+            references.filter_grad(
+                padded[:, :, i * edges.rows : i * edges.rows + rows],
+                dy[:, :, i * of_y : (i + 1) * of_y],
+                local,
+            )
+            for i in range(parts)
+        ]
+        np.testing.assert_allclose(sum(pieces), whole, rtol=1e-12, atol=1e-12)
