@@ -96,7 +96,7 @@ def pytest_configure(config):
 
 
 # Run only by -m with their name.
-LONG = ("slow", "sanitizer", "cross", "mutation", "static")
+LONG = ("slow", "thorough", "emulator", "sanitizer", "cross", "mutation", "static")
 
 
 def pytest_collection_modifyitems(config, items):

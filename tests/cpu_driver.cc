@@ -1,7 +1,8 @@
 // The CPU kernels without Python or JAX: for sanitizers, which would have to watch those
 // too, and for other processors under an emulator. Runs every kernel that takes a problem
 // on buffers of exactly their size and on threads of its own, and compares with the
-// literal sum in double: dX, and the forward map as "forward:" and the kernel.
+// literal sum in double: dX, the forward map as "forward:" and the kernel, and the filter
+// gradient as "filter:" and its kernel.
 //
 //   cpu_driver FILE THREADS[,THREADS...] [FAULT]    one problem a line, see
 //   problem_lines.h
@@ -12,7 +13,9 @@
 // FAULT is there to be caught by a sanitizer:
 //
 //   short_dy short_w short_dx short_workspace    the buffer lacks 64 bytes, the longest
-//                                                vector, at its end
+//   short_x short_filter_dy short_dw             vector, at its end; the second line
+//   those
+//                                                of the filter gradient
 //   twice    every task runs on two threads at once
 //   early    a stage starts while the first task of the one before it still runs
 
@@ -29,6 +32,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/filter/plan.h"
 #include "kernel.h"
 #include "problem.h"
 #include "problem_lines.h"
@@ -178,8 +182,94 @@ int RunRequest(const Line& line, const Request& request, const std::vector<int>&
   return failures;
 }
 
-// dX of a line and, unless there is a fault to be caught, y. Returns the number of
+// The definition of the filter gradient. dW as its strides lay it out.
+std::vector<double> LiteralFilterGrad(const Problem& p, const std::vector<double>& x,
+                                      const std::vector<double>& dy, int64_t count) {
+  std::vector<double> dw(static_cast<size_t>(count));
+  const auto along = [&p](auto&& self, int a, const double* from_x, const double* from_dy,
+                          double* to) -> void {
+    if (a == kAxes) {
+      *to += *from_x * *from_dy;
+      return;
+    }
+    const Axis& axis = p.axis[a];
+    for (int64_t r = 0; r < axis.win; ++r) {
+      for (int64_t i = 0; i < axis.out; ++i) {
+        const int64_t at = i * axis.stride - axis.pad_lo + r * axis.rhs_dilation;
+        if (at < 0 || at % axis.lhs_dilation != 0 || at / axis.lhs_dilation >= axis.in) {
+          continue;
+        }
+        self(self, a + 1, from_x + at / axis.lhs_dilation * p.dx.axis[a],
+             from_dy + i * p.dy.axis[a], to + r * p.w.axis[a]);
+      }
+    }
+  };
+  for (int64_t g = 0; g < p.groups; ++g) {
+    for (int64_t k = 0; k < p.out_channels; ++k) {
+      for (int64_t c = 0; c < p.in_channels; ++c) {
+        for (int64_t n = 0; n < p.batch; ++n) {
+          along(along, 0, x.data() + n * p.dx.batch + g * p.dx.group + c * p.dx.channel,
+                dy.data() + n * p.dy.batch + g * p.dy.group + k * p.dy.channel,
+                dw.data() + g * p.w.group + k * p.w.out_channel + c * p.w.in_channel);
+        }
+      }
+    }
+  }
+  return dw;
+}
+
+// Runs the filter gradient's kernels and prints a line for each. Returns the number of
 // failures.
+int RunFilter(const Line& line, const Problem& problem, const std::vector<int>& threads,
+              const std::string& fault) {
+  std::mt19937 random(static_cast<unsigned>(std::hash<std::string>{}(line.name)));
+  Array x(problem.dtype, line.lhs_shape, Lacks(fault, "x"));
+  Array dy(problem.dtype, line.out_shape, Lacks(fault, "filter_dy"));
+  Fill(&x, line.special, &random);
+  Fill(&dy, line.special, &random);
+  std::vector<double> expected;
+  // Sums over images and positions, where the line's bound is for those over channels.
+  const double terms =
+      static_cast<double>(problem.batch * problem.axis[0].out * problem.axis[1].out) *
+      static_cast<double>(problem.axis[2].out);
+  const double bound = line.tolerance * std::max(1.0, std::sqrt(terms));
+  int failures = 0;
+  for (const char* const* name = CpuFilterKernelNames(); *name != nullptr; ++name) {
+    Plan plan{};
+    if ((line.kernel != "*" && line.kernel != *name) ||
+        !PlanCpuFilterGrad(problem, *name, &plan)) {
+      continue;
+    }
+    const Array first(problem.dtype, line.rhs_shape, Lacks(fault, "dw"));
+    if (first.count() == 0) continue;
+    if (expected.empty() && fault.empty()) {
+      expected = LiteralFilterGrad(problem, x.Values(), dy.Values(), first.count());
+    }
+    bool same = true;
+    int64_t stages = 0;
+    for (size_t i = 0; i < threads.size(); ++i) {
+      const Array again(problem.dtype, line.rhs_shape, Lacks(fault, "dw"));
+      const Array& dw = i == 0 ? first : again;
+      const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8},
+                            Lacks(fault, "workspace"));
+      Stages run(threads[i], i == 0 ? "" : fault, stages);
+      RunCpuFilterGrad(problem, plan, x.data(), dy.data(), dw.data(), workspace.data(),
+                       [&run](int64_t count, const Task& task) { run.Run(count, task); });
+      stages = run.stages();
+      same = same && std::memcmp(dw.data(), first.data(), first.bytes()) == 0;
+    }
+    const double off = fault.empty() ? Error(first, expected) : 0;
+    const bool passed = off <= bound && same;
+    std::printf("%s %s %s filter:%s error %.2e of %.2e %s\n", passed ? "pass" : "FAIL",
+                line.name.c_str(), line.dtype.c_str(), *name, off, bound,
+                same ? "" : "other bits with other threads");
+    failures += passed ? 0 : 1;
+  }
+  return failures;
+}
+
+// The maps of a line; with a fault to be caught, dX alone unless a filter gradient's
+// kernel is asked for by name. Returns the number of failures.
 int RunLine(const Line& line, const std::vector<int>& threads, const std::string& fault) {
   Request dx{}, y{};
   if (const std::string error = MakeProblem(line.lhs_shape, line.rhs_shape,
@@ -191,7 +281,8 @@ int RunLine(const Line& line, const std::vector<int>& threads, const std::string
   dx.problem.dtype = DTypeByName(line.dtype);
   dx.from_shape = y.to_shape = line.out_shape;
   dx.to_shape = y.from_shape = line.lhs_shape;
-  const int failures = RunRequest(line, dx, threads, fault);
+  const int failures =
+      RunRequest(line, dx, threads, fault) + RunFilter(line, dx.problem, threads, fault);
   if (!fault.empty()) return failures;
   y.problem = ForwardAsInputGrad(dx.problem, &y.w_at);
   y.prefix = "forward:";

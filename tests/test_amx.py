@@ -27,6 +27,8 @@ from jax_convgrad.tools.geometries import (
     tolerance,
 )
 
+pytestmark = pytest.mark.emulator
+
 if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 

@@ -40,6 +40,9 @@ def larger_cases():
         "forward_patches": g((12, 15), (4, 5), (3, 40), stride=(4, 5)),
         "forward_runs": g((9, 47), (3, 6), (2, 33), batch=1, stride=(1, 2)),
         "forward_stem": g((21, 23), (7, 7), (3, 33), batch=1, stride=2, padding=3),
+        # Several chunks of the filter gradient's sum, and several tasks.
+        "chunks": g((37, 41), (3, 3), (3, 19), batch=2, padding=1),
+        "chunks_depthwise": g((40, 40), (3, 3), (21, 21), padding=1, feature_groups=21),
         "grouped_by_5": g((12, 11), (3, 3), (65, 65), padding=1, feature_groups=13),
     }  # fmt: skip
     return [Case(name, geometry) for name, geometry in table.items()]
@@ -73,8 +76,11 @@ def test_kernels_under_a_sanitizer(tmp_path, variant, isa):
     cpu_programs.check(cpu_programs.run(program, lines, tmp_path, threads=threads, isa=isa), isa)
 
 
-def faulty_problems(program, folder):
-    """{kernel: a problem in float32 that it takes}, the largest of the named cases."""
+def faulty_problems(program, folder, prefix=""):
+    """{kernel: a problem in float32 that it takes}, the largest of the named cases.
+
+    The kernels are those of the input gradient, or with the prefix "filter:" of the filter's.
+    """
     named = sorted(named_cases(), key=lambda case: cases.products(case.geometry))
     lines = {
         case.name: cases.line(case, "float32", platform="cpu", allow_tf32=False)
@@ -84,7 +90,11 @@ def faulty_problems(program, folder):
     result = cpu_programs.run(program, lines.values(), folder, threads="1")
     assert result.returncode == 0, result.stdout
     passed = (text.split()[1:4] for text in result.stdout.splitlines() if text[:5] == "pass ")
-    taken = {kernel: name for name, _, kernel in passed if ":" not in kernel}
+    taken = {
+        kernel.removeprefix(prefix): name
+        for name, _, kernel in passed
+        if kernel.startswith(prefix) and ":" not in kernel.removeprefix(prefix)
+    }
     return {
         kernel: lines[name].replace(" float32 * ", f" float32 {kernel} ")
         for kernel, name in taken.items()
@@ -98,11 +108,14 @@ def in_a_kernel(report):
 
 
 @pytest.mark.sanitizer
-@pytest.mark.parametrize("fault", ["short_dy", "short_w", "short_dx"])
+@pytest.mark.parametrize(
+    "fault", ["short_dy", "short_w", "short_dx", "short_x", "short_filter_dy", "short_dw"]
+)
 def test_access_beyond_a_buffer_is_reported(tmp_path, fault):
     """A buffer that ends a vector too early: what a kernel that reads too far would do."""
     program = cpu_programs.driver(build.VARIANTS["address"])
-    taken = faulty_problems(program, tmp_path)
+    of_filter = fault in ("short_x", "short_filter_dy", "short_dw")
+    taken = faulty_problems(program, tmp_path, "filter:" if of_filter else "")
     assert len(taken) > 1
     for kernel, line in taken.items():
         for isa in cpu_programs.flags_by_set():

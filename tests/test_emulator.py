@@ -31,6 +31,8 @@ from jax_convgrad.tools.geometries import (
 )
 from jax_convgrad.tools.workloads import Workload
 
+pytestmark = pytest.mark.emulator
+
 if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 

@@ -6,6 +6,8 @@ import pytest
 from conftest import SEED
 from emulator import build, cases, mutations
 
+pytestmark = pytest.mark.emulator
+
 if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 

@@ -6,6 +6,8 @@ import subprocess
 import pytest
 from emulator import build
 
+pytestmark = pytest.mark.emulator
+
 if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 

@@ -25,7 +25,7 @@ from jax_convgrad.tools.geometries import make_geometry, normwise_error
 
 HIGHEST = (lax.Precision.HIGHEST,) * 2
 PLATFORMS = [
-    pytest.param("cpu", marks=pytest.mark.native),
+    pytest.param("cpu", marks=[pytest.mark.native, pytest.mark.thorough]),
     pytest.param("cuda", marks=pytest.mark.cuda),
 ]
 CASES = list(cases.small_cases(12, SEED))

@@ -1,5 +1,6 @@
 """The CPU module whatever runs it: every instruction set, any number of threads; its size."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -8,12 +9,15 @@ import subprocess
 import sys
 
 import cpu_programs
+import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 from conftest import SEED
 
 from jax_convgrad import native
+from jax_convgrad.maps import FILTER_GRAD, INPUT_GRAD, shape_of_role
+from jax_convgrad.tools import references
 from jax_convgrad.tools.geometries import (
     make_geometry,
     named_cases,
@@ -34,33 +38,44 @@ ALWAYS = (
 PER_PROGRAM = 100
 
 
-def in_programs(problems):
-    """Yields (problem, {kernel: dX}); problems share compiled programs, which saves a minute."""
+def in_programs(problems, map_=INPUT_GRAD):
+    """Yields (problem, {kernel: result}); problems share programs, which saves a minute."""
+    kernels = functools.partial(oracles.kernels_for, map_=map_)
     for first in range(0, len(problems), PER_PROGRAM):
         some = problems[first : first + PER_PROGRAM]
-        yield from zip(some, oracles.call_kernels_of_many(some), strict=True)
+        yield from zip(some, oracles.call_kernels_of_many(some, kernels, map_), strict=True)
+
+
+def operands(seed, g, dtype, map_):
+    """Standard normal operands of a map, rounded to the dtype."""
+    rng = np.random.default_rng(seed)
+    shapes = (shape_of_role(g, role) for role in map_.operands)
+    return [rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes]
+
+
+REFERENCES = {INPUT_GRAD: oracles.sliced_input_grad, FILTER_GRAD: references.filter_grad}
 
 
 def sweep():
     """Compares with float64 on this process's instruction set; prints what it did as JSON."""
     cases = [case for case in named_cases() if case.name in ALWAYS]
     cases += random_cases(RANDOM_COUNT, SEED)
-    problems = [
-        (*oracles.operands(np.random.default_rng([SEED, index]), case.geometry, dtype),
-         case.geometry)
-        for index, case in enumerate(cases)
-        for dtype in oracles.DTYPES
-    ]  # fmt: skip
     used, failures = {}, []
-    for (dy, w, g), results in in_programs(problems):
-        dtype = dy.dtype.name
-        reference = oracles.sliced_input_grad(dy, w, g)
-        bound = tolerance(dtype, reduction_taps(g))
-        for name, out in results.items():
-            assert out.dtype == dy.dtype
-            used.setdefault(dtype, set()).add(name)
-            if not (error := normwise_error(out, reference)) <= bound:
-                failures.append(f"{name} {dtype}: {error:.3e} above {bound:.3e} for {g}")
+    for map_, reference_of in REFERENCES.items():
+        problems = [
+            (*operands([SEED, index], case.geometry, dtype, map_), case.geometry)
+            for index, case in enumerate(cases)
+            for dtype in oracles.DTYPES
+        ]
+        for (first, second, g), results in in_programs(problems, map_):
+            dtype = first.dtype.name
+            reference = reference_of(first, second, g)
+            bound = tolerance(dtype, reduction_taps(g, map_))
+            for name, out in results.items():
+                assert out.dtype == first.dtype
+                used.setdefault(dtype, set()).add(name)
+                if not (error := normwise_error(out, reference)) <= bound:
+                    failures.append(f"{name} {dtype}: {error:.3e} above {bound:.3e} for {g}")
     print(json.dumps({
         "isa": native.cpu.isa(),
         "used": {dtype: sorted(names) for dtype, names in used.items()},
@@ -82,6 +97,7 @@ def report(run_python, code, **environment):
 
 
 @pytest.mark.native
+@pytest.mark.thorough
 @pytest.mark.parametrize("isa", cpu_programs.flags_by_set())
 def test_random_geometries_against_float64(run_python, isa):
     skip_without(isa)
@@ -91,8 +107,9 @@ def test_random_geometries_against_float64(run_python, isa):
     assert found["geometries"] == RANDOM_COUNT + len(ALWAYS)
     # Every kernel in every dtype, as far as it takes any.
     assert set(found["used"]) == set(oracles.DTYPES)
-    assert set().union(*found["used"].values()) == set(native.cpu.kernel_names())
-    assert set(found["used"]["float32"]) == set(native.cpu.kernel_names())
+    names = {*native.cpu.kernel_names(), *native.cpu.kernel_names("filter_grad")}
+    assert set().union(*found["used"].values()) == names
+    assert set(found["used"]["float32"]) == names
 
 
 def threads_of_pool():
@@ -119,9 +136,17 @@ def all_bits():
         if special:
             w[(1,) * 4] = np.inf
         problems.append((dy, w, g))
+    # Sums of several chunks, split over tasks.
+    split = make_geometry((65, 66), (3, 3), (40, 24), batch=4, padding=1)
+    filters = [
+        (*operands(index, g, dtype, FILTER_GRAD), g)
+        for index, g in enumerate([*(case.geometry for case in named_cases()), split])
+        for dtype in ("float32", "bfloat16")
+    ]
     digests = [
         {name: hashlib.sha256(out.tobytes()).hexdigest()[:16] for name, out in results.items()}
-        for _, results in in_programs(problems)
+        for some, map_ in ((problems, INPUT_GRAD), (filters, FILTER_GRAD))
+        for _, results in in_programs(some, map_)
     ]
     print(json.dumps({"threads": threads_of_pool(), "digests": digests}))
 
@@ -139,7 +164,8 @@ def test_the_same_bits_for_every_thread_count(run_python):
         for threads in (1, 2, 4)
     }  # fmt: skip
     assert {threads: each["threads"] for threads, each in found.items()} == {1: 1, 2: 2, 4: 4}
-    names = [case.name for case in named_cases() for _ in range(2)] + ["underflow", "infinite"]
+    twice = [case.name for case in named_cases() for _ in range(2)]
+    names = [*twice, "underflow", "infinite", *twice, "split", "split"]
     for threads in (2, 4):
         differing = {
             name
@@ -149,7 +175,7 @@ def test_the_same_bits_for_every_thread_count(run_python):
             if one != many
         }
         assert not differing
-    assert sum(map(len, found[1]["digests"])) > 2 * len(names)
+    assert sum(map(len, found[1]["digests"])) > len(names)
 
 
 @pytest.mark.native

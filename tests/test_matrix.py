@@ -57,7 +57,11 @@ def cells():
                 implementation = "installed"
             parts = (transformation.name, geometry, dtype, str(implementation))
             name = "-".join(parts).replace(" ", "_")
-            yield pytest.param(transformation, geometry, dtype, implementation, id=name)
+            # Each transformation once, and dtypes in turn, in a run that has to be short.
+            marks = [] if i == t % len(DTYPES) else [pytest.mark.thorough]
+            yield pytest.param(
+                transformation, geometry, dtype, implementation, id=name, marks=marks
+            )
 
 
 MATRIX = list(cells())

@@ -16,6 +16,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(models, "RESNET50", net)
 
 
+@pytest.mark.thorough
 def test_overhead_prints_and_writes_everything(tiny, tmp_path, capsys):
     path = tmp_path / "overhead.json"
     arguments = ["overhead", "--seconds", "0.01", "--processes", "2", "--json", str(path)]

@@ -19,7 +19,9 @@ from conftest import SEED
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_convgrad import conv_input_grad, partition
-from jax_convgrad.primitive import bind_forward
+from jax_convgrad.maps import FILTER_GRAD
+from jax_convgrad.primitive import bind_filter_grad, bind_forward
+from jax_convgrad.tools import references
 from jax_convgrad.tools.collectives import Collective, collectives
 from jax_convgrad.tools.geometries import (
     make_geometry,
@@ -277,6 +279,68 @@ def test_communication_of_the_forward_map(rng, name):
     assert "convolution(" not in compiled.as_text()
     entries = dict(zip(y_letters, y.sharding.spec, strict=False))
     assert {letter: axes for letter, axes in entries.items() if axes} == y_cut
+    assert collectives(compiled) == sorted(Collective(*c) for c in expected)
+
+
+def filter_bytes(g, parts=1):
+    return ITEM * math.prod(g.rhs_shape) // parts
+
+
+# The filter gradient: how x and dy are cut, how dW comes out. Images and rows are summed over.
+FILTER_CASES = {
+    "images": (
+        LAYER, ONE, {"N": "d"}, {"N": "d"}, {}, [("all-reduce", filter_bytes(LAYER))],
+    ),
+    "input channels": (LAYER, ONE, {"C": "d"}, {}, {"C": "d"}, []),
+    "output channels": (LAYER, ONE, {}, {"K": "d"}, {"K": "d"}, []),
+    "images and output channels": (
+        LAYER, TWO, {"N": "d"}, {"N": "d", "K": "m"}, {"K": "m"},
+        [("all-reduce", filter_bytes(LAYER, 4))],
+    ),
+    "groups": (GROUPED, ONE, {"C": "d"}, {"K": "d"}, {"K": "d"}, []),
+    "batch groups": (BATCH_GROUPED, ONE, {"N": "d"}, {"K": "d"}, {"K": "d"}, []),
+    "rows": (
+        LAYER, ONE, {"0": "d"}, {"0": "d"}, {},
+        [("collective-permute", bytes_of_x(LAYER, 1))] * 2
+        + [("all-reduce", filter_bytes(LAYER))],
+    ),
+    "rows, stride as large as the filter": (
+        PATCHES, ONE, {"0": "d"}, {"0": "d"}, {}, [("all-reduce", filter_bytes(PATCHES))],
+    ),
+    "rows, dilated filter": (
+        DILATED, ONE, {"0": "d"}, {"0": "d"}, {},
+        [("collective-permute", bytes_of_x(DILATED, 2))] * 2
+        + [("all-reduce", filter_bytes(DILATED))],
+    ),
+    "images and rows": (
+        LAYER, TWO, {"N": "d", "0": "m"}, {"N": "d", "0": "m"}, {},
+        [("collective-permute", bytes_of_x(LAYER, 1) // 4)] * 2
+        + [("all-reduce", filter_bytes(LAYER))],
+    ),
+    "steps of a causal layer": (
+        CAUSAL, ONE, {"0": "d"}, {"0": "d"}, {},
+        [("collective-permute", bytes_of_x(CAUSAL, 3)), ("all-reduce", filter_bytes(CAUSAL))],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILTER_CASES)
+def test_communication_of_the_filter_gradient(rng, name):
+    g, axes, x_cut, y_cut, rhs_cut, expected = FILTER_CASES[name]
+    devices = mesh(**axes)
+    y_letters, rhs_letters, x_letters = roles(g)
+    cuts = (x_letters, x_cut), (y_letters, y_cut), (rhs_letters, rhs_cut)
+    *shardings, wanted = (NamedSharding(devices, spec(*of)) for of in cuts)
+    x = rng.standard_normal(g.lhs_shape).astype(np.float32)
+    dy = rng.standard_normal(g.out_shape).astype(np.float32)
+    function = functools.partial(bind_filter_grad, geometry=g)
+    compiled = jax.jit(function, in_shardings=shardings, out_shardings=wanted)
+    compiled = compiled.lower(x, dy).compile()
+    dw = compiled(*jax.device_put((x, dy), tuple(shardings)))
+    error = normwise_error(dw, references.filter_grad(x, dy, g))
+    assert error <= 2 * tolerance("float32", reduction_taps(g, FILTER_GRAD))
+    assert oracles.FILTER_TARGET.strip("@(") in compiled.as_text()
+    assert "convolution(" not in compiled.as_text()
     assert collectives(compiled) == sorted(Collective(*c) for c in expected)
 
 

@@ -46,6 +46,7 @@ def run(*arguments):
 
 
 @pytest.mark.native
+@pytest.mark.thorough
 def test_step_prints_and_writes_both_nets(tiny, tmp_path, capsys):
     path = tmp_path / "step.json"
     assert run("--json", str(path)) == 0
@@ -83,6 +84,7 @@ def test_step_can_take_one_net_and_draw_it(tiniest, tmp_path, capsys):
 
 
 @pytest.mark.native
+@pytest.mark.thorough
 def test_step_in_bfloat16(tiniest, tmp_path, capsys):
     path = tmp_path / "step.json"
     assert run("--net", "resnet50", "--dtype", "bf16", "--json", str(path)) == 0

@@ -108,13 +108,17 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
 @pytest.mark.native
 @needs_proc
 @pytest.mark.parametrize("inside_scan", [False, True], ids=["call", "scan"])
-@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(3, marks=pytest.mark.thorough), pytest.param(60, marks=pytest.mark.slow)],
+)
 def test_threads_calling_a_gradient_at_once(run_python, seconds, inside_scan):
     run(run_python, seconds, inside_scan)
 
 
 @pytest.mark.native
 @needs_proc
+@pytest.mark.thorough
 def test_growing_memory_is_noticed(run_python):
     result = run(run_python, 3, False, True, check=False)
     assert result.returncode != 0

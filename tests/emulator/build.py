@@ -338,7 +338,8 @@ def module() -> types.ModuleType:
 def cpu_planner() -> list[pathlib.Path]:
     """The sources of the CPU planner, compiled once and not for each instruction set."""
     found = sorted((ROOT / "csrc/cpu/planner").glob("*.cc"))
-    return [pathlib.Path("csrc/kernel_cpu.cc"), *(path.relative_to(ROOT) for path in found)]
+    planners = [pathlib.Path("csrc/kernel_cpu.cc"), pathlib.Path("csrc/cpu/filter/plan.cc")]
+    return [*planners, *(path.relative_to(ROOT) for path in found)]
 
 
 def amx_module() -> types.ModuleType:

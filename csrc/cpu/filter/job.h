@@ -28,7 +28,13 @@ constexpr int64_t kMaxSplits = 32;
 
 struct FilterTap {
   int64_t r[kAxes];
-  int64_t offset;  // in positions of the packed x; without lhs_dilation
+};
+
+// Along an axis, the positions of a chunk's dY at which a tap is inside x, and what they
+// read there, both counted within the chunk.
+struct Meets {
+  int64_t first, count, step;
+  int64_t x_first, x_step;
 };
 
 struct FilterPlan {
@@ -56,13 +62,17 @@ struct FilterPlan {
   int64_t meets_every[kAxes];  // positions of dY until a tap meets an x again
   bool pads;  // some tap of some position lies outside x, or on an inserted zero
 
+  // The sum is one chunk: a task writes a slice's rows of dW as soon as it has them.
+  bool at_once;
+
   int64_t splits;      // private copies of dW, each the sum of some chunks
   int64_t unit_tasks;  // parts of dW's blocks, each a task of its own
   int64_t tasks;       // splits times unit_tasks
   int64_t run;         // chunks that are added up before their sum joins that of others
 
-  // Elements of the workspace, of the accumulation type.
-  int64_t packed_x, packed_y, copy;
+  // Elements of the workspace, of the accumulation type: of a task, which packs and keeps
+  // a table of Meets, and of a copy of dW or, at once, a task's slice of one.
+  int64_t packed_x, packed_y, meets, copy;
   bool two_levels;  // a copy has room for a sum of sums
 };
 
@@ -74,6 +84,9 @@ struct FilterArgs {
   void* dw;
   void* workspace;
   const FilterTap* tap;
+  // For each row of dW, slice by slice and tap by tap: where its channel lies in a
+  // position of the packed x, and without lhs_dilation its tap.
+  const int64_t* row_offset;
 };
 
 }  // namespace convgrad

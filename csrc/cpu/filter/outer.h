@@ -58,13 +58,13 @@ struct Loop {
 CONVGRAD_INLINE void Flatten(Loop* loop) {
   int to = kAxes;
   for (int from = kAxes - 1; from >= 0; --from) {
-    if (loop->count[from] == 1 ||
-        (loop->x_step[from] == loop->count[to] * loop->x_step[to] &&
-         loop->y_step[from] == loop->count[to] * loop->y_step[to])) {
+    if (loop->count[from] == 1) continue;
+    if (loop->x_step[from] == loop->count[to] * loop->x_step[to] &&
+        loop->y_step[from] == loop->count[to] * loop->y_step[to]) {
       loop->count[to] *= loop->count[from];
       continue;
     }
-    --to;
+    if (loop->count[to] > 1) --to;
     loop->count[to] = loop->count[from];
     loop->x_step[to] = loop->x_step[from];
     loop->y_step[to] = loop->y_step[from];
@@ -168,13 +168,6 @@ CONVGRAD_INLINE Chunk ChunkAt(const Problem& p, const FilterPlan& plan, int64_t 
   return c;
 }
 
-// The positions of a chunk's dY at which a tap is inside x, and what they read there,
-// both counted within the chunk.
-struct Meets {
-  int64_t first, count, step;
-  int64_t x_first, x_step;
-};
-
 CONVGRAD_INLINE Meets MeetsOf(const Axis& axis, const FilterPlan& plan, int a,
                               const Side& side, int64_t r) {
   const int64_t y_step = plan.y_step[a];
@@ -198,6 +191,16 @@ CONVGRAD_INLINE Meets MeetsOf(const Axis& axis, const FilterPlan& plan, int a,
     break;
   }
   return m;
+}
+
+// Of every tap of every axis, one after the other.
+CONVGRAD_INLINE void FillMeets(const Problem& p, const FilterPlan& plan, const Chunk& c,
+                               Meets* meets) {
+  for (int a = 0; a < kAxes; ++a) {
+    for (int64_t r = 0; r < p.axis[a].win; ++r) {
+      *meets++ = MeetsOf(p.axis[a], plan, a, c.side[a], r);
+    }
+  }
 }
 
 // Both, and what lies between: packed zeros.
@@ -245,6 +248,9 @@ CONVGRAD_NOINLINE void PackRow(const T* from, int64_t position, int64_t channel,
       return Convert(from, count * channels, to);
     }
     for (int64_t p = 0; p < count; ++p) {
+      // The next block of lanes, which will be packed soon, is beyond any hardware's
+      // guess.
+      __builtin_prefetch(from + p * position + channels);
       Convert(from + p * position, channels, to + p * width);
     }
     return;
@@ -420,152 +426,48 @@ CONVGRAD_INLINE bool PackY(const FilterArgs& a, const Chunk& c, int64_t group,
   return IsTainted(total);
 }
 
-// Adds one chunk to all rows of one block of dW.
-template <typename A, bool kVectors>
-CONVGRAD_NOINLINE void MultiplyChunk(const FilterArgs& a, const Chunk& c, const A* x,
-                                     const A* y, bool each_tap, bool add, A* sums) {
-  const Problem& p = a.problem;
-  const FilterPlan& plan = a.plan;
-  const int64_t positions = PackedPositions(plan);
-  const int64_t slices = SliceCount(a);
-  for (int64_t s = 0; s < slices; ++s) {
-    const Slice slice = SliceAt<A>(a, s);
-    const int64_t width = slice.width;
-    const A* const base = x + (kVectors ? 0 : slice.first * positions);
-    const int64_t apart = kVectors ? positions * width : 1;  // channels of a position
-    Loop strides;
-    strides.x_step[3] = width;
-    strides.x_step[2] = strides.x_step[3] * plan.extent[2];
-    strides.x_step[1] = strides.x_step[2] * plan.extent[1];
-    strides.x_step[0] = strides.x_step[1] * plan.extent[0];
-    strides.y_step[3] = kBlock<A>;
-    strides.y_step[2] = strides.y_step[3] * c.side[2].count;
-    strides.y_step[1] = strides.y_step[2] * c.side[1].count;
-    strides.y_step[0] = strides.y_step[1] * c.side[0].count;
-    const int64_t rows = plan.taps * slice.channels;
-    const int64_t tiles = CeilDiv(rows, kTileRows);
-    int64_t tap = 0, channel = 0;
-    int64_t row = 0;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t end = rows * (t + 1) / tiles;
-      while (row < end) {
-        // The rows up to `end`, or of one tap.
-        int64_t offset[kTileRows], count = 0;
-        Meets meets[kAxes] = {};
-        int64_t last = -1;
-        do {
-          if (tap != last) {
-            if (each_tap && last >= 0) break;
-            for (int x_axis = 0; x_axis < kAxes; ++x_axis) {
-              const Meets m = MeetsOf(p.axis[x_axis], plan, x_axis, c.side[x_axis],
-                                      a.tap[tap].r[x_axis]);
-              if (last < 0) {
-                meets[x_axis] = m;
-              } else {
-                Include(m, plan.y_step[x_axis], &meets[x_axis]);
-              }
-            }
-            last = tap;
-          }
-          offset[count++] =
-              (plan.dilated ? 0 : a.tap[tap].offset * width) + channel * apart;
-          if (++channel == slice.channels) {
-            channel = 0;
-            ++tap;
-          }
-        } while (row + count < end);
-        Loop loop;
-        int64_t x_first = 0, y_first = 0;
-        loop.count[0] = c.images;
-        loop.x_step[0] = strides.x_step[0];
-        loop.y_step[0] = strides.y_step[0];
-        for (int i = 0; i < kAxes; ++i) {
-          const Meets& m = meets[i];
-          loop.count[1 + i] = m.count;
-          loop.x_step[1 + i] = m.x_step * strides.x_step[1 + i];
-          loop.y_step[1 + i] = m.step * strides.y_step[1 + i];
-          x_first += m.x_first * strides.x_step[1 + i];
-          y_first += m.first * strides.y_step[1 + i];
-        }
-        if (loop.count[1] * loop.count[2] * loop.count[3] == 0) {
-          loop.count[0] = 0;
-          x_first = y_first = 0;
-        } else {
-          Flatten(&loop);
-        }
-        TileOf<A, kVectors>(count, base + x_first, offset, y + y_first, loop, add,
-                            sums + row * kBlock<A>);
-        row += count;
-      }
+// The products of some taps in a chunk, of which `strides` are one position apart, and
+// where both operands begin.
+CONVGRAD_INLINE Loop LoopOver(const FilterArgs& a, int64_t images, const Meets* meets,
+                              const Loop& strides, int64_t first_tap, int64_t last_tap,
+                              int64_t* x_first, int64_t* y_first) {
+  Loop loop;
+  loop.count[0] = images;
+  loop.x_step[0] = strides.x_step[0];
+  loop.y_step[0] = strides.y_step[0];
+  *x_first = *y_first = 0;
+  bool empty = false;
+  for (int i = 0; i < kAxes; ++i) {
+    Meets m = meets[a.tap[first_tap].r[i]];
+    for (int64_t tap = first_tap + 1; tap <= last_tap; ++tap) {
+      Include(meets[a.tap[tap].r[i]], a.plan.y_step[i], &m);
     }
-    sums += rows * kBlock<A>;
+    meets += a.problem.axis[i].win;
+    loop.count[1 + i] = m.count;
+    loop.x_step[1 + i] = m.x_step * strides.x_step[1 + i];
+    loop.y_step[1 + i] = m.step * strides.y_step[1 + i];
+    *x_first += m.x_first * strides.x_step[1 + i];
+    *y_first += m.first * strides.y_step[1 + i];
+    empty = empty || m.count == 0;
   }
+  if (empty) {
+    loop.count[0] = *x_first = *y_first = 0;
+  } else {
+    Flatten(&loop);
+  }
+  return loop;
 }
 
-// A part of dW's blocks, summed over a part of the chunks.
+// A slice's rows of one block, the sum of the private copies, pairwise, to dW.
 template <typename T>
-void MultiplyTask(const void* state, int64_t index) {
-  using A = Acc<T>;
-  const FilterArgs& a = static_cast<const FilterState<T>*>(state)->args;
-  const FilterPlan& plan = a.plan;
-  A* const base = static_cast<A*>(a.workspace);
-  A* const x = base + index * (plan.packed_x + plan.packed_y);
-  A* const y = x + plan.packed_x;
-  const int64_t split = index / plan.unit_tasks, part = index % plan.unit_tasks;
-  A* const total = base + plan.tasks * (plan.packed_x + plan.packed_y) +
-                   split * plan.copy * (plan.two_levels ? 2 : 1);
-  A* const sums = plan.two_levels ? total + plan.copy : total;
-  const int64_t first_chunk = plan.chunks * split / plan.splits;
-  const int64_t chunks = plan.chunks * (split + 1) / plan.splits - first_chunk;
-  const int64_t first_unit = plan.units * part / plan.unit_tasks;
-  const int64_t end_unit = plan.units * (part + 1) / plan.unit_tasks;
-  const int64_t unit_elements = plan.rows * kBlock<A>;
-  for (int64_t i = 0; i < chunks; ++i) {
-    const Chunk chunk = ChunkAt(a.problem, plan, first_chunk + i);
-    int64_t packed_group = -1;
-    for (int64_t unit = first_unit; unit < end_unit; ++unit) {
-      const int64_t group = unit / plan.blocks;
-      const int64_t lane = unit % plan.blocks * kBlock<A>;
-      const int64_t lanes = Min(kBlock<A>, plan.lane_count - lane);
-      if (plan.many_groups || group != packed_group) {
-        PackX<T>(a, chunk, group, lane, lanes, x);
-        packed_group = group;
-      }
-      const bool each_tap = PackY<T>(a, chunk, group, lane, lanes, y) || plan.dilated;
-      const bool add = i % plan.run != 0;
-      A* const of_unit = sums + unit * unit_elements;
-      if (plan.many_groups) {
-        MultiplyChunk<A, true>(a, chunk, x, y, each_tap, add, of_unit);
-      } else {
-        MultiplyChunk<A, false>(a, chunk, x, y, each_tap, add, of_unit);
-      }
-    }
-    if (!plan.two_levels || ((i + 1) % plan.run != 0 && i + 1 < chunks)) continue;
-    constexpr int N = kLanes<A>;
-    for (int64_t at = first_unit * unit_elements; at < end_unit * unit_elements;
-         at += N) {
-      const Vec<A, N> run = Load<N>(sums + at);
-      Store<N>(total + at, i < plan.run ? run : Load<N>(total + at) + run);
-    }
-  }
-}
-
-// A slice's rows of one block: the sum of the private copies, pairwise, to dW.
-template <typename T>
-void WriteTask(const void* state, int64_t index) {
+CONVGRAD_NOINLINE void WriteSlice(const FilterArgs& a, int64_t unit, const Slice& slice,
+                                  const Acc<T>* from, int64_t copies, int64_t apart) {
   using A = Acc<T>;
   constexpr int N = kLanes<A>, B = kBlock<A>, V = kBlockVectors;
-  const FilterArgs& a = static_cast<const FilterState<T>*>(state)->args;
   const Problem& p = a.problem;
   const FilterPlan& plan = a.plan;
-  const int64_t slices = SliceCount(a), unit = index / slices;
-  const Slice slice = SliceAt<A>(a, index % slices);
   const int64_t group = unit / plan.blocks, lane = unit % plan.blocks * B;
   const int64_t lanes = Min(B, plan.lane_count - lane);
-  const int64_t apart = plan.copy * (plan.two_levels ? 2 : 1);
-  const A* from = static_cast<const A*>(a.workspace) +
-                  plan.tasks * (plan.packed_x + plan.packed_y) +
-                  (unit * plan.rows + slice.first * plan.taps) * B;
   T* const dw = static_cast<T*>(a.dw) + group * p.w.group;
   int64_t of_lane[B];
   for (int64_t l = 0; l < lanes; ++l) {
@@ -580,12 +482,12 @@ void WriteTask(const void* state, int64_t index) {
         r[0] * p.w.axis[0] + r[1] * p.w.axis[1] + r[2] * p.w.axis[2] + of_lane[0];
     for (int64_t c = 0; c < slice.channels; ++c, from += B) {
       Vec<A, N> sum[kMaxSplits][V];
-      for (int64_t s = 0; s < plan.splits; ++s) {
+      for (int64_t s = 0; s < copies; ++s) {
         CONVGRAD_UNROLL
         for (int v = 0; v < V; ++v) sum[s][v] = Load<N>(from + s * apart + v * N);
       }
-      for (int64_t step = 1; step < plan.splits; step *= 2) {
-        for (int64_t s = 0; s + step < plan.splits; s += 2 * step) {
+      for (int64_t step = 1; step < copies; step *= 2) {
+        for (int64_t s = 0; s + step < copies; s += 2 * step) {
           CONVGRAD_UNROLL
           for (int v = 0; v < V; ++v) sum[s][v] += sum[s + step][v];
         }
@@ -605,10 +507,131 @@ void WriteTask(const void* state, int64_t index) {
   }
 }
 
+// Adds one chunk to all rows of one block of dW; or, at once, writes them.
+template <typename T, bool kVectors>
+CONVGRAD_NOINLINE void MultiplyChunk(const FilterArgs& a, const Chunk& c, int64_t unit,
+                                     const Acc<T>* x, const Acc<T>* y, const Meets* meets,
+                                     bool each_tap, bool add, Acc<T>* sums) {
+  using A = Acc<T>;
+  const FilterPlan& plan = a.plan;
+  const int64_t positions = PackedPositions(plan);
+  const int64_t slices = SliceCount(a);
+  const bool inside =
+      !each_tap && c.side[0].inside && c.side[1].inside && c.side[2].inside;
+  const int64_t* offset = a.row_offset;
+  for (int64_t s = 0; s < slices; ++s) {
+    const Slice slice = SliceAt<A>(a, s);
+    const int64_t width = slice.width;
+    const A* const base = x + (kVectors ? 0 : slice.first * positions);
+    Loop strides;
+    strides.x_step[3] = width;
+    strides.x_step[2] = strides.x_step[3] * plan.extent[2];
+    strides.x_step[1] = strides.x_step[2] * plan.extent[1];
+    strides.x_step[0] = strides.x_step[1] * plan.extent[0];
+    strides.y_step[3] = kBlock<A>;
+    strides.y_step[2] = strides.y_step[3] * c.side[2].count;
+    strides.y_step[1] = strides.y_step[2] * c.side[1].count;
+    strides.y_step[0] = strides.y_step[1] * c.side[0].count;
+    int64_t x_first, y_first;
+    Loop loop = LoopOver(a, c.images, meets, strides, 0, 0, &x_first, &y_first);
+    const int64_t rows = plan.taps * slice.channels;
+    const int64_t tiles = CeilDiv(rows, kTileRows);
+    int64_t row = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t tile_end = rows * (t + 1) / tiles;
+      while (row < tile_end) {
+        int64_t end = tile_end;
+        if (!inside) {
+          const int64_t tap = row / slice.channels;
+          if (each_tap) end = Min(end, (tap + 1) * slice.channels);
+          loop = LoopOver(a, c.images, meets, strides, tap, (end - 1) / slice.channels,
+                          &x_first, &y_first);
+        }
+        TileOf<A, kVectors>(end - row, base + x_first, offset + row, y + y_first, loop,
+                            add, sums + row * kBlock<A>);
+        row = end;
+      }
+    }
+    offset += rows;
+    if (plan.at_once) {
+      WriteSlice<T>(a, unit, slice, sums, 1, 0);
+    } else {
+      sums += rows * kBlock<A>;
+    }
+  }
+}
+
+// Where the workspace has what tasks need for themselves ends, and copies of dW begin.
+CONVGRAD_INLINE int64_t TaskElements(const FilterPlan& plan) {
+  return plan.packed_x + plan.packed_y + plan.meets;
+}
+
+// A part of dW's blocks, summed over a part of the chunks.
+template <typename T>
+void MultiplyTask(const void* state, int64_t index) {
+  using A = Acc<T>;
+  const FilterArgs& a = static_cast<const FilterState<T>*>(state)->args;
+  const FilterPlan& plan = a.plan;
+  A* const base = static_cast<A*>(a.workspace);
+  A* const x = base + index * TaskElements(plan);
+  A* const y = x + plan.packed_x;
+  Meets* const meets = reinterpret_cast<Meets*>(y + plan.packed_y);
+  const int64_t split = index / plan.unit_tasks, part = index % plan.unit_tasks;
+  A* const total = base + plan.tasks * TaskElements(plan) +
+                   (plan.at_once ? part : split) * plan.copy * (plan.two_levels ? 2 : 1);
+  A* const sums = plan.two_levels ? total + plan.copy : total;
+  const int64_t first_chunk = plan.chunks * split / plan.splits;
+  const int64_t chunks = plan.chunks * (split + 1) / plan.splits - first_chunk;
+  const int64_t first_unit = plan.units * part / plan.unit_tasks;
+  const int64_t end_unit = plan.units * (part + 1) / plan.unit_tasks;
+  const int64_t unit_elements = plan.rows * kBlock<A>;
+  for (int64_t i = 0; i < chunks; ++i) {
+    const Chunk chunk = ChunkAt(a.problem, plan, first_chunk + i);
+    FillMeets(a.problem, plan, chunk, meets);
+    int64_t packed_group = -1;
+    for (int64_t unit = first_unit; unit < end_unit; ++unit) {
+      const int64_t group = unit / plan.blocks;
+      const int64_t lane = unit % plan.blocks * kBlock<A>;
+      const int64_t lanes = Min(kBlock<A>, plan.lane_count - lane);
+      if (plan.many_groups || group != packed_group) {
+        PackX<T>(a, chunk, group, lane, lanes, x);
+        packed_group = group;
+      }
+      const bool each_tap = PackY<T>(a, chunk, group, lane, lanes, y) || plan.dilated;
+      const bool add = i % plan.run != 0;
+      A* const of_unit = plan.at_once ? sums : sums + unit * unit_elements;
+      if (plan.many_groups) {
+        MultiplyChunk<T, true>(a, chunk, unit, x, y, meets, each_tap, add, of_unit);
+      } else {
+        MultiplyChunk<T, false>(a, chunk, unit, x, y, meets, each_tap, add, of_unit);
+      }
+    }
+    if (!plan.two_levels || ((i + 1) % plan.run != 0 && i + 1 < chunks)) continue;
+    constexpr int N = kLanes<A>;
+    for (int64_t at = first_unit * unit_elements; at < end_unit * unit_elements;
+         at += N) {
+      const Vec<A, N> run = Load<N>(sums + at);
+      Store<N>(total + at, i < plan.run ? run : Load<N>(total + at) + run);
+    }
+  }
+}
+
+template <typename T>
+void WriteTask(const void* state, int64_t index) {
+  using A = Acc<T>;
+  const FilterArgs& a = static_cast<const FilterState<T>*>(state)->args;
+  const FilterPlan& plan = a.plan;
+  const int64_t slices = SliceCount(a), unit = index / slices;
+  const Slice slice = SliceAt<A>(a, index % slices);
+  const A* from = static_cast<const A*>(a.workspace) + plan.tasks * TaskElements(plan) +
+                  (unit * plan.rows + slice.first * plan.taps) * kBlock<A>;
+  WriteSlice<T>(a, unit, slice, from, plan.splits, plan.copy * (plan.two_levels ? 2 : 1));
+}
+
 template <typename T>
 void PrepareFilter(const FilterArgs& a, CpuJob* job) {
   SetState(job, FilterState<T>{a});
-  job->stages = 2;
+  job->stages = a.plan.at_once ? 1 : 2;
   job->stage[0] = {a.plan.tasks, MultiplyTask<T>};
   job->stage[1] = {a.plan.units * SliceCount(a), WriteTask<T>};
 }

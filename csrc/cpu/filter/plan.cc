@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -28,7 +29,9 @@ int64_t FilterElements(const Problem& p) {
 // ---- the problem as the kernel takes it
 // -------------------------------------------------
 
-// With the axes first along which nothing moves: packing goes along the last one.
+// With the axes first along which nothing moves, since packing goes along the last one.
+// That is the images where these are next to each other in memory: to a sum of products
+// they are an axis like others.
 Problem WithLongRows(const Problem& given) {
   Problem p = given;
   int to = kAxes;
@@ -44,6 +47,22 @@ Problem WithLongRows(const Problem& given) {
       const Axis& x = given.axis[a];
       if ((x.in > 1 || x.out > 1 || x.win > 1) == moves) place(a);
     }
+  }
+  const Axis& first = p.axis[0];
+  const bool has_room =
+      first.in == 1 && first.out == 1 && first.win == 1 && first.pad_lo == 0;
+  if (has_room && p.batch > 1 && (p.dx.batch == 1 || p.dy.batch == 1)) {
+    for (int a = 0; a + 1 < kAxes; ++a) {
+      p.axis[a] = p.axis[a + 1];
+      p.dx.axis[a] = p.dx.axis[a + 1];
+      p.dy.axis[a] = p.dy.axis[a + 1];
+      p.w.axis[a] = p.w.axis[a + 1];
+    }
+    p.axis[kAxes - 1] = Axis{};
+    p.axis[kAxes - 1].in = p.axis[kAxes - 1].out = p.batch;
+    p.dx.axis[kAxes - 1] = p.dx.batch;
+    p.dy.axis[kAxes - 1] = p.dy.batch;
+    p.batch = 1;
   }
   return p;
 }
@@ -62,30 +81,43 @@ bool HasLhsDilation(const Problem& p) {
                      [](const Axis& x) { return x.lhs_dilation > 1; });
 }
 
-// Time, in products of a lane, about: those that are computed, and for each element that
-// is packed what a scalar copy costs or, in the lanes of narrow groups, a vector's.
+// The positions of a chunk: as many as keep a block of dY in a first-level cache, and
+// whose sums one register may hold in float32 before rounding shows.
+constexpr int64_t kChunkPositions = 512;
+
+// Time, in products of a lane, about: those that are computed; what a tile costs besides;
+// and for each element that is packed what a scalar copy costs or, in the lanes of narrow
+// groups, a vector's.
 double CostOf(const Way& way) {
-  constexpr double kPerCopy = 16, kPerLane = 3;
+  constexpr double kPerCopy = 16, kPerLane = 3, kPerTile = 1000;
   constexpr int64_t kRows = 6;
   const Problem& p = way.problem;
   const int64_t lanes = kBlockBytes / AccBytes(p);
-  const auto in_lanes = [lanes](int64_t count) { return CeilDiv(count, lanes) * lanes; };
-  const double c = 1.0 * p.in_channels, taps = 1.0 * Taps(p);
-  double positions = 1.0 * p.batch * Positions(p), in = 1.0 * p.batch;
-  double rows = taps * c;
+  const int64_t c = p.in_channels, taps = Taps(p);
+  // Each tap has tiles of its own where dilation makes its positions differ.
+  const bool each_tap = HasLhsDilation(p);
+  const double tiles =
+      each_tap ? 1.0 * taps * CeilDiv(c, kRows) : 1.0 * CeilDiv(taps * c, kRows);
+  const double all = 1.0 * p.batch * Positions(p);
+  double positions = all, in = 1.0 * p.batch;
   for (const Axis& x : p.axis) {
-    in *= std::min(x.in, x.out * std::min(x.stride, x.win * x.rhs_dilation));
-    positions /= x.lhs_dilation / Gcd(x.stride, x.lhs_dilation);
+    in *= static_cast<double>(
+        std::min(x.in, x.out * std::min(x.stride, x.win * x.rhs_dilation)));
+    positions /= static_cast<double>(x.lhs_dilation / Gcd(x.stride, x.lhs_dilation));
   }
-  // Each tap has tiles of its own; in narrow groups, nearly empty ones.
-  if (HasLhsDilation(p)) rows = taps * CeilDiv(p.in_channels, kRows) * kRows;
-  if (way.many_groups) {
-    const double every = 1.0 * in_lanes(p.groups * p.out_channels);
-    return every * (positions * (rows + kPerLane) + in * c * kPerLane);
-  }
-  const double every = 1.0 * p.groups * in_lanes(p.out_channels);
-  const double few_rows = rows < kRows ? kRows / rows : 1;
-  return every * positions * (rows * few_rows + kPerLane) + kPerCopy * in * p.groups * c;
+  const double k = way.many_groups ? p.groups * p.out_channels : p.out_channels;
+  const double units = std::ceil(k / lanes) * (way.many_groups ? 1 : p.groups);
+  // A block's vectors are too few for the latency of sums of few rows.
+  const double rows =
+      std::max(kRows / 2.0, way.many_groups ? 1.0 * taps * c : kRows * tiles);
+  const bool by_vectors =
+      p.out_channels == 1 || (p.out_channels == c && lanes % p.out_channels == 0);
+  const double packed = way.many_groups
+                            ? units * lanes * in * c * (by_vectors ? kPerLane : kPerCopy)
+                            : kPerCopy * in * p.groups * c;
+  const double chunks = std::ceil(all / kChunkPositions);
+  return units * (lanes * positions * (rows + kPerLane) + chunks * tiles * kPerTile) +
+         packed;
 }
 
 bool IsEmpty(const Problem& p) {
@@ -107,7 +139,7 @@ bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
       // Out channels of several groups have to lie evenly.
       const bool even = p.out_channels == 1 || p.groups == 1 ||
                         p.dy.group == p.out_channels * p.dy.channel;
-      if (many_groups && !even) continue;
+      if (many_groups && (!even || (any && p.groups == 1))) continue;
       way.many_groups = many_groups;
       const double cost = IsEmpty(p) ? 0 : CostOf(way);
       if (least >= 0 && cost >= least) continue;
@@ -120,9 +152,7 @@ bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
 
 // ---- chunks and tasks ---------------------------------------------------------------
 
-// The positions of a chunk: as many as keep a block of dY in a first-level cache, and
-// whose sums one register may hold in float32 before rounding shows.
-constexpr int64_t kChunkPositions = 512;
+// Of a chunk, which shares a second- or third-level cache.
 constexpr int64_t kPackedXBytes = 2 << 20;
 
 // Along each axis the extent of the packed x of a chunk.
@@ -195,7 +225,7 @@ void CutIntoTasks(const Problem& p, FilterPlan* plan) {
   };
   cut(std::min(wanted, plan->chunks));
   while (plan->splits > 1 && !fits()) cut(plan->splits - 1);
-  const int64_t packs = (plan->packed_x + plan->packed_y) * acc;
+  const int64_t packs = (plan->packed_x + plan->packed_y + plan->meets) * acc;
   while (plan->splits > 1 && plan->splits * packs > kPacksBytes) cut(plan->splits - 1);
   plan->unit_tasks = std::min(plan->units, CeilDiv(wanted, plan->splits));
   while (plan->unit_tasks > 1 && plan->splits * plan->unit_tasks * packs > kPacksBytes) {
@@ -206,8 +236,9 @@ void CutIntoTasks(const Problem& p, FilterPlan* plan) {
 
 // Of the workspace.
 int64_t Elements(const FilterPlan& plan) {
-  return plan.tasks * (plan.packed_x + plan.packed_y) +
-         plan.splits * plan.copy * (plan.two_levels ? 2 : 1);
+  const int64_t copies = plan.at_once ? plan.tasks : plan.splits;
+  return plan.tasks * (plan.packed_x + plan.packed_y + plan.meets) +
+         copies * plan.copy * (plan.two_levels ? 2 : 1);
 }
 
 FilterPlan PlanOf(const Way& way) {
@@ -221,7 +252,6 @@ FilterPlan PlanOf(const Way& way) {
   plan.units = plan.groups * plan.blocks;
   plan.taps = Taps(p);
   plan.rows = plan.taps * p.in_channels;
-  plan.copy = plan.units * plan.rows * plan.lanes;
   plan.dilated = HasLhsDilation(p);
   for (int a = 0; a < kAxes; ++a) {
     const Axis& x = p.axis[a];
@@ -236,9 +266,53 @@ FilterPlan PlanOf(const Way& way) {
     const int64_t last = (x.out - 1) * x.stride + (x.win - 1) * x.rhs_dilation - x.pad_lo;
     plan.pads |= x.pad_lo > 0 || last >= x.in;
   }
+  const int64_t windows = p.axis[0].win + p.axis[1].win + p.axis[2].win;
+  plan.meets =
+      CeilDiv(windows * static_cast<int64_t>(sizeof(Meets)), kBlockBytes) * plan.lanes;
   CutIntoChunks(p, &plan);
+  plan.at_once = plan.chunks == 1;
+  plan.copy = plan.lanes * plan.rows * plan.units;
   CutIntoTasks(p, &plan);
+  if (plan.at_once) {
+    const int64_t slice = plan.many_groups ? p.in_channels : kSliceChannels;
+    plan.copy = plan.lanes * plan.taps * std::min(slice, p.in_channels);
+  }
   return plan;
+}
+
+std::vector<FilterTap> TapsOf(const Problem& p) {
+  std::vector<FilterTap> taps(static_cast<size_t>(Taps(p)));
+  for (size_t i = 0; i < taps.size(); ++i) {
+    int64_t rest = static_cast<int64_t>(i);
+    for (int a = kAxes - 1; a >= 0; --a) {
+      taps[i].r[a] = rest % p.axis[a].win;
+      rest /= p.axis[a].win;
+    }
+  }
+  return taps;
+}
+
+std::vector<int64_t> RowOffsets(const Problem& p, const FilterPlan& plan,
+                                const std::vector<FilterTap>& taps) {
+  std::vector<int64_t> offsets;
+  offsets.reserve(static_cast<size_t>(plan.rows));
+  const int64_t slice = plan.many_groups ? p.in_channels : kSliceChannels;
+  const int64_t plane =
+      plan.chunk[0] * plan.extent[0] * plan.extent[1] * plan.extent[2] * plan.lanes;
+  for (int64_t first = 0; first < p.in_channels; first += slice) {
+    const int64_t channels = std::min(slice, p.in_channels - first);
+    for (const FilterTap& tap : taps) {
+      int64_t position = 0;
+      for (int a = 0; a < kAxes && !plan.dilated; ++a) {
+        position = position * plan.extent[a] + tap.r[a] * plan.tap_step[a];
+      }
+      const int64_t width = plan.many_groups ? plan.lanes : channels;
+      for (int64_t c = 0; c < channels; ++c) {
+        offsets.push_back(position * width + c * (plan.many_groups ? plane : 1));
+      }
+    }
+  }
+  return offsets;
 }
 
 }  // namespace
@@ -272,24 +346,21 @@ void RunCpuFilterGrad(const Problem& problem, const Plan& plan, const void* x,
   args.dy = way.exchanged ? x : dy;
   args.dw = static_cast<unsigned char*>(dw) + way.w_at * SizeInBytes(problem.dtype);
   args.workspace = workspace;
-  std::vector<FilterTap> taps(static_cast<size_t>(args.plan.taps));
-  const Axis* const axis = way.problem.axis;
-  for (int64_t i = 0; i < args.plan.taps; ++i) {
-    FilterTap& tap = taps[static_cast<size_t>(i)];
-    int64_t rest = i;
-    for (int a = kAxes - 1; a >= 0; --a) {
-      tap.r[a] = rest % axis[a].win;
-      rest /= axis[a].win;
-    }
-    for (int a = 0; a < kAxes; ++a) {
-      tap.offset = tap.offset * args.plan.extent[a] + tap.r[a] * args.plan.tap_step[a];
-    }
-  }
+  const std::vector<FilterTap> taps = TapsOf(way.problem);
+  const std::vector<int64_t> offsets = RowOffsets(way.problem, args.plan, taps);
   args.tap = taps.data();
+  args.row_offset = offsets.data();
   CpuJob job;
   ChosenIsa().kernels->filter(args, &job);
+  // What is one task is too little for several, and so is the little that it writes.
+  constexpr int64_t kLittle = 1 << 16;
+  const bool alone = args.plan.tasks == 1 && args.plan.copy <= kLittle;
   for (int i = 0; i < job.stages; ++i) {
     const CpuStage& stage = job.stage[i];
+    if (alone) {
+      for (int64_t index = 0; index < stage.count; ++index) stage.task(job.state, index);
+      continue;
+    }
     parallel_for(stage.count, [&](int64_t index) { stage.task(job.state, index); });
   }
 }
