@@ -354,6 +354,16 @@ bool PacksLittle(const Problem& p, Kernel kernel) {
   return LayOut(filter, kernel).bytes <= kTimes * bytes + kSmallBytes;
 }
 
+// Whether the definition itself has little more to do than to write dX: a long window
+// that meets y once.
+bool IsLight(const Problem& p) {
+  constexpr double kProducts = 4;  // for each element
+  const double filter = 1.0 * p.groups * p.in_channels * p.out_channels * Taps(p);
+  const double in = 1.0 * p.axis[0].in * p.axis[1].in * p.axis[2].in;
+  const double out = 1.0 * p.axis[0].out * p.axis[1].out * p.axis[2].out;
+  return p.batch * out * filter <= kProducts * (p.batch * p.groups * p.in_channels * in);
+}
+
 // XLA allocates large results and workspaces anew at every call: in pages of 4 KiB,
 // finding and clearing them takes as long as filling them.
 void AskForLargePages(void* base, int64_t bytes) {
@@ -425,6 +435,7 @@ bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
   for (int i = kKernelCount; i-- > 1;) {
     if (make(kNames[i]) && fits() && packs_little) return true;
   }
+  if (IsLight(problem)) return make(kNames[0]);
   if (make(kernel) && fits()) return true;
   for (int i = kKernelCount; i-- > 0;) {
     if (make(kNames[i]) && fits()) return true;

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from .tools import DTYPES, ToolError
 
-_MAPS = "comma-separated: y, the forward pass, and dx, the input gradient"
+_MAPS = "comma-separated: y, the forward pass, dx, the input gradient, and dw, the filter gradient"
 
 
 def _natural(text: str) -> int:

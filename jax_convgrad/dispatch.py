@@ -33,6 +33,8 @@ MAX_AXIS_SIZE = 2**31  # positions of an image or taps of a filter, along one ax
 # user context, so it is part of every jit cache key.
 installed = jax.make_user_context(default_value=False)
 
+_FILTER_WORKSPACE_BYTES = 32 << 20  # or four times the filter
+
 # With a 4x4 filter of 512 and 1024 channels lax was 1.2 times as fast at 170 times.
 _LARGE_FILTER = 4
 
@@ -341,9 +343,24 @@ def choose(
     if switch() == "on":
         return Choice("native", f"{kernel} kernel covers it, and {SWITCH}=on", planned)
     slower = _slower_than_xla(geometry, dtype, platform, map_)
+    if map_ is FILTER_GRAD and planned is not None and slower is None:
+        slower = _beyond_workspace(geometry, dtype, planned)
     if slower is not None:
         return Choice("xla", slower)
     return Choice("native", f"{kernel} kernel covers it", planned)
+
+
+def _beyond_workspace(geometry: ConvGeometry, dtype: Any, planned: NativePlan) -> str | None:
+    """Why the filter gradient's kernel wants too much memory, or None.
+
+    A filter that is much larger than the activations, with few of the channels that are in
+    vector lanes: the private sums are mostly empty lanes.
+    """
+    filter_bytes = max(4, np.dtype(dtype).itemsize) * math.prod(geometry.rhs_shape)
+    most = max(_FILTER_WORKSPACE_BYTES, 4 * filter_bytes)
+    if planned.workspace_bytes <= most:
+        return None
+    return f"a workspace of {planned.workspace_bytes} bytes, of at most {most}"
 
 
 def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, map_: Map) -> str | None:

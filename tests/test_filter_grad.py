@@ -151,6 +151,14 @@ def test_workspace_is_bounded(name):
         assert workspace_bytes <= max(32 << 20, 4 * size * math.prod(g.rhs_shape))
 
 
+def test_what_wants_more_workspace_is_left_to_lax(monkeypatch):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+    g = make_geometry((60354,), (60352,), (23, 3), batch=5)
+    choice = dispatch.choose(g, "float32", "cpu", map_=FILTER_GRAD)
+    assert choice.implementation == "xla"
+    assert "workspace" in choice.reason
+
+
 DENSE = make_geometry((6, 5), (3, 2), (4, 6), batch=2, stride=(2, 1), padding=1)
 GROUPED = make_geometry((6, 5), (3, 2), (4, 6), batch=2, stride=(2, 1), feature_groups=2, padding=1)
 BATCHED = make_geometry((6, 5), (3, 2), (4, 6), batch=6, batch_groups=3, padding=1)

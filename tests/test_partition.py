@@ -295,7 +295,7 @@ FILTER_CASES = {
     "output channels": (LAYER, ONE, {}, {"K": "d"}, {"K": "d"}, []),
     "images and output channels": (
         LAYER, TWO, {"N": "d"}, {"N": "d", "K": "m"}, {"K": "m"},
-        [("all-reduce", filter_bytes(LAYER, 4))],
+        [("all-reduce", filter_bytes(LAYER, 2))],
     ),
     "groups": (GROUPED, ONE, {"C": "d"}, {"K": "d"}, {"K": "d"}, []),
     "batch groups": (BATCH_GROUPED, ONE, {"N": "d"}, {"K": "d"}, {"K": "d"}, []),

@@ -75,6 +75,7 @@ def test_step_prints_and_writes_both_nets(tiny, tmp_path, capsys):
         assert f"| {net['title']} | {net['native']} of {net['input_gradients']} |" in out
 
 
+@pytest.mark.thorough
 def test_step_can_take_one_net_and_draw_it(tiniest, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     path = tmp_path / "step.png"
