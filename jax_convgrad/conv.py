@@ -1,4 +1,4 @@
-"""The public convolutions: lax's signatures, this package's forward map and input gradient."""
+"""The public convolutions: lax's signatures, this package's maps."""
 
 from __future__ import annotations
 

@@ -129,8 +129,6 @@ class Explanation:
 
 def _line(choice: dispatch.Choice) -> str:
     runs = "xla" if choice.plan is None else f"native, kernel {choice.kernel}"
-    if choice.plan is not None and choice.plan.exchanged:
-        runs += " with dy and x exchanged"
     workspace = f", workspace {choice.workspace_bytes / 1e6:.6g} MB" if choice.plan else ""
     return f"{runs}: {choice.reason}{workspace}"
 

@@ -26,9 +26,9 @@ def install() -> None:
     """Makes every `jax.lax` convolution in the process take this package's kernels.
 
     Flax, Equinox, Haiku and Keras use lax's convolution, so their input gradients run the
-    kernel with no code changed, forward mode included, and on a CPU so does their forward
-    pass. Functions that are already jitted pick the change up at their next call. Calling
-    it again does nothing.
+    kernel with no code changed, forward mode included, and on a CPU so do their forward
+    pass and their filter gradients. Functions that are already jitted pick the change up at
+    their next call. Calling it again does nothing.
 
     Example:
         >>> import jax_convgrad
@@ -40,7 +40,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undoes `install`: lax's convolution has its own input gradient again."""
+    """Undoes `install`: lax's convolution is computed and differentiated by lax again."""
     compat.set_for_process(dispatch.installed, False)
 
 
@@ -49,7 +49,7 @@ def installed(active: bool = True) -> Iterator[None]:
     """A context in which this thread's lax convolutions take the kernel.
 
     Args:
-        active: False restores lax's own gradient inside an installed program.
+        active: False restores lax's own computation inside an installed program.
 
     Example:
         >>> import jax, jax.numpy as jnp, jax_convgrad

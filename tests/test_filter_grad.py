@@ -45,6 +45,16 @@ CUTS = {
                                                     rhs_dilation=4),
     "groups that a block does not fill": make_geometry((5, 5), (3, 3), (63, 42), feature_groups=21),
     "dilated input": make_geometry((9, 8), (4, 3), (5, 20), lhs_dilation=3, stride=2, padding=2),
+    "a window that spans padding": make_geometry(
+        (9, 8), (3, 3), (5, 20), rhs_dilation=7, padding=7
+    ),
+    "depthwise, a window that spans padding": make_geometry(
+        (9, 8), (3, 3), (6, 6), rhs_dilation=7, padding=7, feature_groups=6
+    ),
+    "images next to each other": make_geometry(
+        (6, 5), (3, 2), (4, 7), batch=19, padding=1, dimension_numbers="odd"
+    ),
+    "negative padding": make_geometry((9, 8), (3, 2), (4, 5), padding=((-2, 1), (1, -3))),
     "dilated input of groups": make_geometry((9, 8), (4, 3), (6, 6), lhs_dilation=2, padding=2,
                                              feature_groups=6),
 }  # fmt: skip
@@ -98,6 +108,31 @@ def channels_first(g):
     return g.replace(**moved)
 
 
+# Extents of 2^62 elements, if padding were packed: nearly all of it is.
+FAR = {
+    "dilation": make_geometry((2, 2), (2, 2), (1, 1), batch=1, rhs_dilation=2**31 - 1,
+                              padding=((2**30, 2**30),) * 2),
+    "stride": make_geometry((2, 2), (2, 2), (1, 1), batch=1, stride=2**31 - 2,
+                            padding=((2**30, 2**30 - 2),) * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_padding_as_far_as_it_may_be(rng, x64, name):
+    g = FAR[name]
+    _, workspace_bytes = oracles.plan(g, "float32", map_=FILTER_GRAD)
+    assert workspace_bytes <= 1 << 16
+    check_kernels(rng, g, "float32")
+
+
+def test_windows_that_span_padding_keep_their_chunks():
+    """A window of DeepLab's: its span does not shrink with the positions of a chunk."""
+    for rate in (12, 18, 24, 36):
+        g = make_geometry((33, 33), (3, 3), (2048, 256), batch=16, rhs_dilation=rate, padding=rate)
+        _, workspace_bytes = oracles.plan(g, "float32", map_=FILTER_GRAD)
+        assert workspace_bytes <= max(32 << 20, 16 * math.prod(g.rhs_shape))
+
+
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
 @pytest.mark.parametrize("index", range(RANDOM_COUNT))
 def test_random_geometry(rng, x64, index, dtype):
@@ -115,6 +150,11 @@ def test_random_geometry(rng, x64, index, dtype):
         "narrow groups",
         "dilated input",
         "dilated input of groups",
+        "several chunks, and a rest",
+        "a window that spans padding",
+        "images next to each other",
+        "negative padding",
+        "batch_groups",
     ],
 )
 def test_what_is_not_finite_reaches_what_the_definition_connects(rng, name, where, value):

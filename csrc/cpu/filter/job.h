@@ -55,12 +55,13 @@ struct FilterPlan {
   int64_t chunk[1 + kAxes], grid[1 + kAxes], chunks;
 
   // The packed x of a chunk. Along axis a its position j holds h = h0 + j*x_step; the
-  // next position of dY reads y_step further, and the next tap tap_step. With
-  // lhs_dilation those are not whole numbers, and it is counted from h for each tap.
+  // next position of dY reads y_step further, and the next tap tap_step.
   int64_t extent[kAxes], x_step[kAxes], y_step[kAxes], tap_step[kAxes];
-  bool dilated;                // some axis has lhs_dilation
+  // Tiles are cut at each tap, and x is packed without padding: each tap counts for
+  // itself from where it meets x first (Meets).
+  bool each_tap;
   int64_t meets_every[kAxes];  // positions of dY until a tap meets an x again
-  bool pads;  // some tap of some position lies outside x, or on an inserted zero
+  bool pads;                   // some tap of some position lies outside x
 
   // The sum is one chunk: a task writes a slice's rows of dW as soon as it has them.
   bool at_once;
@@ -85,7 +86,7 @@ struct FilterArgs {
   void* workspace;
   const FilterTap* tap;
   // For each row of dW, slice by slice and tap by tap: where its channel lies in a
-  // position of the packed x, and without lhs_dilation its tap.
+  // position of the packed x, and unless each tap counts for itself its tap.
   const int64_t* row_offset;
 };
 

@@ -20,7 +20,8 @@
 // A product with a padding zero must not turn an infinite or NaN dY into a NaN. So
 // packing notices those, and such a chunk's tiles are cut at each tap, which then visits
 // only the positions that lie inside x. The same serves lhs_dilation, where those are
-// every so many.
+// every so many, and windows that are dilated so far that most of what they span is
+// padding: then x is packed as it is.
 
 #pragma once
 
@@ -154,8 +155,8 @@ CONVGRAD_INLINE Chunk ChunkAt(const Problem& p, const FilterPlan& plan, int64_t 
     const int64_t low = side.first * axis.stride - axis.pad_lo;
     const int64_t high =
         low + (side.count - 1) * axis.stride + (axis.win - 1) * axis.rhs_dilation;
-    side.inside = !plan.dilated && low >= 0 && high < axis.in;
-    if (plan.dilated) {
+    side.inside = !plan.each_tap && low >= 0 && high < axis.in;
+    if (plan.each_tap) {
       side.h0 = Max(0, Ceil(low, axis.lhs_dilation));
       side.x_count = Max(0, Min(axis.in, Floor(high, axis.lhs_dilation) + 1) - side.h0);
     } else {
@@ -176,7 +177,7 @@ CONVGRAD_INLINE Meets MeetsOf(const Axis& axis, const FilterPlan& plan, int a,
   const int64_t last = (axis.in - 1) * axis.lhs_dilation - at;
   Meets m{Max(0, Ceil(-at, axis.stride)), 0, 1, 0, y_step};
   const int64_t end = last < 0 ? 0 : Min(side.count, last / axis.stride + 1);
-  if (!plan.dilated) {
+  if (!plan.each_tap) {
     m.count = Max(0, end - m.first);
     m.x_first = m.first * y_step;
     return m;
@@ -377,10 +378,10 @@ CONVGRAD_INLINE void PackX(const FilterArgs& a, const Chunk& c, int64_t group,
           Clear(to, before * width);
           Clear(to + end * width, (side.x_count - end) * width);
           to += before * width;
+          if (end == before) continue;
           const T* from = static_cast<const T*>(a.x) + (c.image + n) * p.dx.batch +
                           h0 * p.dx.axis[0] + h1 * p.dx.axis[1] +
                           (side.h0 + before * step) * p.dx.axis[2];
-          if (end == before) continue;
           if (plan.many_groups) {
             PackLanes(p, from, position, lane, lanes, s, end - before, to);
           } else {
@@ -418,7 +419,7 @@ CONVGRAD_INLINE bool PackY(const FilterArgs& a, const Chunk& c, int64_t group,
       }
     }
   }
-  if (!a.plan.pads || a.plan.dilated) return false;
+  if (!a.plan.pads || a.plan.each_tap) return false;
   Vec<A, N> sum = {};
   for (const A* at = packed; at < to; at += N) sum += Load<N>(at) * A{0};
   A total = 0;
@@ -597,7 +598,7 @@ void MultiplyTask(const void* state, int64_t index) {
         PackX<T>(a, chunk, group, lane, lanes, x);
         packed_group = group;
       }
-      const bool each_tap = PackY<T>(a, chunk, group, lane, lanes, y) || plan.dilated;
+      const bool each_tap = PackY<T>(a, chunk, group, lane, lanes, y) || plan.each_tap;
       const bool add = i % plan.run != 0;
       A* const of_unit = plan.at_once ? sums : sums + unit * unit_elements;
       if (plan.many_groups) {

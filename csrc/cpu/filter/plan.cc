@@ -14,7 +14,9 @@
 namespace convgrad {
 namespace {
 
-constexpr const char* kNames[] = {"outer", "outer_lanes", nullptr};
+// By whether lanes hold several groups, and whether x and dY are exchanged.
+constexpr const char* kNames[] = {"outer", "outer_lanes", "outer_exchanged",
+                                  "outer_lanes_exchanged", nullptr};
 
 int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
 
@@ -76,6 +78,10 @@ struct Way {
   int64_t w_at;  // where dW begins
 };
 
+const char* NameOf(const Way& way) {
+  return kNames[(way.many_groups ? 1 : 0) + (way.exchanged ? 2 : 0)];
+}
+
 bool HasLhsDilation(const Problem& p) {
   return std::any_of(p.axis, p.axis + kAxes,
                      [](const Axis& x) { return x.lhs_dilation > 1; });
@@ -85,69 +91,10 @@ bool HasLhsDilation(const Problem& p) {
 // whose sums one register may hold in float32 before rounding shows.
 constexpr int64_t kChunkPositions = 512;
 
-// Time, in products of a lane, about: those that are computed; what a tile costs besides;
-// and for each element that is packed what a scalar copy costs or, in the lanes of narrow
-// groups, a vector's.
-double CostOf(const Way& way) {
-  constexpr double kPerCopy = 16, kPerLane = 3, kPerTile = 1000;
-  constexpr int64_t kRows = 6;
-  const Problem& p = way.problem;
-  const int64_t lanes = kBlockBytes / AccBytes(p);
-  const int64_t c = p.in_channels, taps = Taps(p);
-  // Each tap has tiles of its own where dilation makes its positions differ.
-  const bool each_tap = HasLhsDilation(p);
-  const double tiles =
-      each_tap ? 1.0 * taps * CeilDiv(c, kRows) : 1.0 * CeilDiv(taps * c, kRows);
-  const double all = 1.0 * p.batch * Positions(p);
-  double positions = all, in = 1.0 * p.batch;
-  for (const Axis& x : p.axis) {
-    in *= static_cast<double>(
-        std::min(x.in, x.out * std::min(x.stride, x.win * x.rhs_dilation)));
-    positions /= static_cast<double>(x.lhs_dilation / Gcd(x.stride, x.lhs_dilation));
-  }
-  const double k = way.many_groups ? p.groups * p.out_channels : p.out_channels;
-  const double units = std::ceil(k / lanes) * (way.many_groups ? 1 : p.groups);
-  // A block's vectors are too few for the latency of sums of few rows.
-  const double rows =
-      std::max(kRows / 2.0, way.many_groups ? 1.0 * taps * c : kRows * tiles);
-  const bool by_vectors =
-      p.out_channels == 1 || (p.out_channels == c && lanes % p.out_channels == 0);
-  const double packed = way.many_groups
-                            ? units * lanes * in * c * (by_vectors ? kPerLane : kPerCopy)
-                            : kPerCopy * in * p.groups * c;
-  const double chunks = std::ceil(all / kChunkPositions);
-  return units * (lanes * positions * (rows + kPerLane) + chunks * tiles * kPerTile) +
-         packed;
-}
-
 bool IsEmpty(const Problem& p) {
-  const bool no_input = p.axis[0].in * p.axis[1].in * p.axis[2].in == 0;
-  return no_input || p.batch * FilterElements(p) * Positions(p) == 0;
-}
-
-// Returns false if no way is of that name.
-bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
-  const bool any = std::strcmp(kernel, "auto") == 0;
-  double least = -1;
-  for (const bool exchanged : {false, true}) {
-    Way way{given, exchanged, false, 0};
-    if (exchanged) way.problem = ForwardAsInputGrad(given, &way.w_at);
-    way.problem = WithLongRows(way.problem);
-    const Problem& p = way.problem;
-    for (const bool many_groups : {false, true}) {
-      if (!any && std::strcmp(kernel, kNames[many_groups]) != 0) continue;
-      // Out channels of several groups have to lie evenly.
-      const bool even = p.out_channels == 1 || p.groups == 1 ||
-                        p.dy.group == p.out_channels * p.dy.channel;
-      if (many_groups && (!even || (any && p.groups == 1))) continue;
-      way.many_groups = many_groups;
-      const double cost = IsEmpty(p) ? 0 : CostOf(way);
-      if (least >= 0 && cost >= least) continue;
-      least = cost;
-      *chosen = way;
-    }
-  }
-  return least >= 0;
+  return p.batch == 0 || FilterElements(p) == 0 ||
+         std::any_of(p.axis, p.axis + kAxes,
+                     [](const Axis& x) { return x.in == 0 || x.out == 0; });
 }
 
 // ---- chunks and tasks ---------------------------------------------------------------
@@ -161,8 +108,8 @@ void SetExtents(const Problem& p, FilterPlan* plan) {
     const Axis& x = p.axis[a];
     const int64_t reach =
         (plan->chunk[1 + a] - 1) * x.stride + (x.win - 1) * x.rhs_dilation;
-    plan->extent[a] = plan->dilated ? std::min(x.in, reach / x.lhs_dilation + 1)
-                                    : reach / plan->x_step[a] + 1;
+    plan->extent[a] = plan->each_tap ? std::min(x.in, reach / x.lhs_dilation + 1)
+                                     : reach / plan->x_step[a] + 1;
   }
   plan->packed_x = plan->chunk[0] * plan->extent[0] * plan->extent[1] * plan->extent[2] *
                    p.in_channels * (plan->many_groups ? plan->lanes : 1);
@@ -184,8 +131,14 @@ void CutIntoChunks(const Problem& p, FilterPlan* plan) {
   SetExtents(p, plan);
   for (int i = 0; i <= kAxes; ++i) {
     while (plan->packed_x * AccBytes(p) > kPackedXBytes && plan->chunk[i] > 1) {
-      plan->chunk[i] = EvenPart(sizes[i], plan->chunk[i] / 2);
+      const int64_t chunk = plan->chunk[i], packed = plan->packed_x;
+      plan->chunk[i] = EvenPart(sizes[i], chunk / 2);
       SetExtents(p, plan);
+      if (plan->packed_x <= packed / 4 * 3) continue;
+      // What taps span does not shrink with the positions.
+      plan->chunk[i] = chunk;
+      SetExtents(p, plan);
+      break;
     }
   }
   plan->chunks = 1;
@@ -241,6 +194,24 @@ int64_t Elements(const FilterPlan& plan) {
          copies * plan.copy * (plan.two_levels ? 2 : 1);
 }
 
+// Whether what the windows of a chunk span is mostly padding, or gaps between taps. In
+// floating point: parameters may be as large as 2^31.
+bool SpansPadding(const Problem& p) {
+  constexpr double kTimes = 2;
+  double padded = 1, inside = 1;
+  for (const Axis& x : p.axis) {
+    const auto positions = static_cast<double>(std::min(x.out, kChunkPositions));
+    const int64_t step = std::max<int64_t>(
+        1, Gcd(x.out == 1 ? 0 : x.stride, x.win == 1 ? 0 : x.rhs_dilation));
+    const double reach =
+        (positions - 1) * static_cast<double>(x.stride) +
+        static_cast<double>(x.win - 1) * static_cast<double>(x.rhs_dilation);
+    padded *= reach / static_cast<double>(step) + 1;
+    inside *= std::min(static_cast<double>(x.in), reach + 1);
+  }
+  return padded > kTimes * inside + kChunkPositions;
+}
+
 FilterPlan PlanOf(const Way& way) {
   const Problem& p = way.problem;
   FilterPlan plan{};
@@ -252,13 +223,13 @@ FilterPlan PlanOf(const Way& way) {
   plan.units = plan.groups * plan.blocks;
   plan.taps = Taps(p);
   plan.rows = plan.taps * p.in_channels;
-  plan.dilated = HasLhsDilation(p);
+  plan.each_tap = HasLhsDilation(p) || SpansPadding(p);
   for (int a = 0; a < kAxes; ++a) {
     const Axis& x = p.axis[a];
     // What nothing moves along fits any step.
     const int64_t stride = x.out == 1 ? 0 : x.stride;
     const int64_t dilation = x.win == 1 ? 0 : x.rhs_dilation;
-    const int64_t step = plan.dilated ? 1 : std::max<int64_t>(1, Gcd(stride, dilation));
+    const int64_t step = plan.each_tap ? 1 : std::max<int64_t>(1, Gcd(stride, dilation));
     plan.x_step[a] = step;
     plan.meets_every[a] = x.lhs_dilation / Gcd(x.stride, x.lhs_dilation);
     plan.y_step[a] = stride / step;
@@ -279,6 +250,61 @@ FilterPlan PlanOf(const Way& way) {
   }
   return plan;
 }
+
+// ---- the choice of a way ----------------------------------------------------------
+
+// Time, in products of a lane, about: those that are computed; what a tile costs besides;
+// and for each element that is packed what a scalar copy costs or, in the lanes of narrow
+// groups, a vector's.
+double CostOf(const Way& way, const FilterPlan& plan) {
+  constexpr double kPerCopy = 16, kPerLane = 3, kPerTile = 1000;
+  constexpr int64_t kRows = 6;
+  const Problem& p = way.problem;
+  const int64_t c = p.in_channels;
+  const double tiles = plan.each_tap ? 1.0 * plan.taps * CeilDiv(c, kRows)
+                                     : 1.0 * CeilDiv(plan.rows, kRows);
+  double positions = 1.0 * p.batch * Positions(p);
+  for (const int64_t every : plan.meets_every) positions /= static_cast<double>(every);
+  // A block's vectors are too few for the latency of sums of few rows.
+  const double rows =
+      std::max(kRows / 2.0, way.many_groups ? 1.0 * plan.rows : kRows * tiles);
+  const bool by_vectors =
+      way.many_groups &&
+      (p.out_channels == 1 || (p.out_channels == c && plan.lanes % p.out_channels == 0));
+  const double packed = 1.0 * plan.chunks * plan.packed_x *
+                        (by_vectors ? kPerLane : kPerCopy) *
+                        (way.many_groups ? plan.units : plan.groups);
+  return plan.units * (plan.lanes * positions * (rows + kPerLane) +
+                       1.0 * plan.chunks * tiles * kPerTile) +
+         packed;
+}
+
+// Returns false if no way is of that name.
+bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
+  const bool any = std::strcmp(kernel, "auto") == 0;
+  double least = -1;
+  for (const bool exchanged : {false, true}) {
+    Way way{given, exchanged, false, 0};
+    if (exchanged) way.problem = ForwardAsInputGrad(given, &way.w_at);
+    way.problem = WithLongRows(way.problem);
+    const Problem& p = way.problem;
+    for (const bool many_groups : {false, true}) {
+      way.many_groups = many_groups;
+      if (!any && std::strcmp(kernel, NameOf(way)) != 0) continue;
+      // Out channels of several groups have to lie evenly.
+      const bool even = p.out_channels == 1 || p.groups == 1 ||
+                        p.dy.group == p.out_channels * p.dy.channel;
+      if (many_groups && (!even || (any && p.groups == 1))) continue;
+      const double cost = IsEmpty(p) ? 0 : CostOf(way, PlanOf(way));
+      if (least >= 0 && cost >= least) continue;
+      least = cost;
+      *chosen = way;
+    }
+  }
+  return least >= 0;
+}
+
+// ---- tables for the kernel --------------------------------------------------------
 
 std::vector<FilterTap> TapsOf(const Problem& p) {
   std::vector<FilterTap> taps(static_cast<size_t>(Taps(p)));
@@ -303,7 +329,7 @@ std::vector<int64_t> RowOffsets(const Problem& p, const FilterPlan& plan,
     const int64_t channels = std::min(slice, p.in_channels - first);
     for (const FilterTap& tap : taps) {
       int64_t position = 0;
-      for (int a = 0; a < kAxes && !plan.dilated; ++a) {
+      for (int a = 0; a < kAxes && !plan.each_tap; ++a) {
         position = position * plan.extent[a] + tap.r[a] * plan.tap_step[a];
       }
       const int64_t width = plan.many_groups ? plan.lanes : channels;
@@ -322,8 +348,8 @@ const char* const* CpuFilterKernelNames() { return kNames; }
 bool PlanCpuFilterGrad(const Problem& problem, const char* kernel, Plan* plan) {
   Way way;
   if (!ChooseWay(problem, kernel, &way)) return false;
-  plan->kernel = kNames[way.many_groups];
-  plan->exchanged = way.exchanged;
+  plan->kernel = NameOf(way);
+  plan->exchanged = false;  // the name says it
   plan->workspace_bytes =
       IsEmpty(problem) ? 0 : Elements(PlanOf(way)) * AccBytes(problem);
   return true;
