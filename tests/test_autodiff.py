@@ -177,6 +177,7 @@ def test_integer_cotangent_of_an_unused_result(case):
     np.testing.assert_array_equal(zero(x), jnp.zeros_like(x))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_preferred_element_type_computes_gradients_in_it(case, dtype):
     ours, reference, x, w, _ = case

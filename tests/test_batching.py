@@ -192,6 +192,7 @@ def test_grad_of_vmap(rng, g, axes):
         assert "stablehlo.while" not in text
 
 
+@pytest.mark.thorough
 def test_per_example_jacobians(rng):
     """jacrev and jacfwd of the gradient map basis vectors over either operand."""
     g = oracles.geometry((1, 2, 4), (3, 2, 2), None, "VALID")

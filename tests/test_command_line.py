@@ -206,6 +206,7 @@ def test_bench_runs_inside_a_scan(layers, tmp_path, layout):
 
 
 @pytest.mark.native
+@pytest.mark.thorough
 def test_bench_draws_convolutions_and_lists_its_losses(tmp_path, capsys, monkeypatch):
     path = tmp_path / "out.json"
     monkeypatch.setattr(results, "LISTED_LOSS", 1e-9)  # everything is one

@@ -51,6 +51,7 @@ CASES = [case for case in named_cases() if 0 not in case.geometry.lhs_shape][SEE
 
 
 @pytest.mark.native
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_kernel_has_the_bits_of_the_steps(rng, x64, case):
     g = case.geometry

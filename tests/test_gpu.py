@@ -294,7 +294,7 @@ def programs_without_graphs():
 @pytest.mark.parametrize(
     ("platform", "graphs"),
     [
-        pytest.param("cpu", "loops", marks=pytest.mark.native),
+        pytest.param("cpu", "loops", marks=[pytest.mark.native, pytest.mark.thorough]),
         pytest.param("cuda", "calls", marks=pytest.mark.cuda),
         pytest.param("cuda", "loops", marks=pytest.mark.cuda),
     ],

@@ -154,6 +154,7 @@ PARTS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("conv", [ours, theirs], ids=["function", "installed"])
 @pytest.mark.parametrize("name", PARTS)
 def test_dimensions_cut_over_parts_of_a_mesh_axis(rng, conv, name):
