@@ -9,6 +9,7 @@ import pytest
 from conftest import SEED
 from emulator import build, cases
 
+from jax_convgrad import ConvGeometry
 from jax_convgrad.tools.geometries import Case, make_geometry, named_cases, random_cases
 
 if (reason := build.missing()) is not None:
@@ -45,6 +46,11 @@ def larger_cases():
         "chunks_depthwise": g((40, 40), (3, 3), (21, 21), padding=1, feature_groups=21),
         "grouped_by_5": g((12, 11), (3, 3), (65, 65), padding=1, feature_groups=13),
     }  # fmt: skip
+    # Each tap is a column of a matrix product; the filter was read beyond its end.
+    table["folded_taps_of_one_position"] = ConvGeometry.parse(
+        (2, 2, 33), (33, 25, 3), (2,), [(1, 1)], None, None, ("WNC", "IOW", "CWN"), 1, 1,
+        function="larger_cases",
+    )  # fmt: skip
     return [Case(name, geometry) for name, geometry in table.items()]
 
 

@@ -182,8 +182,12 @@ inline Sum<Operand<T>> PackTapsTransposed(const T* w, const int64_t* column_w,
   const int64_t tap_size = PackedDepth<O>(p) * width;
   const int64_t whole = p.out_channels / kPerOperand<O>;
   const int64_t taps = Taps(p);
-  const int64_t end = (p.out_channels - 1) * p.w.out_channel +
-                      (p.in_channels - 1) * p.w.in_channel + taps;
+  // By the columns: those of a folded problem are more than it has input channels.
+  int64_t end = 0;
+  for (int64_t c = 0; c < panel.columns; ++c) {
+    if (column_w[c] > end) end = column_w[c];
+  }
+  end += (p.out_channels - 1) * p.w.out_channel + taps;
   Vec<Sum<O>, L> taint{};
   for (int64_t k = k0; k < k1; ++k) {
     const int64_t last_k = k >= whole ? k * kPerOperand<O> : (k + 1) * kPerOperand<O> - 1;
