@@ -165,12 +165,14 @@ void Define(py::module_& m) {
   m.def(
       "workspace_bound",
       [](const std::string& dtype, const Ints& lhs_shape, const Ints& rhs_shape,
-         const Ints& out_shape, const py::dict& call, const std::string& map) {
-        if (MapByName(map) == Map::kFilterGrad) {
-          throw py::value_error("map must be one that takes symbolic sizes, got " + map);
+         const Ints& out_shape, const py::dict& call, const std::string& map_name) {
+        const Map map = MapByName(map_name);
+        if (map == Map::kFilterGrad) {
+          throw py::value_error("map must be one that takes symbolic sizes, got " +
+                                map_name);
         }
-        const WorkspaceBound bound = Parts().bound_workspace(ProblemByAttributes(
-            dtype, lhs_shape, rhs_shape, out_shape, call, MapByName(map)));
+        const WorkspaceBound bound = Parts().bound_workspace(
+            ProblemByAttributes(dtype, lhs_shape, rhs_shape, out_shape, call, map));
         return py::make_tuple(bound.bytes, bound.bytes_per_position);
       },
       py::arg("dtype"), py::arg("lhs_shape"), py::arg("rhs_shape"), py::arg("out_shape"),

@@ -344,46 +344,33 @@ ParallelFor LoopFor(const Problem& problem, ffi::ThreadPool& pool) {
 }
 
 template <Map kMap, bool kFused>
-ffi::Error Activation(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer from,
-                      ffi::AnyBuffer w, ffi::RemainingArgs args,
-                      ffi::Result<ffi::AnyBuffer> to,
-                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
+ffi::Error Compute(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer first,
+                   ffi::AnyBuffer second, ffi::RemainingArgs args,
+                   ffi::Result<ffi::AnyBuffer> to,
+                   ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
   Call made{};
   if (std::string error =
-          Prepare(kMap, call, from, w, args, kFused, *to,
+          Prepare(kMap, call, first, second, args, kFused, *to,
                   static_cast<int64_t>(workspace->element_count()), &made);
       !error.empty()) {
     return Invalid(kMap, error);
   }
   if (to->element_count() == 0) return ffi::Error::Success();
-  const unsigned char* filter = static_cast<const unsigned char*>(w.untyped_data()) +
-                                made.w_at * SizeInBytes(made.problem.dtype);
-  RunCpu(made.problem, made.plan, from.untyped_data(), filter, to->untyped_data(),
-         workspace->untyped_data(), made.epilogue,
-         std::max<int64_t>(1, pool.num_threads()), LoopFor(made.problem, pool));
+  const ParallelFor loop = LoopFor(made.problem, pool);
+  if constexpr (kMap == Map::kFilterGrad) {
+    RunCpuFilterGrad(made.problem, made.plan, first.untyped_data(), second.untyped_data(),
+                     to->untyped_data(), workspace->untyped_data(), loop);
+  } else {
+    const unsigned char* filter =
+        static_cast<const unsigned char*>(second.untyped_data()) +
+        made.w_at * SizeInBytes(made.problem.dtype);
+    RunCpu(made.problem, made.plan, first.untyped_data(), filter, to->untyped_data(),
+           workspace->untyped_data(), made.epilogue,
+           std::max<int64_t>(1, pool.num_threads()), loop);
+  }
   return ffi::Error::Success();
 } catch (const std::exception& e) {
   return Failed(kMap, e.what());
-}
-
-ffi::Error FilterGrad(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer x,
-                      ffi::AnyBuffer dy, ffi::RemainingArgs args,
-                      ffi::Result<ffi::AnyBuffer> dw,
-                      ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
-  Call made{};
-  if (std::string error =
-          Prepare(Map::kFilterGrad, call, x, dy, args, false, *dw,
-                  static_cast<int64_t>(workspace->element_count()), &made);
-      !error.empty()) {
-    return Invalid(Map::kFilterGrad, error);
-  }
-  if (dw->element_count() == 0) return ffi::Error::Success();
-  RunCpuFilterGrad(made.problem, made.plan, x.untyped_data(), dy.untyped_data(),
-                   dw->untyped_data(), workspace->untyped_data(),
-                   LoopFor(made.problem, pool));
-  return ffi::Error::Success();
-} catch (const std::exception& e) {
-  return Failed(Map::kFilterGrad, e.what());
 }
 
 #endif
@@ -396,7 +383,7 @@ template <bool kFused>
 constexpr auto kInputGradOf = InputGrad<kFused>;
 #else
 template <bool kFused>
-constexpr auto kInputGradOf = Activation<Map::kInputGrad, kFused>;
+constexpr auto kInputGradOf = Compute<Map::kInputGrad, kFused>;
 #endif
 
 auto Binding() {
@@ -424,9 +411,10 @@ constexpr std::initializer_list<ffi::Traits> kTraits = {
 XLA_FFI_DEFINE_HANDLER(kInputGrad, kInputGradOf<false>, Binding(), kTraits);
 XLA_FFI_DEFINE_HANDLER(kInputGradFused, kInputGradOf<true>, Binding(), kTraits);
 #ifndef CONVGRAD_CUDA
-constexpr auto kForwardOf = Activation<Map::kForward, false>;
+constexpr auto kForwardOf = Compute<Map::kForward, false>;
 XLA_FFI_DEFINE_HANDLER(kForward, kForwardOf, Binding());
-XLA_FFI_DEFINE_HANDLER(kFilterGrad, FilterGrad, Binding());
+constexpr auto kFilterGradOf = Compute<Map::kFilterGrad, false>;
+XLA_FFI_DEFINE_HANDLER(kFilterGrad, kFilterGradOf, Binding());
 #endif
 
 std::string PlanFor(Map map, const Problem& problem, const std::string& kernel,

@@ -64,8 +64,6 @@ constexpr const char* kNames[] = {"direct",           "gemm", "depthwise", "few_
                                   "few_channels_dot", nullptr};
 constexpr int kKernelCount = sizeof(kNames) / sizeof(kNames[0]) - 1;
 
-int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
-
 bool IsEmpty(const Problem& p) {
   return p.batch * p.groups * p.out_channels * Taps(p) == 0 ||
          p.axis[0].out * p.axis[1].out * p.axis[2].out == 0;

@@ -186,8 +186,7 @@ def _conv_bwd(
             call.rhs_type,
             call.geometry,
             precision=call.precision,
-            # Not every platform with the other kernels has this one.
-            implementation="xla" if call.implementation == "xla" else None,
+            implementation=dispatch.of_another_map(call.implementation),
         )
     return d_lhs, d_rhs
 

@@ -215,6 +215,14 @@ def unsupported(geometry: ConvGeometry, dtype: Any) -> str | None:
     return None
 
 
+def of_another_map(implementation: Implementation) -> Implementation:
+    """What is asked of a map where `implementation` was asked for another of the same layer.
+
+    lax is lax for all. But a kernel that is insisted on need not be there for every map.
+    """
+    return "xla" if implementation == "xla" else None
+
+
 def require_not_native(implementation: Implementation, reason: str) -> None:
     """Raises a ValueError with the reason if the kernel was insisted on."""
     if implementation == "native":
@@ -343,8 +351,8 @@ def choose(
     if switch() == "on":
         return Choice("native", f"{kernel} kernel covers it, and {SWITCH}=on", planned)
     slower = _slower_than_xla(geometry, dtype, platform, map_)
-    if map_ is FILTER_GRAD and planned is not None and slower is None:
-        slower = _beyond_workspace(geometry, dtype, planned)
+    if map_ is FILTER_GRAD and planned is not None:
+        slower = slower or _beyond_workspace(geometry, dtype, planned)
     if slower is not None:
         return Choice("xla", slower)
     return Choice("native", f"{kernel} kernel covers it", planned)

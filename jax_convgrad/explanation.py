@@ -220,7 +220,7 @@ def explain(
     # A kernel can be insisted on where the platform has one (lax_lowering.py).
     asked = None if implementation == "native" and platform != "cpu" else implementation
     forward = dispatch.choose(geometry, dtype, platform, asked, precision, map_=FORWARD)
-    asked = "xla" if implementation == "xla" else None
+    asked = dispatch.of_another_map(implementation)
     filter_grad = dispatch.choose(geometry, dtype, platform, asked, precision, map_=FILTER_GRAD)
     reference = None
     if choice.plan is not None and platform == "cuda":

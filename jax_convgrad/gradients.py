@@ -106,23 +106,15 @@ def conv_input_grad(
     lhs_shape = sequence_of(lhs_shape, "lhs_shape", function, "a sequence of integers")
     dy, w = as_array(dy, "dy", function), as_array(w, "w", function)
     _check_dtypes({"dy": dy, "w": w}, function)
-    batchless = len(lhs_shape) == len(dy_shape) == len(w_shape) - 1
-    if batchless:
-        lhs_shape, dy_shape = (1, *lhs_shape), (1, *dy_shape)
-        dimension_numbers = _with_batch(dimension_numbers, len(dy_shape), function)
-    geometry = ConvGeometry.parse(
-        lhs_shape,
-        w_shape,
-        window_strides,
-        padding,
-        lhs_dilation,
-        rhs_dilation,
+    geometry, batchless = _parse(
+        {"lhs_shape": lhs_shape, "w": w_shape},
+        dy_shape,
+        (window_strides, padding, lhs_dilation, rhs_dilation),
         dimension_numbers,
-        feature_group_count,
-        batch_group_count,
-        function=function,
+        (feature_group_count, batch_group_count),
+        function,
     )
-    _check_dy(dy_shape, geometry, batchless, "lhs_shape", "w", function)
+    lhs_shape = geometry.lhs_shape
     dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, function)
     arrays = {}
     for name, value in (("residual", residual), ("relu_mask", relu_mask)):
@@ -226,27 +218,17 @@ def conv_filter_grad(
     rhs_shape = sequence_of(rhs_shape, "rhs_shape", function, "a sequence of integers")
     x, dy = as_array(x, "x", function), as_array(dy, "dy", function)
     _check_dtypes({"x": x, "dy": dy}, function)
-    batchless = len(x_shape) == len(dy_shape) == len(rhs_shape) - 1
-    if batchless:
-        x_shape, dy_shape = (1, *x_shape), (1, *dy_shape)
-        x, dy = x[None], dy[None]
-        dimension_numbers = _with_batch(dimension_numbers, len(dy_shape), function)
-    geometry = ConvGeometry.parse(
-        x_shape,
-        rhs_shape,
-        window_strides,
-        padding,
-        lhs_dilation,
-        rhs_dilation,
+    geometry, batchless = _parse(
+        {"x": x_shape, "rhs_shape": rhs_shape},
+        dy_shape,
+        (window_strides, padding, lhs_dilation, rhs_dilation),
         dimension_numbers,
-        feature_group_count,
-        batch_group_count,
-        function=function,
+        (feature_group_count, batch_group_count),
+        function,
     )
-    _check_dy(dy_shape, geometry, batchless, "x", "rhs_shape", function)
     return bind_filter_grad(
-        x,
-        dy,
+        x[None] if batchless else x,
+        dy[None] if batchless else dy,
         geometry,
         precision=compat.canonicalize_precision(precision),
         preferred_element_type=preferred_element_type,
@@ -264,25 +246,40 @@ def _check_dtypes(arrays: dict[str, jax.Array], function: str) -> None:
         )
 
 
-def _check_dy(
+def _parse(
+    shapes: dict[str, tuple[int, ...]],
     dy_shape: tuple[int, ...],
-    geometry: ConvGeometry,
-    batchless: bool,
-    lhs: str,
-    rhs: str,
+    window: tuple[Any, Any, Any, Any],
+    dimension_numbers: Any,
+    groups: tuple[int, int],
     function: str,
-) -> None:
-    """Raises unless dy has the result's shape; `lhs` and `rhs` are the arguments' names."""
-    if dy_shape == geometry.out_shape:
-        return
-    expected, lhs_shape, got = (
-        shape[1:] if batchless else shape
-        for shape in (geometry.out_shape, geometry.lhs_shape, dy_shape)
+) -> tuple[ConvGeometry, bool]:
+    """The convolution, and whether x and dy are one image without a batch axis.
+
+    Args:
+        shapes: of lhs and rhs, by the names of the arguments that say them.
+        dy_shape: which must be that of the convolution's result.
+        window: strides, padding and both dilations.
+        dimension_numbers: layouts.
+        groups: of features and of images.
+        function: the public function, for messages.
+    """
+    (lhs, lhs_shape), (rhs, rhs_shape) = shapes.items()
+    batchless = len(lhs_shape) == len(dy_shape) == len(rhs_shape) - 1
+    got = dy_shape
+    if batchless:
+        lhs_shape, dy_shape = (1, *lhs_shape), (1, *dy_shape)
+        dimension_numbers = _with_batch(dimension_numbers, len(dy_shape), function)
+    geometry = ConvGeometry.parse(
+        lhs_shape, rhs_shape, *window, dimension_numbers, *groups, function=function
     )
-    raise ValueError(
-        f"{function} dy must have the shape of the convolution's result, {expected} for "
-        f"{lhs} {lhs_shape} and {rhs} {geometry.rhs_shape}, got {got}."
-    )
+    if dy_shape != geometry.out_shape:
+        expected = geometry.out_shape[1:] if batchless else geometry.out_shape
+        raise ValueError(
+            f"{function} dy must have the shape of the convolution's result, {expected} for "
+            f"{lhs} {shapes[lhs]} and {rhs} {rhs_shape}, got {got}."
+        )
+    return geometry, batchless
 
 
 def as_array(value: Any, argument: str, function: str) -> jax.Array:

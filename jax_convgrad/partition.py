@@ -125,7 +125,7 @@ def halo(geometry: ConvGeometry, axis: int, shards: int, map_: Map = INPUT_GRAD)
         return None
     low = geometry.padding[axis][0]
     reach = (geometry.window_sizes[axis] - 1) * geometry.rhs_dilation[axis]
-    if map_ is not INPUT_GRAD:  # x has the halo: the map read the other way (csrc/problem.h)
+    if map_.operands[0] is Role.LHS:  # the input gradient read the other way (csrc/problem.h)
         size, out, stride, dilation, low = out, size, dilation, stride, reach - low
     rows = out // shards
     # dX row h takes the rows p of dy with h * dilation + low - reach <= p * stride
@@ -233,7 +233,7 @@ def _local_axis(
     size, out = geometry.in_sizes[axis] // shards, geometry.out_sizes[axis] // shards
     low, _ = geometry.padding[axis]
     rows = edges.before + edges.rows + edges.after
-    if map_ is not INPUT_GRAD:
+    if map_.operands[0] is Role.LHS:
         size, low = rows, low - edges.before * geometry.lhs_dilation[axis]
     else:
         out, low = rows, low + edges.before * geometry.window_strides[axis]

@@ -114,7 +114,7 @@ def cotangent(
     As in lax, the arithmetic is done in the cotangent's dtype, which is
     preferred_element_type where that was given.
     """
-    dtype = (first if map_ is INPUT_GRAD else second).dtype
+    dtype = (first, second)[map_.operands.index(Role.OUT)].dtype
     result = bind(
         map_,
         lax_maps.convert(first, dtype),
@@ -229,8 +229,7 @@ def _transpose(
         geometry,
         precision=precision,
         out_sharding=sharding,
-        # Where a map's kernel is insisted on, its transposes may still be lax's.
-        implementation="xla" if implementation == "xla" else None,
+        implementation=dispatch.of_another_map(implementation),
     )
 
 

@@ -104,6 +104,29 @@ int64_t Lacks(const std::string& fault, const char* buffer) {
   return fault == std::string("short_") + buffer ? kVector : 0;
 }
 
+// Runs a kernel on each number of threads, the first time into `first`; the fault is that
+// of the others. Returns whether all leave the bits of the first.
+//   run(result, workspace, threads, parallel_for)
+template <typename Run>
+bool GivesTheSameBits(const Array& first, const Ints& shape, int64_t lacks,
+                      int64_t workspace_bytes, const std::vector<int>& threads,
+                      const std::string& fault, Run run) {
+  bool same = true;
+  int64_t stages = 0;
+  for (size_t i = 0; i < threads.size(); ++i) {
+    const Array again(first.dtype(), shape, lacks);
+    const Array& result = i == 0 ? first : again;
+    const Array workspace(DType::kF64, {(workspace_bytes + 7) / 8},
+                          Lacks(fault, "workspace"));
+    Stages loop(threads[i], i == 0 ? "" : fault, stages);
+    run(result.data(), workspace.data(), threads[i],
+        [&loop](int64_t count, const Task& task) { loop.Run(count, task); });
+    stages = loop.stages();
+    same = same && std::memcmp(result.data(), first.data(), first.bytes()) == 0;
+  }
+  return same;
+}
+
 // What a line asks of a map: dX, or y, which is read as an input gradient.
 struct Request {
   Problem problem;
@@ -144,20 +167,11 @@ int RunRequest(const Line& line, const Request& request, const std::vector<int>&
       expected =
           LiteralSum(problem, dy.Values(), w.Values(), first.count(), request.w_at);
     }
-    bool same = true;
-    int64_t stages = 0;
-    for (size_t i = 0; i < threads.size(); ++i) {
-      const Array again(problem.dtype, request.to_shape, Lacks(fault, "dx"));
-      const Array& dx = i == 0 ? first : again;
-      const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8},
-                            Lacks(fault, "workspace"));
-      Stages run(threads[i], i == 0 ? "" : fault, stages);
-      RunCpu(problem, plan, dy.data(), filter, dx.data(), workspace.data(), {},
-             threads[i],
-             [&run](int64_t count, const Task& task) { run.Run(count, task); });
-      stages = run.stages();
-      same = same && std::memcmp(dx.data(), first.data(), first.bytes()) == 0;
-    }
+    const bool same = GivesTheSameBits(
+        first, request.to_shape, Lacks(fault, "dx"), plan.workspace_bytes, threads, fault,
+        [&](void* dx, void* workspace, int64_t count, const ParallelFor& loop) {
+          RunCpu(problem, plan, dy.data(), filter, dx, workspace, {}, count, loop);
+        });
     bool finished = true;
     if (fault.empty()) {
       const int which = 1 + static_cast<int>(random() % 3);
@@ -245,19 +259,11 @@ int RunFilter(const Line& line, const Problem& problem, const std::vector<int>& 
     if (expected.empty() && fault.empty()) {
       expected = LiteralFilterGrad(problem, x.Values(), dy.Values(), first.count());
     }
-    bool same = true;
-    int64_t stages = 0;
-    for (size_t i = 0; i < threads.size(); ++i) {
-      const Array again(problem.dtype, line.rhs_shape, Lacks(fault, "dw"));
-      const Array& dw = i == 0 ? first : again;
-      const Array workspace(DType::kF64, {(plan.workspace_bytes + 7) / 8},
-                            Lacks(fault, "workspace"));
-      Stages run(threads[i], i == 0 ? "" : fault, stages);
-      RunCpuFilterGrad(problem, plan, x.data(), dy.data(), dw.data(), workspace.data(),
-                       [&run](int64_t count, const Task& task) { run.Run(count, task); });
-      stages = run.stages();
-      same = same && std::memcmp(dw.data(), first.data(), first.bytes()) == 0;
-    }
+    const bool same = GivesTheSameBits(
+        first, line.rhs_shape, Lacks(fault, "dw"), plan.workspace_bytes, threads, fault,
+        [&](void* dw, void* workspace, int64_t, const ParallelFor& loop) {
+          RunCpuFilterGrad(problem, plan, x.data(), dy.data(), dw, workspace, loop);
+        });
     const double off = fault.empty() ? Error(first, expected) : 0;
     const bool passed = off <= bound && same;
     std::printf("%s %s %s filter:%s error %.2e of %.2e %s\n", passed ? "pass" : "FAIL",
@@ -268,8 +274,8 @@ int RunFilter(const Line& line, const Problem& problem, const std::vector<int>& 
   return failures;
 }
 
-// The maps of a line; with a fault to be caught, dX alone unless a filter gradient's
-// kernel is asked for by name. Returns the number of failures.
+// The maps of a line; with a fault to be caught not the forward one, whose kernels are
+// those of dX. Returns the number of failures.
 int RunLine(const Line& line, const std::vector<int>& threads, const std::string& fault) {
   Request dx{}, y{};
   if (const std::string error = MakeProblem(line.lhs_shape, line.rhs_shape,

@@ -9,8 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_convgrad import ConvGeometry, custom_call, dispatch, native
+from jax_convgrad import ConvGeometry, custom_call, dispatch, native, partition
 from jax_convgrad.maps import FILTER_GRAD, INPUT_GRAD, shape_of_role
+from jax_convgrad.tools import references
+from jax_convgrad.tools.geometries import (
+    make_geometry,
+    normwise_error,
+    reduction_taps,
+    tolerance,
+)
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 TARGET = f"@{native.TARGET}("
@@ -99,14 +106,7 @@ def sliced_input_grad(dy, w, g):
     dy = dy.reshape(batch, groups, per_group, *dy.shape[2:]).swapaxes(0, 1)
     dx = np.zeros((groups, batch, channels, *g.in_sizes))
     for r in itertools.product(*map(range, g.window_sizes)):
-        taken, put = [], []
-        for a, tap in enumerate(r):
-            p = np.arange(g.out_sizes[a])
-            at = p * g.window_strides[a] - g.padding[a][0] + tap * g.rhs_dilation[a]
-            d = g.lhs_dilation[a]
-            inside = (at >= 0) & (at % d == 0) & (at // d < g.in_sizes[a])
-            taken.append(p[inside])
-            put.append(at[inside] // d)
+        put, taken = references.connected_by(g, r)
         products = np.einsum(
             "gnkp,gkc->gncp",
             dy[(..., *np.ix_(*taken))].reshape(*dy.shape[:3], math.prod(map(len, taken))),
@@ -142,10 +142,88 @@ def lax_input_grad(dy, w, g):
         return np.asarray(dx)
 
 
-def operands(rng, g, dtype="float64"):
-    """Standard normal dy and w as NumPy arrays, rounded to the dtype."""
-    dy, w = rng.standard_normal(g.out_shape), rng.standard_normal(g.rhs_shape)
-    return dy.astype(jnp.dtype(dtype)), w.astype(jnp.dtype(dtype))
+def operands(rng, g, dtype="float64", map_=INPUT_GRAD):
+    """Standard normal operands of a map as NumPy arrays, rounded to the dtype."""
+    shapes = [shape_of_role(g, role) for role in map_.operands]
+    return tuple(rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes)
+
+
+def check_kernels(arrays, g, map_, expected):
+    """Asserts that every kernel of a map is right, and that the planner's is one of them."""
+    dtype = arrays[0].dtype.name
+    bound = tolerance(dtype, reduction_taps(g, map_))
+    results = call_kernels_of_map(arrays, g, map_)
+    assert plan(g, dtype, map_=map_)[0] in results
+    for name, out in results.items():
+        error = normwise_error(out, expected)
+        assert error <= bound, f"{name}: {error:.3e} above {bound:.3e} for {dtype} {g}"
+
+
+def call_kernels_of_map(arrays, g, map_):
+    """The result of every CPU kernel of a map, by name."""
+    names = functools.partial(kernels_for, map_=map_)
+    return call_kernels_of_many([(*arrays, g)], names, map_)[0]
+
+
+def check_rules_of_bilinear_map(ours, theirs, a, b, target):
+    """Each mapped operand, and derivatives of either order, in one custom call each.
+
+    Args:
+        ours: the map, of two operands, by its primitive.
+        theirs: the same by lax.
+        a: operand in float64.
+        b: likewise.
+        target: the custom call, as it is written in a lowered program.
+    """
+    loss = lambda f: lambda a, b: jnp.sum(jnp.sin(f(a, b)))  # noqa: E731
+    many_a, many_b = jnp.stack([a, 2 * a, a - 1]), jnp.stack([b, b + 1, 3 * b])
+    functions = {
+        "value": lambda f: f(a, b),
+        "grad": lambda f: jax.grad(loss(f), (0, 1))(a, b),
+        "jvp": lambda f: jax.jvp(f, (a, b), (jnp.cos(a), jnp.sin(b))),
+        "second": lambda f: jax.hessian(lambda s: loss(f)(s * a, b))(1.5),
+        "third": lambda f: jax.grad(jax.hessian(lambda s: loss(f)(a, s * b)))(0.5),
+        "vmap of the first": lambda f: jax.vmap(f, (0, None))(many_a, b),
+        "vmap of the second": lambda f: jax.vmap(f, (None, 0))(a, many_b),
+        "vmap of both": lambda f: jax.vmap(f)(many_a, many_b),
+        "vmap at the end": lambda f: jax.vmap(f, (4, None), 3)(jnp.moveaxis(many_a, 0, 4), b),
+        "vmap of none": lambda f: jax.vmap(f, (0, None))(many_a[:0], b),
+    }
+    for name, function in functions.items():
+        actual, expected = jax.jit(lambda of=function: (of(ours), of(theirs)))()
+        for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-9, err_msg=name)
+        if name.startswith("vmap") and name != "vmap of none":
+            text = jax.jit(lambda of=function: of(ours)).lower().as_text()
+            assert text.count(target) == 1, name
+
+
+def cut_in_step(index):
+    """A convolution whose first axis can be cut into 2, 4 and 8 parts of x and of y in step."""
+    draw = np.random.default_rng(index)
+    stride, dilation, window = (int(n) for n in draw.integers(1, 4, 3))
+    size = 8 * int(draw.integers(1, 4)) * stride
+    reach = (window - 1) * dilation
+    low = int(draw.integers(0, reach + 1))
+    # As many rows of y as make the cuts move in step.
+    high = (size // stride - 1) * stride + reach + 1 - size - low
+    return make_geometry(
+        (size, 3), (window, 2), (3, 4), batch=2, stride=(stride, 1), rhs_dilation=(dilation, 1),
+        padding=((low, high), (0, 1)), dimension_numbers="first",
+    )  # fmt: skip
+
+
+def parts_of_x(x, g, map_):
+    """For each number of parts that have a halo: (parts, their geometry, rows of x with halos)."""
+    for parts in (2, 4, 8):
+        edges = partition.halo(g, 0, parts, map_)
+        if edges is None:
+            continue
+        padded = np.pad(x, ((0, 0), (0, 0), (edges.before, edges.after), (0, 0)))
+        rows = edges.before + edges.rows + edges.after
+        starts = range(0, parts * edges.rows, edges.rows)
+        local = partition.local_geometry(g, {"s0": parts}, map_)
+        yield parts, local, [padded[:, :, at : at + rows] for at in starts]
 
 
 def geometry(*args, **kwargs):

@@ -12,7 +12,7 @@ from conftest import SEED
 
 import jax_convgrad
 from jax_convgrad import __main__, dispatch, native
-from jax_convgrad.tools import check, random_layers, results
+from jax_convgrad.tools import check, random_layers, results, workloads
 from jax_convgrad.tools.geometries import named_cases
 
 MODULE = ("-m", "jax_convgrad")
@@ -104,12 +104,16 @@ def test_check_without_kernels_says_so(some_cases, monkeypatch, capsys):
 @pytest.mark.native
 @pytest.mark.parametrize(
     ("name", "map_name"),
-    [("conv_input_grad", "input_grad"), ("conv_general_dilated", "forward")],
+    [
+        ("conv_input_grad", "input_grad"),
+        ("conv_general_dilated", "forward"),
+        ("conv_filter_grad", "filter_grad"),
+    ],
 )
 def test_check_fails_where_a_result_is_wrong(some_cases, monkeypatch, capsys, name, map_name):
     some_cases(named_cases()[:2])
-    right = getattr(check, name)
-    monkeypatch.setattr(check, name, lambda *a, **k: 1.01 * right(*a, **k))
+    right = getattr(workloads, name)
+    monkeypatch.setattr(workloads, name, lambda *a, **k: 1.01 * right(*a, **k))
     assert __main__.main(["check", "--count", "0", "--dtype", "f32"]) == 1
     out = capsys.readouterr().out
     assert out.count("\nFAIL ") == 2

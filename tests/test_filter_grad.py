@@ -11,8 +11,8 @@ import pytest
 from conftest import SEED
 
 import jax_convgrad
-from jax_convgrad import dispatch, native, partition
-from jax_convgrad.maps import FILTER_GRAD, shape_of_role
+from jax_convgrad import dispatch, native
+from jax_convgrad.maps import FILTER_GRAD
 from jax_convgrad.primitive import bind_filter_grad
 from jax_convgrad.tools import references
 from jax_convgrad.tools.geometries import (
@@ -61,26 +61,16 @@ CUTS = {
 
 
 def operands(rng, g, dtype):
-    return [
-        rng.standard_normal(shape_of_role(g, role)).astype(jnp.dtype(dtype))
-        for role in FILTER_GRAD.operands
-    ]
+    return oracles.operands(rng, g, dtype, FILTER_GRAD)
 
 
 def call_kernels(x, dy, g):
-    names = functools.partial(oracles.kernels_for, map_=FILTER_GRAD)
-    return oracles.call_kernels_of_many([(x, dy, g)], names, FILTER_GRAD)[0]
+    return oracles.call_kernels_of_map((x, dy), g, FILTER_GRAD)
 
 
 def check_kernels(rng, g, dtype):
     x, dy = operands(rng, g, dtype)
-    expected = references.filter_grad(x, dy, g)
-    bound = tolerance(dtype, reduction_taps(g, FILTER_GRAD))
-    results = call_kernels(x, dy, g)
-    assert oracles.plan(g, dtype, map_=FILTER_GRAD)[0] in results
-    for name, dw in results.items():
-        error = normwise_error(dw, expected)
-        assert error <= bound, f"{name}: {error:.3e} above {bound:.3e} for {dtype} {g}"
+    oracles.check_kernels((x, dy), g, FILTER_GRAD, references.filter_grad(x, dy, g))
 
 
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
@@ -161,7 +151,7 @@ def test_what_is_not_finite_reaches_what_the_definition_connects(rng, name, wher
     """At a corner too, where most taps meet padding."""
     g = CUTS.get(name) or NAMED[name]
     for at in (0, -1, None):
-        arrays = operands(rng, g, "float32")
+        arrays = list(operands(rng, g, "float32"))
         values = np.array(arrays[where])
         index = rng.integers(values.size) if at is None else at
         values.reshape(-1)[index] = value
@@ -215,31 +205,9 @@ def by_lax(g):
 
 @EVERY
 def test_transposes_and_batching(rng, x64, g):
-    """Each mapped operand, and derivatives of either order, in one custom call each."""
     x, dy = operands(rng, g, "float64")
     ours = functools.partial(bind_filter_grad, geometry=g, implementation="native")
-    theirs = by_lax(g)
-    loss = lambda conv: lambda x, dy: jnp.sum(jnp.sin(conv(x, dy)))  # noqa: E731
-    xs, dys = jnp.stack([x, 2 * x, x - 1]), jnp.stack([dy, dy + 1, 3 * dy])
-    functions = {
-        "value": lambda conv: conv(x, dy),
-        "grad": lambda conv: jax.grad(loss(conv), (0, 1))(x, dy),
-        "jvp": lambda conv: jax.jvp(conv, (x, dy), (jnp.cos(x), jnp.sin(dy))),
-        "second": lambda conv: jax.hessian(lambda s: loss(conv)(s * x, dy))(1.5),
-        "third": lambda conv: jax.grad(jax.hessian(lambda s: loss(conv)(x, s * dy)))(0.5),
-        "vmap x": lambda conv: jax.vmap(conv, (0, None))(xs, dy),
-        "vmap dy": lambda conv: jax.vmap(conv, (None, 0))(x, dys),
-        "vmap both": lambda conv: jax.vmap(conv)(xs, dys),
-        "vmap at the end": lambda conv: jax.vmap(conv, (4, None), 3)(jnp.moveaxis(xs, 0, 4), dy),
-        "vmap of none": lambda conv: jax.vmap(conv, (0, None))(xs[:0], dy),
-    }
-    for name, function in functions.items():
-        actual, expected = jax.jit(lambda f=function: (f(ours), f(theirs)))()
-        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9, err_msg=name)
-        if name.startswith("vmap") and name != "vmap of none":
-            text = jax.jit(lambda f=function: f(ours)).lower().as_text()
-            assert text.count(oracles.FILTER_TARGET) == 1, name
+    oracles.check_rules_of_bilinear_map(ours, by_lax(g), x, dy, oracles.FILTER_TARGET)
 
 
 @EVERY
@@ -311,33 +279,9 @@ def test_cuda_has_no_kernel():
 @pytest.mark.parametrize("index", range(12))
 def test_parts_put_together_are_the_whole(rng, index):
     """Cut by NumPy: the arithmetic of halos and paddings, each part a term of the sum."""
-    draw = np.random.default_rng(index)
-    stride, dilation, window = (int(n) for n in draw.integers(1, 4, 3))
-    size = 8 * int(draw.integers(1, 4)) * stride
-    reach = (window - 1) * dilation
-    low = int(draw.integers(0, reach + 1))
-    # As many rows of y as make the cuts move in step.
-    high = (size // stride - 1) * stride + reach + 1 - size - low
-    g = make_geometry(
-        (size, 3), (window, 2), (3, 4), batch=2, stride=(stride, 1), rhs_dilation=(dilation, 1),
-        padding=((low, high), (0, 1)), dimension_numbers="first",
-    )  # fmt: skip
+    g = oracles.cut_in_step(index)
     x, dy = operands(rng, g, "float64")
     whole = references.filter_grad(x, dy, g)
-    for parts in (2, 4, 8):
-        edges = partition.halo(g, 0, parts, FILTER_GRAD)
-        if edges is None:
-            continue
-        local = partition.local_geometry(g, {"s0": parts}, FILTER_GRAD)
-        padded = np.pad(x, ((0, 0), (0, 0), (edges.before, edges.after), (0, 0)))
-        rows = edges.before + edges.rows + edges.after
-        of_y = g.out_sizes[0] // parts
-        pieces = [
-            references.filter_grad(
-                padded[:, :, i * edges.rows : i * edges.rows + rows],
-                dy[:, :, i * of_y : (i + 1) * of_y],
-                local,
-            )
-            for i in range(parts)
-        ]
+    for parts, local, of_x in oracles.parts_of_x(x, g, FILTER_GRAD):
+        pieces = map(references.filter_grad, of_x, np.split(dy, parts, 2), [local] * parts)
         np.testing.assert_allclose(sum(pieces), whole, rtol=1e-12, atol=1e-12)

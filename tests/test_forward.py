@@ -11,16 +11,13 @@ from conftest import SEED
 from jax import lax
 
 import jax_convgrad
-from jax_convgrad import dispatch, native, partition
+from jax_convgrad import dispatch, native
 from jax_convgrad.maps import FORWARD
 from jax_convgrad.primitive import bind_forward
 from jax_convgrad.tools.geometries import (
     make_geometry,
     named_cases,
-    normwise_error,
     random_case,
-    reduction_taps,
-    tolerance,
 )
 
 pytestmark = pytest.mark.native
@@ -30,24 +27,17 @@ RANDOM_COUNT = 25
 
 
 def operands(rng, g, dtype):
-    x, w = rng.standard_normal(g.lhs_shape), rng.standard_normal(g.rhs_shape)
-    return x.astype(jnp.dtype(dtype)), w.astype(jnp.dtype(dtype))
+    return oracles.operands(rng, g, dtype, FORWARD)
 
 
 def call_kernels(x, w, g):
-    names = functools.partial(oracles.kernels_for, map_=FORWARD)
-    return oracles.call_kernels_of_many([(x, w, g)], names, FORWARD)[0]
+    return oracles.call_kernels_of_map((x, w), g, FORWARD)
 
 
 def check_kernels(rng, g, dtype):
     x, w = operands(rng, g, dtype)
-    reference = oracles.lax_conv(g)(x.astype("float64"), w.astype("float64"))
-    bound = tolerance(dtype, reduction_taps(g, FORWARD))
-    results = call_kernels(x, w, g)
-    assert oracles.plan(g, dtype, map_=FORWARD)[0] in results
-    for name, y in results.items():
-        error = normwise_error(y, reference)
-        assert error <= bound, f"{name}: {error:.3e} above {bound:.3e} for {dtype} {g}"
+    expected = oracles.lax_conv(g)(x.astype("float64"), w.astype("float64"))
+    oracles.check_kernels((x, w), g, FORWARD, expected)
 
 
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
@@ -121,31 +111,9 @@ BATCHED = make_geometry((6, 5), (3, 2), (4, 6), batch=6, batch_groups=3, padding
 
 @pytest.mark.parametrize("g", [G, DENSE, BATCHED], ids=["groups", "dense", "groups of images"])
 def test_transposes_and_batching(rng, x64, g):
-    """Each mapped operand, and derivatives of either order, in one custom call each."""
     x, w = operands(rng, g, "float64")
     ours = functools.partial(bind_forward, geometry=g, implementation="native")
-    theirs = oracles.lax_conv(g)
-    loss = lambda conv: lambda x, w: jnp.sum(jnp.sin(conv(x, w)))  # noqa: E731
-    xs, ws = jnp.stack([x, 2 * x, x - 1]), jnp.stack([w, w + 1, 3 * w])
-    functions = {
-        "value": lambda conv: conv(x, w),
-        "grad": lambda conv: jax.grad(loss(conv), (0, 1))(x, w),
-        "jvp": lambda conv: jax.jvp(conv, (x, w), (jnp.cos(x), jnp.sin(w))),
-        "second": lambda conv: jax.hessian(lambda s: loss(conv)(s * x, w))(1.5),
-        "third": lambda conv: jax.grad(jax.hessian(lambda s: loss(conv)(x, s * w)))(0.5),
-        "vmap x": lambda conv: jax.vmap(conv, (0, None))(xs, w),
-        "vmap w": lambda conv: jax.vmap(conv, (None, 0))(x, ws),
-        "vmap both": lambda conv: jax.vmap(conv)(xs, ws),
-        "vmap at the end": lambda conv: jax.vmap(conv, (4, None), 3)(jnp.moveaxis(xs, 0, 4), w),
-        "vmap of none": lambda conv: jax.vmap(conv, (0, None))(xs[:0], w),
-    }
-    for name, function in functions.items():
-        actual, expected = jax.jit(lambda f=function: (f(ours), f(theirs)))()
-        for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9, err_msg=name)
-        if name.startswith("vmap") and name != "vmap of none":
-            text = jax.jit(lambda f=function: f(ours)).lower().as_text()
-            assert text.count(oracles.FORWARD_TARGET) == 1, name
+    oracles.check_rules_of_bilinear_map(ours, oracles.lax_conv(g), x, w, oracles.FORWARD_TARGET)
 
 
 def test_public_convolution_is_one_custom_call_that_checkpoint_saves(rng):
@@ -192,28 +160,9 @@ def test_cuda_has_no_forward_kernel():
 @pytest.mark.parametrize("index", range(12))
 def test_parts_put_together_are_the_whole(rng, x64, index):
     """Cut by NumPy: the arithmetic of halos and paddings of a forward map."""
-    draw = np.random.default_rng(index)
-    stride, dilation, window = (int(n) for n in draw.integers(1, 4, 3))
-    size = 8 * int(draw.integers(1, 4)) * stride
-    reach = (window - 1) * dilation
-    low = int(draw.integers(0, reach + 1))
-    # As many rows of y as make the cuts move in step.
-    high = (size // stride - 1) * stride + reach + 1 - size - low
-    g = make_geometry(
-        (size, 3), (window, 2), (3, 4), batch=2, stride=(stride, 1), rhs_dilation=(dilation, 1),
-        padding=((low, high), (0, 1)), dimension_numbers="first",
-    )  # fmt: skip
+    g = oracles.cut_in_step(index)
     x, w = operands(rng, g, "float64")
     whole = oracles.lax_conv(g)(x, w)
-    for parts in (2, 4, 8):
-        edges = partition.halo(g, 0, parts, FORWARD)
-        if edges is None:
-            continue
-        local = partition.local_geometry(g, {"s0": parts}, FORWARD)
-        padded = np.pad(x, ((0, 0), (0, 0), (edges.before, edges.after), (0, 0)))
-        rows = edges.before + edges.rows + edges.after
-        pieces = [
-            oracles.lax_conv(local)(padded[:, :, i * edges.rows : i * edges.rows + rows], w)
-            for i in range(parts)
-        ]
+    for _, local, of_x in oracles.parts_of_x(x, g, FORWARD):
+        pieces = [oracles.lax_conv(local)(part, w) for part in of_x]
         np.testing.assert_allclose(np.concatenate(pieces, 2), whole, rtol=1e-12, atol=1e-12)

@@ -9,14 +9,13 @@ import subprocess
 import sys
 
 import cpu_programs
-import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 from conftest import SEED
 
 from jax_convgrad import native
-from jax_convgrad.maps import FILTER_GRAD, INPUT_GRAD, shape_of_role
+from jax_convgrad.maps import FILTER_GRAD, INPUT_GRAD
 from jax_convgrad.tools import references
 from jax_convgrad.tools.geometries import (
     make_geometry,
@@ -47,10 +46,7 @@ def in_programs(problems, map_=INPUT_GRAD):
 
 
 def operands(seed, g, dtype, map_):
-    """Standard normal operands of a map, rounded to the dtype."""
-    rng = np.random.default_rng(seed)
-    shapes = (shape_of_role(g, role) for role in map_.operands)
-    return [rng.standard_normal(shape).astype(jnp.dtype(dtype)) for shape in shapes]
+    return oracles.operands(np.random.default_rng(seed), g, dtype, map_)
 
 
 REFERENCES = {INPUT_GRAD: oracles.sliced_input_grad, FILTER_GRAD: references.filter_grad}

@@ -17,10 +17,8 @@ import numpy as np
 
 from .. import custom_call, dispatch, lax_maps, native
 from ..compat import canonicalize_precision
-from ..conv import conv_general_dilated
 from ..geometry import ConvGeometry
-from ..gradients import conv_filter_grad, conv_input_grad
-from ..maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, shape_of_role
+from ..maps import INPUT_GRAD, Map, shape_of_role
 from . import DTYPES, MAPS, ToolError, machine, maps_by_name
 from .console import Console, table
 from .geometries import (
@@ -32,6 +30,7 @@ from .geometries import (
     reduction_taps,
     tolerance,
 )
+from .workloads import public_function
 
 # Compiled programs are not used again after their case; without this they would pile up.
 _CASES_PER_CACHE = 100
@@ -53,11 +52,6 @@ class Outcome:
     def passed(self) -> bool:
         """Whether a result came out and is within its bound."""
         return self.failure is None and self.error <= self.bound
-
-
-def input_grad_params(geometry: ConvGeometry) -> dict[str, Any]:
-    """Keyword arguments of `conv_input_grad` for a geometry."""
-    return {"lhs_shape": geometry.lhs_shape, **geometry.conv_params()}
 
 
 def forced_kernel(
@@ -151,22 +145,8 @@ def _public(
         )
     except ValueError:
         choice = dispatch.choose(geometry, dtype, platform, "xla", map_=map_)
-    options: dict[str, Any] = {
-        "precision": precision, "implementation": choice.implementation
-    }  # fmt: skip
-
-    def forward(x: jax.Array, w: jax.Array) -> jax.Array:
-        return conv_general_dilated(x, w, **geometry.conv_params(), **options)
-
-    def input_grad(dy: jax.Array, w: jax.Array) -> jax.Array:
-        return conv_input_grad(dy, w, **input_grad_params(geometry), **options)
-
-    def filter_grad(x: jax.Array, dy: jax.Array) -> jax.Array:
-        params = geometry.conv_params()
-        return conv_filter_grad(x, dy, geometry.rhs_shape, **params, **options)
-
-    functions = {FORWARD: forward, INPUT_GRAD: input_grad, FILTER_GRAD: filter_grad}
-    return choice.kernel, functions[map_]
+    options = {"precision": precision, "implementation": choice.implementation}
+    return choice.kernel, public_function(map_, geometry, **options)
 
 
 def summarize(outcomes: Sequence[Outcome]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,6 +47,25 @@ class Reference:
         return normwise_error(out, self.values)
 
 
+def connected_by(
+    geometry: ConvGeometry, tap: Sequence[int]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The positions of x and of y that a tap connects, by axis, in step.
+
+    The definition: h * lhs_dilation = p * stride - pad_low + r * rhs_dilation.
+    """
+    g = geometry
+    of_x, of_y = [], []
+    for a, r in enumerate(tap):
+        p = np.arange(g.out_sizes[a])
+        at = p * g.window_strides[a] - g.padding[a][0] + r * g.rhs_dilation[a]
+        d = g.lhs_dilation[a]
+        inside = (at >= 0) & (at % d == 0) & (at // d < g.in_sizes[a])
+        of_x.append(at[inside] // d)
+        of_y.append(p[inside])
+    return of_x, of_y
+
+
 def filter_grad(x: np.ndarray, dy: np.ndarray, geometry: ConvGeometry) -> np.ndarray:
     """The filter gradient by NumPy: for each tap the positions that it connects, and a product.
 
@@ -66,14 +86,7 @@ def filter_grad(x: np.ndarray, dy: np.ndarray, geometry: ConvGeometry) -> np.nda
     dy = np.moveaxis(dy.reshape(dy.shape[0], g.groups, features, *dy.shape[2:]), 0, 2)
     dw = np.zeros((g.groups, features, channels, *g.window_sizes))
     for r in itertools.product(*map(range, g.window_sizes)):
-        read, met = [], []
-        for a, tap in enumerate(r):
-            p = np.arange(g.out_sizes[a])
-            at = p * g.window_strides[a] - g.padding[a][0] + tap * g.rhs_dilation[a]
-            inside = (at % g.lhs_dilation[a] == 0) & (at >= 0)
-            inside &= at // g.lhs_dilation[a] < g.in_sizes[a]
-            read.append(at[inside] // g.lhs_dilation[a])
-            met.append(p[inside])
+        read, met = connected_by(g, r)
         here = (slice(None),) * 3
         rows = x[here + np.ix_(*read)].reshape(g.groups, channels, -1)
         columns = dy[here + np.ix_(*met)].reshape(g.groups, features, -1)

@@ -19,8 +19,8 @@ from ..conv import conv_general_dilated
 from ..dispatch import Choice, Implementation
 from ..geometry import ConvGeometry
 from ..gradients import conv_filter_grad, conv_input_grad
-from ..maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, shape_of_role
-from . import machine
+from ..maps import FORWARD, INPUT_GRAD, Map, shape_of_role
+from . import MAPS, machine
 from .geometries import reduction_taps, tolerance
 from .layers import Layer
 
@@ -29,7 +29,19 @@ _POOL_LIMITS = {"cpu": (32, 2**28), "gpu": (64, 2**32)}
 
 Function = Callable[[Any, Any], Any]
 Direction = Literal["dx", "fwd", "dw"]
-_MAPS: dict[str, Map] = {"dx": INPUT_GRAD, "fwd": FORWARD, "dw": FILTER_GRAD}
+# As results files spell what the command line names as in MAPS.
+_DIRECTIONS: dict[str, Direction] = {"dx": "dx", "y": "fwd", "dw": "dw"}
+_MAPS = {direction: MAPS[name] for name, direction in _DIRECTIONS.items()}
+
+
+def public_function(map_: Map, geometry: ConvGeometry, **options: Any) -> Function:
+    """This package's function for a map of a convolution, of the map's operands."""
+    options |= geometry.conv_params()
+    if map_ is FORWARD:
+        return functools.partial(conv_general_dilated, **options)
+    function = conv_input_grad if map_ is INPUT_GRAD else conv_filter_grad
+    shape = shape_of_role(geometry, map_.result)
+    return lambda first, second: function(first, second, shape, **options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,28 +118,9 @@ class Workload:
 
     def our_function(self, implementation: Implementation) -> Function:
         """This package's public function for the same map."""
-        g = self.geometry
-        if self.direction == "fwd":
-            return functools.partial(
-                conv_general_dilated,
-                **g.conv_params(),
-                precision=self.precision,
-                implementation=implementation,
-            )
-
-        public = conv_input_grad if self.direction == "dx" else conv_filter_grad
-
-        def gradient(first: Any, second: Any) -> Any:
-            return public(
-                first,
-                second,
-                shape_of_role(g, self.map_.result),
-                **g.conv_params(),
-                precision=self.precision,
-                implementation=implementation,
-            )
-
-        return gradient
+        return public_function(
+            self.map_, self.geometry, precision=self.precision, implementation=implementation
+        )
 
     def choice(self, implementation: Implementation) -> Choice:
         """What runs in `our_function`, asked of dispatch.
@@ -147,8 +140,7 @@ class Workload:
 
 def workloads(layer: Layer, dtype: str, precision: str, maps: Sequence[str]) -> list[Workload]:
     """The maps of a layer, by their names in MAPS, that are measured."""
-    directions: dict[str, Direction] = {"dx": "dx", "y": "fwd", "dw": "dw"}
-    return [Workload(layer, directions[name], dtype, precision) for name in maps]
+    return [Workload(layer, _DIRECTIONS[name], dtype, precision) for name in maps]
 
 
 Operands = tuple[np.ndarray, np.ndarray]

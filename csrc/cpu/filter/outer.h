@@ -25,9 +25,9 @@
 
 #pragma once
 
-#include "job.h"
-
+#include "../reach.h"
 #include "../vec.h"
+#include "job.h"
 
 namespace convgrad {
 namespace CONVGRAD_ISA {
@@ -43,10 +43,7 @@ static_assert(kSliceChannels % kTileRows == 0, "tiles would straddle taps");
 
 CONVGRAD_INLINE int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
 CONVGRAD_INLINE int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
-CONVGRAD_INLINE int64_t Floor(int64_t a, int64_t b) {
-  return a >= 0 ? a / b : -((-a + b - 1) / b);
-}
-CONVGRAD_INLINE int64_t Ceil(int64_t a, int64_t b) { return -Floor(-a, b); }
+CONVGRAD_INLINE int64_t Ceil(int64_t a, int64_t b) { return -FloorDiv(-a, b); }
 
 // ---- the product --------------------------------------------------------------------
 
@@ -158,7 +155,8 @@ CONVGRAD_INLINE Chunk ChunkAt(const Problem& p, const FilterPlan& plan, int64_t 
     side.inside = !plan.each_tap && low >= 0 && high < axis.in;
     if (plan.each_tap) {
       side.h0 = Max(0, Ceil(low, axis.lhs_dilation));
-      side.x_count = Max(0, Min(axis.in, Floor(high, axis.lhs_dilation) + 1) - side.h0);
+      side.x_count =
+          Max(0, Min(axis.in, FloorDiv(high, axis.lhs_dilation) + 1) - side.h0);
     } else {
       side.h0 = low;
       side.x_count = (high - low) / plan.x_step[a] + 1;
@@ -319,11 +317,6 @@ CONVGRAD_NOINLINE void PackLanes(const Problem& p, const T* from, int64_t positi
 
 // ---- the task -------------------------------------------------------------------------
 
-template <typename T>
-struct FilterState {
-  FilterArgs args;
-};
-
 // Of the packed x: the channels of a slice, and elements of a position.
 struct Slice {
   int64_t first, channels, width;
@@ -402,11 +395,9 @@ CONVGRAD_INLINE bool PackY(const FilterArgs& a, const Chunk& c, int64_t group,
   constexpr int N = kLanes<A>, B = kBlock<A>;
   const Problem& p = a.problem;
   // Lanes that hold several groups count their out channels, which lie evenly (plan.cc).
-  const T* first = static_cast<const T*>(a.dy) + group * p.dy.group +
-                   (a.plan.many_groups && p.out_channels == 1 ? lane * p.dy.group
-                                                              : lane * p.dy.channel);
   const int64_t channel =
       a.plan.many_groups && p.out_channels == 1 ? p.dy.group : p.dy.channel;
+  const T* first = static_cast<const T*>(a.dy) + group * p.dy.group + lane * channel;
   A* to = packed;
   for (int64_t n = 0; n < c.images; ++n) {
     for (int64_t p0 = 0; p0 < c.side[0].count; ++p0) {
@@ -571,7 +562,7 @@ CONVGRAD_INLINE int64_t TaskElements(const FilterPlan& plan) {
 template <typename T>
 void MultiplyTask(const void* state, int64_t index) {
   using A = Acc<T>;
-  const FilterArgs& a = static_cast<const FilterState<T>*>(state)->args;
+  const FilterArgs& a = *static_cast<const FilterArgs*>(state);
   const FilterPlan& plan = a.plan;
   A* const base = static_cast<A*>(a.workspace);
   A* const x = base + index * TaskElements(plan);
@@ -620,7 +611,7 @@ void MultiplyTask(const void* state, int64_t index) {
 template <typename T>
 void WriteTask(const void* state, int64_t index) {
   using A = Acc<T>;
-  const FilterArgs& a = static_cast<const FilterState<T>*>(state)->args;
+  const FilterArgs& a = *static_cast<const FilterArgs*>(state);
   const FilterPlan& plan = a.plan;
   const int64_t slices = SliceCount(a), unit = index / slices;
   const Slice slice = SliceAt<A>(a, index % slices);
@@ -631,7 +622,7 @@ void WriteTask(const void* state, int64_t index) {
 
 template <typename T>
 void PrepareFilter(const FilterArgs& a, CpuJob* job) {
-  SetState(job, FilterState<T>{a});
+  SetState(job, a);
   job->stages = a.plan.at_once ? 1 : 2;
   job->stage[0] = {a.plan.tasks, MultiplyTask<T>};
   job->stage[1] = {a.plan.units * SliceCount(a), WriteTask<T>};

@@ -18,8 +18,6 @@ namespace {
 constexpr const char* kNames[] = {"outer", "outer_lanes", "outer_exchanged",
                                   "outer_lanes_exchanged", nullptr};
 
-int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
-
 int64_t Positions(const Problem& p) {
   return p.axis[0].out * p.axis[1].out * p.axis[2].out;
 }
@@ -28,44 +26,22 @@ int64_t FilterElements(const Problem& p) {
   return p.groups * p.in_channels * p.out_channels * Taps(p);
 }
 
-// ---- the problem as the kernel takes it
-// -------------------------------------------------
+// ---- the problem as the kernel takes it --------------------------------------------
 
 // With the axes first along which nothing moves, since packing goes along the last one.
 // That is the images where these are next to each other in memory: to a sum of products
 // they are an axis like others.
 Problem WithLongRows(const Problem& given) {
-  Problem p = given;
-  int to = kAxes;
-  const auto place = [&](int from) {
-    --to;
-    p.axis[to] = given.axis[from];
-    p.dx.axis[to] = given.dx.axis[from];
-    p.dy.axis[to] = given.dy.axis[from];
-    p.w.axis[to] = given.w.axis[from];
-  };
-  for (const bool moves : {true, false}) {
-    for (int a = kAxes - 1; a >= 0; --a) {
-      const Axis& x = given.axis[a];
-      if ((x.in > 1 || x.out > 1 || x.win > 1) == moves) place(a);
-    }
-  }
-  const Axis& first = p.axis[0];
-  const bool has_room =
-      first.in == 1 && first.out == 1 && first.win == 1 && first.pad_lo == 0;
-  if (has_room && p.batch > 1 && (p.dx.batch == 1 || p.dy.batch == 1)) {
-    for (int a = 0; a + 1 < kAxes; ++a) {
-      p.axis[a] = p.axis[a + 1];
-      p.dx.axis[a] = p.dx.axis[a + 1];
-      p.dy.axis[a] = p.dy.axis[a + 1];
-      p.w.axis[a] = p.w.axis[a + 1];
-    }
-    p.axis[kAxes - 1] = Axis{};
-    p.axis[kAxes - 1].in = p.axis[kAxes - 1].out = p.batch;
-    p.dx.axis[kAxes - 1] = p.dx.batch;
-    p.dy.axis[kAxes - 1] = p.dy.batch;
-    p.batch = 1;
-  }
+  Problem p = TrivialAxesFirst(given);
+  const bool side_by_side = p.batch > 1 && (p.dx.batch == 1 || p.dy.batch == 1);
+  if (!side_by_side || !IsTrivial(p.axis[0])) return p;
+  constexpr int kRow = kAxes - 1;
+  for (int a = 0; a < kRow; ++a) CopyAxis(p, a + 1, &p, a);
+  p.axis[kRow] = Axis{};
+  p.axis[kRow].in = p.axis[kRow].out = p.batch;
+  p.dx.axis[kRow] = p.dx.batch;
+  p.dy.axis[kRow] = p.dy.batch;
+  p.batch = 1;
   return p;
 }
 
@@ -76,6 +52,7 @@ struct Way {
   Problem problem;
   bool exchanged, many_groups;
   int64_t w_at;  // where dW begins
+  FilterPlan plan;
 };
 
 const char* NameOf(const Way& way) {
@@ -212,13 +189,12 @@ bool SpansPadding(const Problem& p) {
   return padded > kTimes * inside + kChunkPositions;
 }
 
-FilterPlan PlanOf(const Way& way) {
-  const Problem& p = way.problem;
+FilterPlan PlanOf(const Problem& p, bool many_groups) {
   FilterPlan plan{};
-  plan.many_groups = way.many_groups;
+  plan.many_groups = many_groups;
   plan.lanes = kBlockBytes / AccBytes(p);
-  plan.lane_count = way.many_groups ? p.groups * p.out_channels : p.out_channels;
-  plan.groups = way.many_groups ? 1 : p.groups;
+  plan.lane_count = many_groups ? p.groups * p.out_channels : p.out_channels;
+  plan.groups = many_groups ? 1 : p.groups;
   plan.blocks = CeilDiv(plan.lane_count, plan.lanes);
   plan.units = plan.groups * plan.blocks;
   plan.taps = Taps(p);
@@ -256,10 +232,11 @@ FilterPlan PlanOf(const Way& way) {
 // Time, in products of a lane, about: those that are computed; what a tile costs besides;
 // and for each element that is packed what a scalar copy costs or, in the lanes of narrow
 // groups, a vector's.
-double CostOf(const Way& way, const FilterPlan& plan) {
+double CostOf(const Way& way) {
   constexpr double kPerCopy = 16, kPerLane = 3, kPerTile = 1000;
   constexpr int64_t kRows = 6;
   const Problem& p = way.problem;
+  const FilterPlan& plan = way.plan;
   const int64_t c = p.in_channels;
   const double tiles = plan.each_tap ? 1.0 * plan.taps * CeilDiv(c, kRows)
                                      : 1.0 * CeilDiv(plan.rows, kRows);
@@ -284,7 +261,7 @@ bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
   const bool any = std::strcmp(kernel, "auto") == 0;
   double least = -1;
   for (const bool exchanged : {false, true}) {
-    Way way{given, exchanged, false, 0};
+    Way way{given, exchanged, false, 0, {}};
     if (exchanged) way.problem = ForwardAsInputGrad(given, &way.w_at);
     way.problem = WithLongRows(way.problem);
     const Problem& p = way.problem;
@@ -295,7 +272,11 @@ bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
       const bool even = p.out_channels == 1 || p.groups == 1 ||
                         p.dy.group == p.out_channels * p.dy.channel;
       if (many_groups && (!even || (any && p.groups == 1))) continue;
-      const double cost = IsEmpty(p) ? 0 : CostOf(way, PlanOf(way));
+      double cost = 0;
+      if (!IsEmpty(p)) {
+        way.plan = PlanOf(p, many_groups);
+        cost = CostOf(way);
+      }
       if (least >= 0 && cost >= least) continue;
       least = cost;
       *chosen = way;
@@ -350,8 +331,7 @@ bool PlanCpuFilterGrad(const Problem& problem, const char* kernel, Plan* plan) {
   if (!ChooseWay(problem, kernel, &way)) return false;
   plan->kernel = NameOf(way);
   plan->exchanged = false;  // the name says it
-  plan->workspace_bytes =
-      IsEmpty(problem) ? 0 : Elements(PlanOf(way)) * AccBytes(problem);
+  plan->workspace_bytes = IsEmpty(problem) ? 0 : Elements(way.plan) * AccBytes(problem);
   return true;
 }
 
@@ -367,7 +347,7 @@ void RunCpuFilterGrad(const Problem& problem, const Plan& plan, const void* x,
   if (!ChooseWay(problem, plan.kernel, &way)) return;
   FilterArgs args{};
   args.problem = way.problem;
-  args.plan = PlanOf(way);
+  args.plan = way.plan;
   args.x = way.exchanged ? dy : x;
   args.dy = way.exchanged ? x : dy;
   args.dw = static_cast<unsigned char*>(dw) + way.w_at * SizeInBytes(problem.dtype);

@@ -8,14 +8,33 @@ namespace convgrad {
 
 int64_t Taps(const Problem& p) { return p.axis[0].win * p.axis[1].win * p.axis[2].win; }
 
-int64_t PhasePositions(const Axis& x) { return CeilDiv(x.in, PhaseCount(x)); }
+int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
 
-namespace {
-
-// An axis along which nothing happens: one position of x meets one of y by one tap.
 bool IsTrivial(const Axis& x) {
   return x.in == 1 && x.out == 1 && x.win == 1 && x.pad_lo == 0;
 }
+
+void CopyAxis(const Problem& from, int from_axis, Problem* to, int to_axis) {
+  to->axis[to_axis] = from.axis[from_axis];
+  to->dx.axis[to_axis] = from.dx.axis[from_axis];
+  to->dy.axis[to_axis] = from.dy.axis[from_axis];
+  to->w.axis[to_axis] = from.w.axis[from_axis];
+}
+
+Problem TrivialAxesFirst(const Problem& given) {
+  Problem p = given;
+  int to = kAxes;
+  for (const bool trivial : {false, true}) {
+    for (int x = kAxes - 1; x >= 0; --x) {
+      if (IsTrivial(given.axis[x]) == trivial) CopyAxis(given, x, &p, --to);
+    }
+  }
+  return p;
+}
+
+int64_t PhasePositions(const Axis& x) { return CeilDiv(x.in, PhaseCount(x)); }
+
+namespace {
 
 // The axis that should be the last, whose neighbouring positions of one phase kernels
 // compute together. If dX is contiguous along the last one only very few positions there
@@ -142,21 +161,8 @@ Problem Canonical(const Problem& given, int64_t* w_at) {
     *w_at += TrimTaps(&trimmed.axis[x]) * given.w.axis[x];
   }
   for (int x = 0; x < kAxes; ++x) MergeTaps(x, &trimmed, w_at);
-  const Axis* const axis = trimmed.axis;
-  Problem p = trimmed;
-  int to = kAxes;
-  const auto place = [&](int from) {
-    --to;
-    p.axis[to] = WithoutIdleSteps(axis[from]);
-    p.dx.axis[to] = trimmed.dx.axis[from];
-    p.dy.axis[to] = trimmed.dy.axis[from];
-    p.w.axis[to] = trimmed.w.axis[from];
-  };
-  for (const bool trivial : {false, true}) {
-    for (int x = kAxes - 1; x >= 0; --x) {
-      if (IsTrivial(axis[x]) == trivial) place(x);
-    }
-  }
+  Problem p = TrivialAxesFirst(trimmed);
+  for (Axis& x : p.axis) x = WithoutIdleSteps(x);
   MergePointwiseAxes(&p);
   if (const int x = ChooseRowAxis(p); x != 2) SwapAxes(x, 2, &p);
   return p;

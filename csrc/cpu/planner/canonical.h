@@ -14,6 +14,18 @@ constexpr int64_t kLongRow = 16;         // positions that fill vectors
 
 int64_t Taps(const Problem& p);
 
+// Of an element of a sum.
+int64_t AccBytes(const Problem& p);
+
+// An axis along which nothing happens: one position of x meets one of y by one tap.
+bool IsTrivial(const Axis& x);
+
+// Makes an axis of one problem, with its strides, that of another.
+void CopyAxis(const Problem& from, int from_axis, Problem* to, int to_axis);
+
+// With such axes before all others, which keep their order.
+Problem TrivialAxesFirst(const Problem& given);
+
 // Along an axis, in the phase that has most.
 int64_t PhasePositions(const Axis& x);
 
