@@ -325,8 +325,7 @@ Workspace LayOut(const Problem& p, Kernel kernel) {
     out.filter = take(lanes * filter);
     out.taint = take(blocks);
   } else if (kernel == Kernel::kPlanes) {
-    const int64_t channels = CeilDiv(p.in_channels, kPlaneChannels) * kPlaneChannels;
-    out.filter = take(p.groups * channels * filter);
+    out.filter = take(p.groups * p.in_channels * filter);
     out.taint = take(p.groups);
   } else if (kernel == Kernel::kDots) {
     const int64_t k = CeilDiv(p.out_channels, kMaxLanes) * kMaxLanes;
@@ -352,10 +351,10 @@ bool PacksLittle(const Problem& p, Kernel kernel) {
   return LayOut(filter, kernel).bytes <= kTimes * bytes + kSmallBytes;
 }
 
-// Whether the definition itself has little more to do than to write dX: a long window
-// that meets y once.
+// Whether the definition has few products for each element that it writes anyway: a long
+// window that meets y a few times.
 bool IsLight(const Problem& p) {
-  constexpr double kProducts = 4;  // for each element
+  constexpr double kProducts = 16;  // for each element
   const double filter = 1.0 * p.groups * p.in_channels * p.out_channels * Taps(p);
   const double in = 1.0 * p.axis[0].in * p.axis[1].in * p.axis[2].in;
   const double out = 1.0 * p.axis[0].out * p.axis[1].out * p.axis[2].out;

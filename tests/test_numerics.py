@@ -293,12 +293,37 @@ def test_patches_as_a_grouped_convolution_pack_little():
     assert dispatch.plan(g, "float32", "cpu").workspace_bytes <= 4 * 4 * operands
 
 
+# Found by the test below: filters that were packed mostly as padding.
+LONG_WINDOWS = {
+    "each y once": oracles.geometry(
+        (1, 11, 38268), (11, 1, 34442), (52865,), "VALID", feature_group_count=11
+    ),
+    "three y": oracles.geometry(
+        (20, 1, 63521), (15, 1, 63519), (31755,), [(31754, 31754)], batch_group_count=5
+    ),
+    "a channel a group": oracles.geometry(
+        (1, 473, 253, 4), (426, 252, 1, 8), (426, 2), [(189, 190), (125, 126)],
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4,
+    ),
+}  # fmt: skip
+
+
+def check_workspace(g, dtype):
+    operands = sum(map(math.prod, (g.lhs_shape, g.rhs_shape, g.out_shape)))
+    planned = dispatch.plan(g, dtype, "cpu")
+    bound = 4 * operands * np.dtype(dtype).itemsize + (1 << 20)
+    assert planned.workspace_bytes <= bound, (g, planned)
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", LONG_WINDOWS)
+def test_workspace_of_long_windows_of_few_channels_is_bounded(name, dtype):
+    check_workspace(LONG_WINDOWS[name], dtype)
+
+
 @pytest.mark.native
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
 def test_workspace_of_random_problems_is_bounded(dtype):
     for index in range(200):
-        g = random_workload(SEED, index, dtype, "default").geometry
-        operands = sum(map(math.prod, (g.lhs_shape, g.rhs_shape, g.out_shape)))
-        planned = dispatch.plan(g, dtype, "cpu")
-        bound = 4 * operands * np.dtype(dtype).itemsize + (1 << 20)
-        assert planned.workspace_bytes <= bound, (g, planned)
+        check_workspace(random_workload(SEED, index, dtype, "default").geometry, dtype)

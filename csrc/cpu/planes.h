@@ -34,7 +34,6 @@ struct PlanesState {
   CpuArgs args;
   PlaneTile tile;
   int64_t row_tasks, column_tasks;
-  int64_t filter_channels;  // in_channels rounded up
 };
 
 // The packed filter is [group][r0][r1][r2][k][c].
@@ -44,7 +43,7 @@ void PlanesPackTask(const void* state, int64_t g) {
   const PlanesState& s = *static_cast<const PlanesState*>(state);
   const Problem& p = s.args.problem;
   const int64_t taps = p.axis[0].win * p.axis[1].win * p.axis[2].win;
-  A* to = static_cast<A*>(s.args.filter) + g * p.out_channels * taps * s.filter_channels;
+  A* to = static_cast<A*>(s.args.filter) + g * p.out_channels * taps * p.in_channels;
   const T* w = static_cast<const T*>(s.args.w) + g * p.w.group;
   A taint = 0;
   for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
@@ -53,8 +52,8 @@ void PlanesPackTask(const void* state, int64_t g) {
         for (int64_t k = 0; k < p.out_channels; ++k) {
           const T* from = w + k * p.w.out_channel + r0 * p.w.axis[0] + r1 * p.w.axis[1] +
                           r2 * p.w.axis[2];
-          for (int64_t c = 0; c < s.filter_channels; ++c) {
-            const A value = c < p.in_channels ? LoadOne(from + c * p.w.in_channel) : 0;
+          for (int64_t c = 0; c < p.in_channels; ++c) {
+            const A value = LoadOne(from + c * p.w.in_channel);
             taint += value * 0;
             *to++ = value;
           }
@@ -298,7 +297,7 @@ void PlanesTask(const void* state, int64_t index) {
   const Axis* x = p.axis;
   const Phase& f0 = a.phase[0][h[0] % a.phase_count[0]];
   const int64_t i0 = h[0] / a.phase_count[0];
-  const int64_t filter_tap = p.out_channels * s.filter_channels;
+  const int64_t filter_tap = p.out_channels * p.in_channels;
   const int64_t filter_row = x[2].win * filter_tap;
   const A* filter =
       static_cast<const A*>(a.filter) + g * x[0].win * x[1].win * filter_row;
@@ -317,7 +316,7 @@ void PlanesTask(const void* state, int64_t index) {
                              f0.r_step * x[1].win * filter_row};
     const PlaneLoop over1 = {taps1.hi - taps1.lo, -f1.p_per_r * win.row_step,
                              f1.r_step * filter_row};
-    const PlaneLoop over_k = {p.out_channels, win.cols, s.filter_channels};
+    const PlaneLoop over_k = {p.out_channels, win.cols, p.in_channels};
     for (int64_t c0 = 0; c0 < p.in_channels; c0 += kPlaneChannels) {
       const int64_t channels =
           p.in_channels - c0 < kPlaneChannels ? p.in_channels - c0 : kPlaneChannels;
@@ -360,7 +359,6 @@ void PreparePlanes(const CpuArgs& a, CpuJob* job) {
   s.tile = a.plane_tile;
   s.row_tasks = CeilDiv(p.axis[1].in, s.tile.rows);
   s.column_tasks = CeilDiv(p.axis[2].in, s.tile.width);
-  s.filter_channels = CeilDiv(p.in_channels, kPlaneChannels) * kPlaneChannels;
   SetState(job, s);
   job->stages = 2;
   job->stage[0] = {p.groups, PlanesPackTask<T>};
