@@ -40,11 +40,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed and compiled, and what would run")
 
-    check = commands.add_parser("check", help="compare with float64 lax over many geometries")
+    check = commands.add_parser(
+        "check", help="compare with the definition in float64 over many geometries"
+    )
     check.add_argument("--map", dest="maps", metavar="MAPS",
                        help=f"{_MAPS} (default all, on a GPU dx)")  # fmt: skip
     check.add_argument(
-        "--count", type=_natural, default=500, help="random geometries (default 500)"
+        "--count", type=_natural, default=200, help="random geometries (default 200)"
     )
     check.add_argument("--dtype", choices=("all", *DTYPES), default="all")
     check.add_argument("--kernel", help="one kernel by name, on the geometries that it takes")

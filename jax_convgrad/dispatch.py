@@ -387,4 +387,11 @@ def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, map_: Ma
         activations = math.prod(geometry.lhs_shape) + math.prod(geometry.out_shape)
         if math.prod(geometry.rhs_shape) > _LARGE_FILTER * activations:
             return f"a transposed layer with a filter over {_LARGE_FILTER} times its activations"
+    if map_ is FORWARD and geometry.is_static and (at := geometry.dimension_numbers.lhs_spec[0]):
+        if at == len(geometry.lhs_shape) - 1:
+            return "images come last in memory, so that channels are gathered one by one"
+        # The filter gradient, written as a convolution whose filter is dY and whose images are
+        # the channels of x. `conv_filter_grad` computes that faster than either.
+        if math.prod(geometry.window_sizes) > math.prod(geometry.out_sizes):
+            return "images do not come first, and the window is larger than the result"
     return None

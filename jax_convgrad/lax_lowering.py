@@ -81,7 +81,4 @@ def _covered(
     # whose author may not know of the package, would no longer be exported.
     if compat.is_exported(ctx):
         return None
-    conv = ConvGeometry(lhs_shape=lhs.shape, rhs_shape=rhs.shape, **params)
-    # In a gradient for the filter channels are in the place of the batch: a filter as large
-    # as the images, which no one measured.
-    return conv if conv.dimension_numbers.lhs_spec[0] == 0 else None
+    return ConvGeometry(lhs_shape=lhs.shape, rhs_shape=rhs.shape, **params)

@@ -12,12 +12,16 @@ from jax import lax
 
 import jax_convgrad
 from jax_convgrad import dispatch, native
+from jax_convgrad.geometry import ConvGeometry
 from jax_convgrad.maps import FORWARD
 from jax_convgrad.primitive import bind_forward
+from jax_convgrad.tools import references
 from jax_convgrad.tools.geometries import (
     make_geometry,
     named_cases,
+    normwise_error,
     random_case,
+    tolerance,
 )
 
 pytestmark = pytest.mark.native
@@ -137,6 +141,34 @@ def test_public_convolution_is_one_custom_call_that_checkpoint_saves(rng):
         jax.checkpoint(lambda x: jnp.sum(conv(x, w)), policy=policies.dots_saveable), x
     )[1])(x))  # fmt: skip
     assert "name=conv_general_dilated" not in jaxpr
+
+
+@pytest.mark.parametrize("dnums", ["HNWC OHWI HNWC", "CHWN IHWO CHWN", "NHWC HWIO HWNC"])
+def test_native_means_native_where_images_do_not_come_first(rng, dnums):
+    """lax ran there under the kernel's name, and XLA's own is wrong in the first of these."""
+    specs = tuple(dnums.split())
+    x, w = (
+        rng.standard_normal([sizes[name] for name in spec]).astype(np.float32)
+        for spec, sizes in zip(
+            specs, ({"N": 1, "C": 3, "H": 9, "W": 8}, {"O": 1, "I": 3, "H": 3, "W": 3}),
+            strict=False,
+        )
+    )  # fmt: skip
+    g = ConvGeometry.parse(x.shape, w.shape, (3, 3), ((-1, 3), (0, 0)), dimension_numbers=specs)
+
+    def conv(implementation):
+        of = functools.partial(
+            jax_convgrad.conv_general_dilated, **g.conv_params(), implementation=implementation
+        )
+        return jax.jit(of).lower(x, w).compile()
+
+    insisted = conv("native")
+    assert native.FORWARD_TARGET in insisted.as_text()
+    expected = references.by_definition(FORWARD, x, w, g)
+    assert normwise_error(insisted(x, w), expected) <= tolerance("float32", 27)
+    explained = jax_convgrad.explain(x, w, **g.conv_params()).forward
+    runs_kernel = native.FORWARD_TARGET in conv(None).as_text()
+    assert runs_kernel == (explained.implementation == "native")
 
 
 def test_implementation_xla_is_lax_own_also_while_installed(rng):

@@ -11,6 +11,7 @@ from jax import lax
 import jax_convgrad
 from jax_convgrad import lax_maps
 from jax_convgrad.geometry import dilated_size
+from jax_convgrad.maps import FILTER_GRAD, FORWARD, INPUT_GRAD, shape_of_role
 from jax_convgrad.tools import references
 from jax_convgrad.tools.geometries import tolerance
 
@@ -103,10 +104,20 @@ def test_filter_grad_is_the_literal_sum(small, rng, x64):
     x, (dy, _) = rng.standard_normal(small.lhs_shape), oracles.operands(rng, small)
     literal = oracles.literal_filter_grad(x, dy, small)
     assert_equal_sums(lax_maps.filter_grad(x, dy, small), literal)
-    assert_equal_sums(references.filter_grad(x, dy, small), literal)
     params = small.conv_params()
     actual = jax_convgrad.conv_filter_grad(x, dy, small.rhs_shape, **params)
     assert_equal_sums(actual, literal)
+
+
+@pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD, FILTER_GRAD], ids=str)
+def test_reference_of_the_tools_is_the_literal_sum(small, rng, map_):
+    literal = {
+        FORWARD: oracles.literal_forward,
+        INPUT_GRAD: oracles.literal_input_grad,
+        FILTER_GRAD: oracles.literal_filter_grad,
+    }[map_]
+    pair = [rng.standard_normal(shape_of_role(small, role)) for role in map_.operands]
+    assert_equal_sums(references.by_definition(map_, *pair, small), literal(*pair, small))
 
 
 def test_forward_is_the_literal_sum(small, rng, x64):

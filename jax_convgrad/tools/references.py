@@ -1,8 +1,9 @@
-"""The values that bench compares results with."""
+"""The values that `bench` and `check` compare results with."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from ..geometry import ConvGeometry
+from ..maps import FILTER_GRAD, FORWARD, Map, Role, shape_of_role
 from .geometries import normwise_error, reduction_taps, tolerance
 from .workloads import Operands, Workload
 
@@ -66,33 +68,62 @@ def connected_by(
     return of_x, of_y
 
 
-def filter_grad(x: np.ndarray, dy: np.ndarray, geometry: ConvGeometry) -> np.ndarray:
-    """The filter gradient by NumPy: for each tap the positions that it connects, and a product.
+def by_definition(
+    map_: Map, first: np.ndarray, second: np.ndarray, geometry: ConvGeometry
+) -> np.ndarray:
+    """A map in float64 by NumPy: for each tap the positions that it connects, and a product.
 
-    lax would take minutes for a layer of many groups.
+    It shares no code with lax, compiles nothing, and takes milliseconds where lax would take
+    minutes: for the filter gradient of a layer of many groups.
+
+    Args:
+        map_: what is computed.
+        first: operand of the map, at its shape in the geometry.
+        second: likewise.
+        geometry: of the convolution.
+
+    Returns:
+        The result, at its shape in the geometry.
     """
     g = geometry
+    arrays = [np.zeros(shape_of_role(g, role)) for role in Role]
+    for role, operand in zip(map_.operands, (first, second), strict=True):
+        arrays[role] = np.asarray(operand, np.float64)
+    if 0 in (first.size, second.size):
+        return arrays[map_.result]
     lhs_spec, rhs_spec, out_spec = g.dimension_numbers
-    if 0 in (x.size, dy.size):
-        return np.zeros(g.rhs_shape)
-    x = np.asarray(x, np.float64).transpose(lhs_spec)
-    dy = np.asarray(dy, np.float64).transpose(out_spec)
-    channels, features = g.rhs_shape[rhs_spec[1]], dy.shape[1] // g.groups
-    # Groups first: [groups, C, images, positions] and [groups, K, images, positions].
+    x, w, y = (
+        np.ascontiguousarray(array.transpose(spec))
+        for array, spec in zip(arrays, (lhs_spec, rhs_spec, out_spec), strict=True)
+    )
+    channels, features = w.shape[1], w.shape[0] // g.groups
+    # Views, groups first: x[G, C, N, positions], y[G, K, N, positions] and w[G, K, C, taps].
     if g.batch_group_count > 1:
-        x = x.reshape(g.groups, dy.shape[0], channels, *x.shape[2:]).swapaxes(1, 2)
+        x_ = x.reshape(g.groups, y.shape[0], channels, *x.shape[2:]).swapaxes(1, 2)
     else:
-        x = np.moveaxis(x.reshape(x.shape[0], g.groups, channels, *x.shape[2:]), 0, 2)
-    dy = np.moveaxis(dy.reshape(dy.shape[0], g.groups, features, *dy.shape[2:]), 0, 2)
-    dw = np.zeros((g.groups, features, channels, *g.window_sizes))
+        x_ = np.moveaxis(x.reshape(x.shape[0], g.groups, channels, *x.shape[2:]), 0, 2)
+    y_ = np.moveaxis(y.reshape(y.shape[0], g.groups, features, *y.shape[2:]), 0, 2)
+    w_ = w.reshape(g.groups, features, *w.shape[1:])
+    everything = (slice(None),) * 3
     for r in itertools.product(*map(range, g.window_sizes)):
-        read, met = connected_by(g, r)
-        here = (slice(None),) * 3
-        rows = x[here + np.ix_(*read)].reshape(g.groups, channels, -1)
-        columns = dy[here + np.ix_(*met)].reshape(g.groups, features, -1)
-        dw[(slice(None),) * 3 + r] = columns @ rows.swapaxes(1, 2)
-    dw = dw.reshape(g.groups * features, *dw.shape[2:])
-    return dw.transpose(np.argsort(rhs_spec))
+        of_x, of_y = connected_by(g, r)
+        if not all(positions.size for positions in of_x):
+            continue
+        in_x, in_y = everything + np.ix_(*of_x), everything + np.ix_(*of_y)
+        tap = w_[everything + r]
+        if map_ is FILTER_GRAD:
+            rows = x_[in_x].reshape(g.groups, channels, -1)
+            columns = y_[in_y].reshape(g.groups, features, -1)
+            w_[everything + r] = columns @ rows.swapaxes(1, 2)
+        elif map_ is FORWARD:
+            y_[in_y] += np.einsum("gkc,gc...->gk...", tap, x_[in_x], optimize=True)
+        else:
+            x_[in_x] += np.einsum("gkc,gk...->gc...", tap, y_[in_y], optimize=True)
+    result = (x, w, y)[map_.result]
+    return result.transpose(np.argsort((lhs_spec, rhs_spec, out_spec)[map_.result]))
+
+
+filter_grad = functools.partial(by_definition, FILTER_GRAD)
 
 
 def reference(workload: Workload, operands: Operands) -> Reference:
