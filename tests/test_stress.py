@@ -1,4 +1,4 @@
-"""Many Python threads calling jitted gradients at once: right results, no deadlock, no leak."""
+"""Many Python threads calling jitted steps at once: right results, no deadlock, no leak."""
 
 import concurrent.futures
 import json
@@ -13,6 +13,7 @@ import pytest
 from jax import lax
 
 import jax_convgrad
+from jax_convgrad import native
 from jax_convgrad.tools.geometries import make_geometry
 
 THREADS = 8
@@ -25,23 +26,25 @@ LAYERS = (
 GROWTH_BYTES = 48 << 20
 
 
-def gradient(inside_scan):
-    """A function of (dy, filters): through both layers, or the sum over scaled dy in a scan."""
+def gradients(inside_scan):
+    """A function of (x, filters), all three maps of both layers, as one vector; or in a scan.
 
-    def net(x, filters):
+    In a scan it is the sum over scaled x.
+    """
+
+    def loss(x, filters):
         for g, w in zip(LAYERS, filters, strict=True):
-            x = jax_convgrad.conv_general_dilated(x, w, **g.conv_params())
-        return x
+            x = jax.numpy.sin(jax_convgrad.conv_general_dilated(x, w, **g.conv_params()))
+        return x.sum()
 
-    def grad(dy, filters):
-        # Linear in x, so that nothing of the forward pass is left in the program.
-        return jax.grad(lambda x: (net(x, filters) * dy).sum())(jax.numpy.zeros_like(dy))
+    def grad(x, filters):
+        dx, dws = jax.grad(loss, (0, 1))(x, filters)
+        return jax.numpy.concatenate([array.ravel() for array in (dx, *dws)])
 
-    def scanned(dy, filters):
-        def step(total, scale):
-            return total + grad(dy * scale, filters), None
-
-        return lax.scan(step, jax.numpy.zeros_like(dy), jax.numpy.arange(1.0, STEPS + 1))[0]
+    def scanned(x, filters):
+        scales = jax.numpy.arange(1.0, STEPS + 1)
+        _, outs = lax.scan(lambda _, scale: (None, grad(x * scale, filters)), None, scales)
+        return outs.sum(0)
 
     return scanned if inside_scan else grad
 
@@ -56,9 +59,10 @@ def stress(seconds, inside_scan, leak=False):
     rng = np.random.default_rng(0)
     filters = tuple(oracles.operands(rng, g, "float32")[1] for g in LAYERS)
     operands = [oracles.operands(rng, LAYERS[-1], "float32")[0] for _ in range(THREADS)]
-    function = jax.jit(gradient(inside_scan))
-    assert oracles.custom_calls(function, operands[0], filters) == len(LAYERS)
-    alone = [np.asarray(function(dy, filters)) for dy in operands]
+    function = jax.jit(gradients(inside_scan))
+    text = function.lower(operands[0], filters).as_text()
+    assert [text.count(f"@{target}(") for target in native.TARGETS.values()] == [len(LAYERS)] * 3
+    alone = [np.asarray(function(x, filters)) for x in operands]
     for g in LAYERS:
         assert oracles.plan(g, "float32")[1] > 0
     kept = []
@@ -112,7 +116,7 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/sel
     "seconds",
     [pytest.param(3, marks=pytest.mark.thorough), pytest.param(60, marks=pytest.mark.slow)],
 )
-def test_threads_calling_a_gradient_at_once(run_python, seconds, inside_scan):
+def test_threads_calling_a_step_at_once(run_python, seconds, inside_scan):
     run(run_python, seconds, inside_scan)
 
 
