@@ -92,9 +92,10 @@ PlaneTile ChoosePlaneTile(const Problem& p, int64_t window_bytes) {
   const PlaneTile none = {0, 0, 0};
   const Axis& row = p.axis[2];
   const int64_t phases = PhaseCount(row);
-  if (IsEmpty(p) || row.stride % row.lhs_dilation != 0 || phases > kMaxRowPhases) {
-    return none;
-  }
+  const int64_t strands = row.lhs_dilation / Gcd(row.stride, row.lhs_dilation);
+  if (IsEmpty(p) || phases > kMaxRowPhases || strands > kMaxStrands) return none;
+  // What is not a run of memory is copied one by one into strands: too slow.
+  if (strands > 1 && p.dy.axis[2] != 1) return none;
   const int64_t lanes = 64 / AccBytes(p);  // of the widest vectors
   const int64_t budget = window_bytes / AccBytes(p);
   const int64_t box0 = std::min(ReachedBy(p.axis[0], 1), p.axis[0].out);
@@ -103,7 +104,7 @@ PlaneTile ChoosePlaneTile(const Problem& p, int64_t window_bytes) {
   for (int64_t vectors = most; vectors > 0; --vectors) {
     PlaneTile tile;
     tile.width = vectors * step;
-    tile.cols = ReachedBy(row, tile.width);
+    tile.cols = CeilDiv(ReachedBy(row, tile.width), strands) * strands;
     const auto fits = [&](int64_t rows) {
       const int64_t box1 = std::min(ReachedBy(p.axis[1], rows), p.axis[1].out);
       return p.out_channels * box0 * box1 * tile.cols <= budget;

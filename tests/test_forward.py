@@ -69,6 +69,36 @@ RUNS = {
 }
 
 
+# Rows of x that pixels in lanes read every other, third or fourth element of.
+in_rows = functools.partial(make_geometry, dimension_numbers="first")
+STRANDS = {
+    "of two": in_rows((13, 37), (3, 3), (6, 6), stride=2, feature_groups=6, padding=1),
+    "of three": in_rows((9, 50), (3, 5), (4, 8), stride=3, feature_groups=4, padding=2),
+    "of four": in_rows((8, 71), (5, 2), (3, 3), stride=4, feature_groups=3),
+    "dilated alike": in_rows(
+        (20, 41), (3, 3), (4, 4), stride=2, rhs_dilation=2, feature_groups=4, padding=2
+    ),
+    "dilated otherwise": in_rows(
+        (24, 60), (3, 4), (4, 4), stride=4, rhs_dilation=6, feature_groups=4, padding=3
+    ),
+    "longer than a tile": in_rows((5, 2100), (2, 3), (2, 2), stride=2, feature_groups=2),
+    "cropped": in_rows((11, 40), (3, 3), (3, 3), stride=2, feature_groups=3, padding=-2),
+    "of rows with gaps": in_rows(
+        (7, 33), (3, 4), (4, 4), stride=4, lhs_dilation=6, feature_groups=2, padding=2
+    ),
+    "along a signal": in_rows((301,), (25,), (5, 5), stride=2, feature_groups=5),
+}
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", STRANDS)
+def test_strands_of_rows(rng, x64, name, dtype):
+    g = STRANDS[name]
+    check_kernels(rng, g, dtype)
+    taken = dispatch.plan(g, dtype, "cpu", None, "few_channels", map_=FORWARD)
+    assert taken.kernel == "few_channels"
+
+
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
 @pytest.mark.parametrize("name", RUNS)
 def test_taps_that_are_one_run(rng, x64, name, dtype):

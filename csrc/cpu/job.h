@@ -102,7 +102,7 @@ constexpr int64_t kMaxLanes = 16;
 // have a window that no first-level cache holds.
 constexpr int64_t kWindowBytes = 48 * 1024, kLargeWindowBytes = 192 * 1024;
 constexpr int64_t kRowBytes = 2 * 1024;
-constexpr int64_t kMaxRowPhases = 16;
+constexpr int64_t kMaxRowPhases = 16, kMaxStrands = 4;
 constexpr int64_t kPlaneChannels = 4;  // channels of dX made at a time
 
 // Always inlined, for the reason above.

@@ -12,11 +12,17 @@
 // channels and each filter scalar among vectors. The phases of a row are put together in
 // a row buffer and stored contiguously. Taps that miss dY along axes 0 and 1 are skipped.
 //
+// Where neighbouring pixels of a phase read every s-th position of dY, as a forward pass
+// of stride s does, the window's rows are s strands, each with every s-th column: so i is
+// in lanes there too. The taps along the row whose column is in one strand are a part of
+// the sum.
+//
 // Zero columns are exact unless the filter holds an Inf or a NaN: such a group is
 // computed by the definition.
 //
-// Limits: p_per_h = 1 along the row (lhs_dilation divides stride), at most kMaxRowPhases
-// phases, and a window that fits: ChoosePlaneTile in kernel_cpu.cc.
+// Limits: at most kMaxRowPhases phases along the row, at most kMaxStrands strands, and
+// several only where dY lies in rows; a window that fits: ChoosePlaneTile in
+// kernel_cpu.cc.
 
 #pragma once
 
@@ -68,11 +74,45 @@ void PlanesPackTask(const void* state, int64_t g) {
 template <typename A>
 struct Window {
   A* data;
-  Reach p0, p1;    // clipped to dY
-  int64_t column;  // which position of dY column 0 is
-  int64_t cols;    // elements from channel to channel
+  Reach p0, p1;     // clipped to dY
+  int64_t column;   // which position of dY column 0 is
+  int64_t cols;     // elements from channel to channel
+  int64_t strands;  // column i is element i / strands of strand i % strands
   int64_t row_step;
 };
+
+// Columns [lo, hi) of a channel's row, which is a run of memory, into their strands.
+template <typename T>
+inline void FillStrands(const T* from, int64_t lo, int64_t hi, int64_t strands,
+                        int64_t strand, Acc<T>* to) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  int64_t i = lo;
+  if (strands == 2) {
+    if (i < hi && i % 2 != 0) {
+      to[strand + i / 2] = LoadOne(from + i);
+      ++i;
+    }
+    Vec<typename IntOf<A>::type, L> even, odd;
+    for (int j = 0; j < L; ++j) {
+      even[j] = 2 * j;
+      odd[j] = 2 * j + 1;
+    }
+    for (; i + 2 * L <= hi; i += 2 * L) {
+      const Vec<A, L> a = Load<L>(from + i), b = Load<L>(from + i + L);
+      Store<L>(to + i / 2, Pick<A, L>(a, b, even));
+      Store<L>(to + strand + i / 2, Pick<A, L>(a, b, odd));
+    }
+  }
+  A* first = to + i / strands;
+  int64_t of = i % strands;
+  for (; i < hi; ++i) {
+    first[of * strand] = LoadOne(from + i);
+    if (++of < strands) continue;
+    of = 0;
+    ++first;
+  }
+}
 
 // Copies the window in.
 template <typename T>
@@ -91,6 +131,18 @@ inline void FillWindow(const Problem& p, const T* dy, const Window<Acc<T>>& win)
     for (int64_t q1 = win.p1.lo; q1 < win.p1.hi; ++q1, to += win.row_step) {
       const T* row = dy + q0 * p.dy.axis[0] + q1 * p.dy.axis[1] + win.column * step;
       int64_t k = 0;
+      if (win.strands > 1) {
+        const int64_t strand = win.cols / win.strands;
+        for (; k < p.out_channels; ++k) {
+          A* out = to + k * win.cols;
+          // What lies outside dY is little beside the rest.
+          if (lo > 0 || hi < win.cols) {
+            __builtin_memset(out, 0, static_cast<size_t>(win.cols) * sizeof(A));
+          }
+          FillStrands<T>(row + k * p.dy.channel, lo, hi, win.strands, strand, out);
+        }
+        continue;
+      }
       if (p.dy.channel == 1) {
         for (; k + L <= p.out_channels; k += L) {
           int64_t i = lo;
@@ -130,42 +182,52 @@ struct PlaneLoop {
   int64_t count, dy_step, filter_step;
 };
 
+// A part of the sum: the taps along the row whose columns are in one strand.
 template <typename A>
-struct PlaneTaps {
+struct PlanePart {
   const A* dy;  // of position 0, at the start of every loop
   const A* filter;
   PlaneLoop loop[4];
 };
 
+template <typename A>
+struct PlaneTaps {
+  PlanePart<A> part[kMaxStrands];
+  int64_t parts;
+};
+
 // kVecs vectors of positions from i on, of kChannels channels; stored in the row buffer,
 // whose channels are c_step apart.
 template <typename A, int kChannels, int kVecs>
-__attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& f, int64_t i, A* to,
+__attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& taps, int64_t i, A* to,
                                              int64_t c_step) {
   constexpr int L = kLanes<A>;
   using V = Vec<A, L>;
   V sum[kChannels][kVecs] = {};
-  const PlaneLoop* loop = f.loop;
-  for (int64_t i0 = 0; i0 < loop[0].count; ++i0) {
-    for (int64_t i1 = 0; i1 < loop[1].count; ++i1) {
-      for (int64_t i2 = 0; i2 < loop[2].count; ++i2) {
-        const A* x =
-            f.dy + i + i0 * loop[0].dy_step + i1 * loop[1].dy_step + i2 * loop[2].dy_step;
-        const A* w = f.filter + i0 * loop[0].filter_step + i1 * loop[1].filter_step +
-                     i2 * loop[2].filter_step;
-        for (int64_t i3 = 0; i3 < loop[3].count; ++i3) {
-          // Each load of dY is likely to straddle two cache lines: load it once.
-          V scale[kChannels];
-          CONVGRAD_UNROLL
-          for (int c = 0; c < kChannels; ++c) scale[c] = V{} + w[c];
-          CONVGRAD_UNROLL
-          for (int v = 0; v < kVecs; ++v) {
-            const V in = Load<L>(x + v * L);
+  for (int64_t part = 0; part < taps.parts; ++part) {
+    const PlanePart<A>& f = taps.part[part];
+    const PlaneLoop* loop = f.loop;
+    for (int64_t i0 = 0; i0 < loop[0].count; ++i0) {
+      for (int64_t i1 = 0; i1 < loop[1].count; ++i1) {
+        for (int64_t i2 = 0; i2 < loop[2].count; ++i2) {
+          const A* x = f.dy + i + i0 * loop[0].dy_step + i1 * loop[1].dy_step +
+                       i2 * loop[2].dy_step;
+          const A* w = f.filter + i0 * loop[0].filter_step + i1 * loop[1].filter_step +
+                       i2 * loop[2].filter_step;
+          for (int64_t i3 = 0; i3 < loop[3].count; ++i3) {
+            // Each load of dY is likely to straddle two cache lines: load it once.
+            V scale[kChannels];
             CONVGRAD_UNROLL
-            for (int c = 0; c < kChannels; ++c) sum[c][v] += in * scale[c];
+            for (int c = 0; c < kChannels; ++c) scale[c] = V{} + w[c];
+            CONVGRAD_UNROLL
+            for (int v = 0; v < kVecs; ++v) {
+              const V in = Load<L>(x + v * L);
+              CONVGRAD_UNROLL
+              for (int c = 0; c < kChannels; ++c) sum[c][v] += in * scale[c];
+            }
+            x += loop[3].dy_step;
+            w += loop[3].filter_step;
           }
-          x += loop[3].dy_step;
-          w += loop[3].filter_step;
         }
       }
     }
@@ -239,6 +301,11 @@ inline void StoreRow(Acc<T>* buffer, int64_t phases, int64_t phase_step, int64_t
   }
 }
 
+// Taps along the row as many as this apart read one strand.
+inline int64_t TapsApart(int64_t strands, const Phase& row) {
+  return strands == 1 ? 1 : strands / Gcd(strands, row.p_per_r);
+}
+
 template <typename T>
 void PlanesTask(const void* state, int64_t index) {
   using A = Acc<T>;
@@ -287,6 +354,7 @@ void PlanesTask(const void* state, int64_t index) {
   win.p1 = Clip(ReachOf(p.axis[1], h1_lo, h1_hi), p.axis[1].out);
   win.column = ReachOf(p.axis[2], w_lo, w_hi).lo;
   win.cols = s.tile.cols;
+  win.strands = a.phase[2][0].p_per_h;
   const int64_t box1 = win.p1.hi - win.p1.lo;
   win.row_step = p.out_channels * win.cols;
   FillWindow<T>(p, static_cast<const T*>(a.dy) + n * p.dy.batch + g * p.dy.group, win);
@@ -302,6 +370,19 @@ void PlanesTask(const void* state, int64_t index) {
   const A* filter =
       static_cast<const A*>(a.filter) + g * x[0].win * x[1].win * filter_row;
   const TapRange taps0 = ValidTaps(f0, x[0].out, i0);
+  // Where a row's first taps of a phase begin in their strand. The tile starts at
+  // position w_lo / phases of every phase, by its width.
+  int64_t in_row[kMaxRowPhases][kMaxStrands];
+  for (int64_t y = 0; y < a.phase_count[2]; ++y) {
+    const Phase& f2 = a.phase[2][y];
+    const int64_t apart = TapsApart(win.strands, f2);
+    for (int64_t t = 0; t < apart && t < f2.r_count; ++t) {
+      const int64_t column =
+          f2.p0 + w_lo / phases * win.strands - t * f2.p_per_r - win.column;
+      in_row[y][t] =
+          column % win.strands * (win.cols / win.strands) + column / win.strands;
+    }
+  }
   for (h[1] = h1_lo; h[1] < h1_hi; ++h[1]) {
     const Phase& f1 = a.phase[1][h[1] % a.phase_count[1]];
     const int64_t i1 = h[1] / a.phase_count[1];
@@ -322,16 +403,22 @@ void PlanesTask(const void* state, int64_t index) {
           p.in_channels - c0 < kPlaneChannels ? p.in_channels - c0 : kPlaneChannels;
       for (int64_t y = 0; y < phases; ++y) {
         const Phase& f2 = a.phase[2][y];
-        // The tile starts at position w_lo / phases of every phase, by its width.
         const int64_t count = CeilDiv(w_hi - w_lo - y, phases);
         if (count <= 0) continue;
-        const PlaneLoop over2 = {f2.r_count, -f2.p_per_r, f2.r_step * filter_tap};
-        const bool k_inside = over_k.count > over2.count;
-        PlaneTaps<A> f = {
-            data + row * win.row_step + (f2.p0 + w_lo / phases - win.column),
-            filter + tap_row * filter_row + f2.r0 * filter_tap + c0,
-            {k_inside ? over0 : over_k, k_inside ? over1 : over0,
-             k_inside ? over2 : over1, k_inside ? over_k : over2}};
+        const int64_t apart = TapsApart(win.strands, f2);
+        const PlaneLoop over2 = {0, -f2.p_per_r * apart / win.strands,
+                                 f2.r_step * filter_tap * apart};
+        const bool k_inside = over_k.count > f2.r_count;
+        PlaneTaps<A> f;
+        f.parts = apart < f2.r_count ? apart : f2.r_count;
+        for (int64_t t = 0; t < f.parts; ++t) {
+          const int64_t tap = f2.r0 + t * f2.r_step;
+          f.part[t] = {data + row * win.row_step + in_row[y][t],
+                       filter + tap_row * filter_row + tap * filter_tap + c0,
+                       {k_inside ? over0 : over_k, k_inside ? over1 : over0,
+                        k_inside ? over2 : over1, k_inside ? over_k : over2}};
+          f.part[t].loop[k_inside ? 2 : 3].count = CeilDiv(f2.r_count - t, apart);
+        }
         A* to = buffer + y * phase_step;
         const int64_t vectors = CeilDiv(count, L);
         switch (channels) {
