@@ -64,6 +64,7 @@ def driver(
     *,
     cxx: str | None = None,
     machine: str = "",
+    root: pathlib.Path = build.ROOT,
     replaced: tuple[str, pathlib.Path, tuple[str, ...]] | None = None,
 ) -> pathlib.Path:
     """Compiles and links the driver.
@@ -72,6 +73,7 @@ def driver(
         flags: for all sources.
         cxx: another compiler than $CXX.
         machine: that the compiler builds for, if not this one.
+        root: of the sources, if they are a copy.
         replaced: an instruction set, another root for its kernels and more flags for them.
 
     Returns:
@@ -85,12 +87,12 @@ def driver(
     parts = []
     # The slowest first.
     for isa, isa_flags in reversed(sets.items()):
-        root, more = build.ROOT, ()
+        of_kernels, more = root, ()
         if replaced is not None and replaced[0] == isa:
-            root, more = replaced[1:]
-        for source in (ADDED_KERNELS,) if isa in ADDED else kernel_sources(root):
-            parts.append((source, (f"-DCONVGRAD_ISA={isa}", *isa_flags, *more), root))
-    parts += [(source, added, build.ROOT) for source in SHARED]
+            of_kernels, more = replaced[1:]
+        for source in (ADDED_KERNELS,) if isa in ADDED else kernel_sources(of_kernels):
+            parts.append((source, (f"-DCONVGRAD_ISA={isa}", *isa_flags, *more), of_kernels))
+    parts += [(source, added, root) for source in SHARED]
     return build.program_of(DRIVER.stem, parts, flags, cxx)
 
 

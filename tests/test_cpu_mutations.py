@@ -1,0 +1,93 @@
+"""Mistakes in the filter gradient's kernel and planner, each of which the driver notices."""
+
+import dataclasses
+import shutil
+
+import cpu_programs
+import pytest
+from emulator import build, mutations
+from test_cpu_driver import problems
+
+if (reason := build.missing()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+
+_KERNEL, _PLAN = "csrc/cpu/filter/outer.h", "csrc/cpu/filter/plan.cc"
+
+
+def _mutation(name: str, file: str, old: str, new: str, count: int = 1) -> mutations.Mutation:
+    return mutations.Mutation(name, file, old, new, count=count)
+
+
+MUTATIONS = (
+    _mutation("a sum forgets the chunks before", _KERNEL, "i % plan.run != 0", "false"),
+    _mutation("a run's sum starts with the last run's", _KERNEL,
+              "const bool add = i % plan.run != 0", "const bool add = i != 0"),
+    _mutation("a row of the total is left out", _KERNEL,
+              "(end - 1) / slice.channels", "(end - 1) / slice.channels - 1"),
+    _mutation("copies are not all added", _KERNEL,
+              "step = 1; step < copies", "step = 1; 2 * step < copies"),
+    _mutation("tiles of a tap take the next tap's positions", _KERNEL,
+              "if (each_tap) end = Min", "if (false) end = Min"),
+    _mutation("the low end of padding is off by one", _KERNEL,
+              "Max(0, Ceil(-at, axis.stride))", "Max(0, Ceil(1 - at, axis.stride))"),
+    _mutation("the high end of padding is off by one", _KERNEL,
+              "last / axis.stride + 1", "last / axis.stride"),
+    _mutation("padding is not cleared", _KERNEL, "Clear(to, before * width);", ""),
+    _mutation("what lies behind x is not cleared", _KERNEL,
+              "Clear(to + end * width, (side.x_count - end) * width);", ""),
+    _mutation("rows outside x are not cleared", _KERNEL,
+              "            Clear(to, side.x_count * width);\n            continue;",
+              "            continue;"),
+    _mutation("NaN and Inf of dY are not noticed", _KERNEL,
+              "return IsTainted(total);", "return false;"),
+    _mutation("a step between positions that a tap meets", _KERNEL,
+              "m.x_step = m.step * axis.stride / axis.lhs_dilation", "m.x_step = m.step"),
+    _mutation("the last channels of a slice", _KERNEL,
+              "Min(kSliceChannels, a.problem.in_channels - first)", "kSliceChannels"),
+    _mutation("lanes of the wrong group", _KERNEL,
+              "of_lane[l] = g * p.w.group +", "of_lane[l] ="),
+    _mutation("permuted lanes of the wrong channel", _KERNEL, "i / k * k + c)", "i / k * k)"),
+    _mutation("an empty position counts", _PLAN,
+              "const int64_t dilation = x.win == 1 ? 0 : x.rhs_dilation;",
+              "const int64_t dilation = x.win == 1 ? 0 : 1;"),
+    _mutation("padding goes unseen at the end", _PLAN, "|| last >= x.in", "|| last > x.in + 1"),
+    _mutation("taps are a stride apart", _PLAN,
+              "plan.tap_step[a] = dilation / step", "plan.tap_step[a] = x.stride / step"),
+    _mutation("chunks leave out the rest", _PLAN,
+              "plan->grid[i] = CeilDiv(sizes[i], plan->chunk[i])",
+              "plan->grid[i] = sizes[i] / plan->chunk[i]"),
+    _mutation("each tap begins where the first does", _PLAN,
+              "a < kAxes && !plan.each_tap", "a < kAxes"),
+    _mutation("dW begins with its first tap also if exchanged", _PLAN,
+              "way.w_at * SizeInBytes", "0 * SizeInBytes"),
+    _mutation("images in a row are counted as before", _PLAN, "  p.batch = 1;\n", ""),
+)  # fmt: skip
+
+
+def _lines() -> list[str]:
+    return problems(1 << 19, 60, ("float32", "bfloat16"))
+
+
+@pytest.mark.mutation
+def test_without_a_mutation_all_is_well(tmp_path):
+    program = cpu_programs.driver(build.VARIANTS["plain"])
+    result = cpu_programs.run(program, _lines(), tmp_path, threads="1,3")
+    cpu_programs.check(result, "portable")
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_mutation_is_caught(tmp_path, mutation):
+    copy = mutations.apply(mutation, tmp_path / "copy")
+    shutil.copy(build.ROOT / cpu_programs.DRIVER, copy / cpu_programs.DRIVER)
+    program = cpu_programs.driver((*build.VARIANTS["plain"], "-w"), root=copy)
+    result = cpu_programs.run(program, _lines(), tmp_path, threads="1,3")
+    failed = [line for line in result.stdout.splitlines() if line.startswith("FAIL ")]
+    assert failed, result.stdout[-2000:]
+    assert all(" filter:" in line for line in failed), failed[:5]
+
+
+def test_every_mutation_still_applies(tmp_path):
+    for index, mutation in enumerate(MUTATIONS):
+        mutations.apply(mutation, tmp_path / str(index))
+    assert len({dataclasses.astuple(mutation) for mutation in MUTATIONS}) == len(MUTATIONS)
