@@ -1,4 +1,4 @@
-"""The code that users read: README blocks in order, and the docstrings' examples."""
+"""What users read: the Python and the links of every page, and the docstrings' examples."""
 
 import doctest
 import inspect
@@ -10,7 +10,8 @@ import pytest
 
 import jax_convgrad
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 DOCUMENTED = [
     jax_convgrad.conv_general_dilated,
@@ -38,16 +39,32 @@ def test_example_of_the_docstring(function):
     assert not report, "".join(report)
 
 
-def readme_blocks():
-    return re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
-
-
-def test_readme_blocks_run_in_order():
-    blocks = readme_blocks()
-    assert blocks
-    namespace = {"__name__": "readme"}
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_of_a_page_runs_in_order(page):
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert blocks or page.name != "README.md"
+    namespace = {"__name__": page.stem}
     for number, block in enumerate(blocks, start=1):
-        exec(compile(block, f"{README.name}, python block {number}", "exec"), namespace)
+        exec(compile(block, f"{page.name}, python block {number}", "exec"), namespace)
+
+
+def anchors(page):
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-")
+            for heading in headings}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith(("https://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        found = (page.parent / path).resolve() if path else page
+        assert found.exists(), target
+        if anchor:
+            assert anchor in anchors(found), target
 
 
 @pytest.mark.parametrize("name", jax_convgrad.__all__)
