@@ -1,7 +1,4 @@
-"""`python -m jax_convgrad step` on nets of a few channels, and the nets themselves.
-
-Nearly all the time is XLA's, which compiles a step three times and every layer three times.
-"""
+"""`python -m jax_convgrad step` on nets of a few channels, and the nets themselves."""
 
 import dataclasses
 import json
@@ -9,17 +6,17 @@ import json
 import jax
 import numpy as np
 import pytest
-from oracles import TARGET
+from oracles import FILTER_TARGET, FORWARD_TARGET, TARGET
 
 from jax_convgrad import __main__, installed, integration
-from jax_convgrad.tools import models, training
+from jax_convgrad.tools import models, step_trace, training
 
 # Convolutions in the forward pass; all but the first have an input gradient.
-CONVOLUTIONS = {"resnet18": 6, "convnext": 4}
+CONVOLUTIONS = {"resnet18": 6, "resnet50": 5, "convnext": 4}
 
 
 def narrow(monkeypatch, *widths):
-    """Makes both nets ones of a narrow block for each stage."""
+    """Makes all nets ones of a narrow block for each stage."""
     nets = {
         name: dataclasses.replace(net, widths=widths, depths=(1,) * len(widths))
         for name, net in models.NETS.items()
@@ -30,19 +27,27 @@ def narrow(monkeypatch, *widths):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """Both nets with two stages."""
+    """Nets with two stages."""
     return narrow(monkeypatch, 8, 16)
 
 
 @pytest.fixture
 def tiniest(monkeypatch):
-    """Both nets with one stage."""
+    """Nets with one stage."""
     return narrow(monkeypatch, 8)
 
 
 def run(*arguments):
     options = ("--batch", "2", "--image", "32", "--seconds", "0.01")
     return __main__.main(["step", *options, *arguments])
+
+
+def all_by_kernels(net):
+    count = CONVOLUTIONS[net["net"]]
+    assert net["convolutions"] == {"y": count, "dx": count - 1, "dw": count}
+    assert not any("lax" in kernels for kernels in net["kernels"].values())
+    assert net["failures"] == []
+    assert max(net["loss_error"], net["gradient_error"]) <= net["bound"]
 
 
 @pytest.mark.native
@@ -55,24 +60,18 @@ def test_step_prints_and_writes_both_nets(tiny, tmp_path, capsys):
     assert [net["net"] for net in report["nets"]] == list(models.DEFAULT_NETS)
     out = capsys.readouterr().out
     for net in report["nets"]:
-        assert net["failures"] == []
-        assert net["convolutions"] == CONVOLUTIONS[net["net"]]
-        assert net["native"] == net["input_gradients"] == net["convolutions"] - 1
-        assert sum(net["kernels"].values()) == sum(row["count"] for row in net["layers"])
-        assert max(net["loss_error"], net["gradient_error"]) <= net["bound"] < 1e-3
-        assert all(row["errors"]["ours"] <= row["bound"] for row in net["layers"])
+        all_by_kernels(net)
+        assert net["bound"] < 1e-3
         us = {name: time["median"] for name, time in net["times_us"].items()}
-        assert set(us) == {"lax", "ours", "forward_lax", "forward_ours", "dx_lax", "dx_ours"}
-        assert min(us.values()) > 0
-        assert net["dx_of_step"] == us["dx_lax"] / us["lax"]
-        assert net["backward_us"] == us["lax"] - us["forward_lax"]
-        if net["ceiling"] is not None:  # else dX alone took longer than the step
-            rest = us["lax"] - us["forward_lax"] - us["dx_lax"]
-            ours = rest + us["forward_ours"] + us["dx_ours"]
-            assert net["ceiling"] == pytest.approx(us["lax"] / rest)
-            assert net["expected"] == pytest.approx(us["lax"] / ours)
+        assert set(us) == set(net["parts_us"]) == {"lax", "ours"}
+        for program, parts in net["parts_us"].items():
+            assert sum(parts.values()) == pytest.approx(us[program])
+            assert sum(net["rest_us"][program].values()) <= 1.001 * parts["rest"]
+        assert {"y", "dx", "dw", "rest"} <= set(net["parts_us"]["ours"]) <= set(step_trace.PARTS)
+        assert ("pool" in net["parts_us"]["ours"]) == (net["net"] == "resnet18")
+        assert {"y", "dx_dw", "rest"} <= set(net["parts_us"]["lax"])
         assert f"{net['title']}, " in out
-        assert f"| {net['title']} | {net['native']} of {net['input_gradients']} |" in out
+        assert f"| {net['title']} |" in out
 
 
 @pytest.mark.thorough
@@ -90,9 +89,8 @@ def test_step_in_bfloat16(tiniest, tmp_path, capsys):
     path = tmp_path / "step.json"
     assert run("--net", "resnet50", "--dtype", "bf16", "--json", str(path)) == 0
     (net,) = json.loads(path.read_text())["nets"]
-    assert net["native"] == net["input_gradients"] == net["convolutions"] - 1
-    assert net["gradient_error"] <= net["bound"]
-    assert "images, bfloat16" in capsys.readouterr().out
+    all_by_kernels(net)
+    assert "32x32, bfloat16" in capsys.readouterr().out
 
 
 def test_bfloat16_keeps_float32_parameters():
@@ -116,16 +114,38 @@ def test_a_wrong_input_gradient_fails_the_step(tiniest, monkeypatch, capsys):
 
 
 @pytest.mark.native
-def test_the_step_under_install_holds_the_kernel_for_every_layer(tiny):
-    net = tiny["resnet18"]
-    params = net.params(0)
-    images, labels = np.zeros((2, 32, 32, 3), np.float32), np.zeros(2, np.int32)
-    counts = []
+def test_the_step_under_install_holds_a_kernel_for_every_convolution(tiny):
+    step = training.of_net(tiny["resnet18"], 2, 32, 0)
+    targets, counts = (FORWARD_TARGET, TARGET, FILTER_TARGET), []
     for active in (False, True):
         with installed(active):
-            step = jax.jit(training.training_step(net))
-            counts.append(step.lower(params, params, images, labels).as_text().count(TARGET))
-    assert counts == [0, CONVOLUTIONS["resnet18"] - 1]
+            text = jax.jit(step.step).lower(step.state, *step.batch).as_text()
+            counts.append([text.count(target) for target in targets])
+    forward = CONVOLUTIONS["resnet18"]
+    assert counts == [[0, 0, 0], [forward, forward - 1, forward]]
+    found = training.convolutions(step)
+    for part, count in zip(("y", "dx", "dw"), counts[1], strict=True):
+        assert sum(each.count for each in found if each.part == part) == count
+
+
+def test_time_is_divided_among_what_runs_together():
+    events = [(0.0, 4.0, "a"), (2.0, 6.0, "b"), (8.0, 9.0, "a")]
+    assert step_trace.divided(events) == {"a": 4.0, "b": 3.0, "": 2.0}
+    assert step_trace.divided([]) == {}
+
+
+def test_instructions_have_the_part_of_their_primitive():
+    text = """
+  %conv_input_grad.3 = f32[2,4]{1,0} custom-call(%a), metadata={op_name="jit(f)/conv_input_grad"}
+  ROOT %t.1 = (f32[2]{0}, s32[]) fusion(), metadata={op_name="transpose()/conv_general_dilated"}
+  %wrapped_iota.2 = s32[8,2]{1,0} fusion(), kind=kLoop
+"""
+    found = step_trace.instructions(text)
+    assert [opcode for opcode, _ in found.values()] == ["custom-call", "fusion", "fusion"]
+    parts = [step_trace.part_of(name, path) for name, (_, path) in found.items()]
+    assert parts == ["dx", "dx_dw", "pool"]
+    assert step_trace.part_of("wrapped_iota", "", pools=False) == "rest"
+    assert step_trace.part_of("fusion", "jvp()/add") == "rest"
 
 
 def test_the_nets_have_the_published_sizes():

@@ -7,6 +7,7 @@ from typing import Any
 
 from . import require
 from .results import PEERS, geometric_mean
+from .step_trace import PARTS
 
 _FASTER, _SLOWER = "#2b6f9e", "#d1495b"
 _INK, _GRID = "#333333", "#d9d9d9"
@@ -183,8 +184,14 @@ def _roofline(axis: Any, report: dict[str, Any], class_names: list[str]) -> None
     _clean(axis)
 
 
+# Of a step: what the legend says, and the colour.
+_PART_COLOURS = {"y": "#2b6f9e", "dx": "#d1495b", "dw": "#e8a33d", "dx_dw": "#dd7849",
+                 "pool": "#7a9e6e", "rest": "#c9d0d6"}  # fmt: skip
+_WHOLE = "#8a7fb0"  # a step that nobody took apart
+
+
 def draw_steps(report: dict[str, Any], path: pathlib.Path) -> None:
-    """Draws the report of `step`: for each net the two steps as bars, cut into their parts.
+    """Draws the report of `step`: a panel for each net, a bar for each program, cut into parts.
 
     Args:
         report: the object that `step` documents.
@@ -197,56 +204,53 @@ def draw_steps(report: dict[str, Any], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     plt = require("matplotlib.pyplot", "--png")
     nets = [net for net in report["nets"] if "times_us" in net]
+    columns = 1 if len(nets) < 3 else 3
+    rows = max(1, -(-len(nets) // columns))
     with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(max(1, len(nets)), 1, figsize=(10, 1.4 + 2.3 * len(nets)),
+        figure, axes = plt.subplots(rows, columns, figsize=(max(10, 5.4 * columns), 2 + 2 * rows),
                                     layout="constrained", squeeze=False)  # fmt: skip
-        for net, axis in zip(nets, axes[:, 0], strict=False):
-            _step_bars(axis, net)
-        if nets:
-            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center",
-                          ncols=4, frameon=False, fontsize=9)  # fmt: skip
-            axes[-1, 0].set_xlabel("ms for one step; line: median and quartiles")
-        options = report["options"]
-        details = [f"batch {options['batch']}, {options['image']}x{options['image']} images, f32"]
-        figure.suptitle(_heading("A training step", report, details), fontsize=11, x=0.01,
+        handles: dict[str, Any] = {}
+        for net, axis in zip(nets, axes.flat, strict=False):
+            _step_bars(axis, net, handles)
+        for axis in axes.flat[len(nets) :]:
+            axis.set_axis_off()
+        labels = [label for label in (*PARTS.values(), "whole step") if label in handles]
+        figure.legend([handles[label] for label in labels], labels, loc="outside lower center",
+                      ncols=max(1, len(labels)), frameon=False, fontsize=10)  # fmt: skip
+        details = ["ms for one step, its quartiles, and its ratio to ours"]
+        figure.suptitle(_heading("Training steps", report, details), fontsize=11, x=0.01,
                         ha="left")  # fmt: skip
         figure.savefig(path, dpi=130)
         plt.close(figure)
 
 
-def _step_bars(axis: Any, net: dict[str, Any]) -> None:
-    """Both steps of one net: forward, input gradients as measured alone, and the rest."""
-    for program, height in (("lax", 1), ("ours", 0)):
-        step, left = net["times_us"][program], 0.0
-        forward, gradients = (
-            net["times_us"][name]["median"] / 1e3
-            for name in (f"forward_{program}", f"dx_{program}")
-        )
-        rest = max(0.0, step["median"] / 1e3 - forward - gradients)
-        for label, ms, colour in (
-            ("forward", forward, "#a9b8c4"),
-            ("dX, measured alone", gradients, _SLOWER),
-            ("the rest: filter gradients, other layers, update", rest, "#dfe4e8"),
-        ):
-            axis.barh(height, ms, left=left, height=0.62, color=colour,
-                      label=label if program == "lax" else None)  # fmt: skip
-            left += ms
+def _step_bars(axis: Any, net: dict[str, Any], handles: dict[str, Any]) -> None:
+    """The steps of one net, each cut into its parts if they are known."""
+    names = [*(name for name in net["times_us"] if name != "ours"), "ours"]
+    for height, name in enumerate(names):
+        step, left = net["times_us"][name], 0.0
+        parts = net["parts_us"].get(name, {"": step["median"]})
+        for part, us in parts.items():
+            label = PARTS.get(part, "whole step")
+            handles[label] = axis.barh(height, us / 1e3, left=left, height=0.66,
+                                       color=_PART_COLOURS.get(part, _WHOLE))  # fmt: skip
+            left += us / 1e3
         middle, q1, q3 = (step[key] / 1e3 for key in ("median", "q1", "q3"))
         axis.errorbar([middle], [height], xerr=[[middle - q1], [q3 - middle]], color=_INK,
                       capsize=3, elinewidth=1)  # fmt: skip
-    if net["ceiling"]:
-        axis.axvline(net["times_us"]["lax"]["median"] / 1e3 / net["ceiling"], color=_INK,
-                     linewidth=1.2, linestyle="--",
-                     label="if forward and dX took no time")  # fmt: skip
-    axis.set_yticks([1, 0], ["lax", "install()"])
-    ceiling = f"{net['ceiling']:.3g}x" if net["ceiling"] else "none"
+        ratio = net["ratios"].get(name)
+        text = f"{middle:.3g}" + ("" if ratio is None else f"  ({ratio['median']:.3g}x)")
+        axis.annotate(text, (max(q3, left), height), xytext=(5, 0), textcoords="offset points",
+                      va="center", fontsize=9)  # fmt: skip
+    axis.set_xlim(0, 1.25 * max(us["q3"] for us in net["times_us"].values()) / 1e3)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    shown = {"ours": "jax_convgrad", "torch": "PyTorch",
+             "torch_channels_last": "PyTorch,\nchannels last"}  # fmt: skip
+    axis.set_yticks(range(len(names)), [shown.get(name, name) for name in names])
     axis.set_title(
-        f"{net['title']}: {net['speedup']['median']:.3g}x. dX is "
-        f"{100 * net['dx_of_backward']:.0f} % of lax's backward pass; ceiling {ceiling}. "
-        f"{net['native']} of {net['input_gradients']} dX by a kernel",
-        loc="left",
-        fontsize=10,
-    )
+        f"{net['title']}, batch {net['batch']} of {'x'.join(map(str, net['image']))}",
+        loc="left", fontsize=10,
+    )  # fmt: skip
     axis.grid(axis="x", color=_GRID, linewidth=0.7)
     axis.set_axisbelow(True)
     _clean(axis)

@@ -1,10 +1,14 @@
-"""The training step of a net: compiled, compared and timed, as the docstring of `step` defines."""
+"""Training steps of whole nets: compiled, compared, timed and taken apart.
+
+Of any net: a `Training` says what a step is. The fields of the report are those that the
+docstring of `step` defines.
+"""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import statistics
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,84 +19,105 @@ import numpy as np
 from jax import lax
 
 from .. import dispatch, integration
-from . import ToolError, layers, machine, models, results, timing
-from .references import distance, reference
-from .workloads import Workload, make_pool
+from ..geometry import ConvGeometry
+from ..maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map
+from . import ToolError, machine, models, results, step_trace, timing
+from .geometries import reduction_taps, tolerance
+from .references import distance
 
 PROGRAMS = ("lax", "ours")
 _MOMENTUM, _LEARNING_RATE = 0.9, 0.01
+_LOSSES = 3  # steps whose losses are compared
+_TRACE_S = 0.5  # at least two steps, however long they take
+_LISTED = 8  # operations of the rest
+_PRIMITIVES: dict[str, tuple[str, Map]] = {
+    "conv_general_dilated": ("y", FORWARD),
+    "conv_input_grad": ("dx", INPUT_GRAD),
+    "conv_filter_grad": ("dw", FILTER_GRAD),
+}
 
 Function = Callable[..., Any]
 Report = dict[str, Any]
 
 
-def training_step(net: models.Net) -> Function:
-    """A function of (params, velocity, images, labels) to (params, velocity, loss)."""
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """A net in training.
 
-    def step(params: Any, velocity: Any, images: jax.Array, labels: jax.Array) -> Any:
+    Attributes:
+        step: (state, *batch) to (state, loss), to be jitted.
+        state: the first one: parameters, momentum and whatever else a step changes.
+        batch: the data of every step.
+        gradients: from the state after the first step, the gradients for the parameters.
+    """
+
+    step: Function
+    state: Any
+    batch: tuple[Any, ...]
+    gradients: Function
+
+
+def training_step(net: models.Net) -> Function:
+    """A function of ((params, velocity), images, labels) to ((params, velocity), loss)."""
+
+    def step(state: Any, images: jax.Array, labels: jax.Array) -> Any:
+        params, velocity = state
         loss, gradients = jax.value_and_grad(net.loss)(params, images, labels)
         velocity = jax.tree.map(lambda v, g: _MOMENTUM * v + g, velocity, gradients)
         params = jax.tree.map(lambda p, v: p - _LEARNING_RATE * v, params, velocity)
-        return params, velocity, loss
+        return (params, velocity), loss
 
     return step
 
 
-class _StepPeer:
+def of_net(net: models.Net, batch: int, image: int, seed: int) -> Training:
+    """A net of `models` in training, on random images."""
+    rng = np.random.default_rng(seed)
+    data = (
+        jnp.asarray(rng.standard_normal((batch, image, image, 3), dtype=np.float32)),
+        jnp.asarray(rng.integers(models.CLASSES, size=batch)),
+    )
+    params = net.params(seed)
+    # Momentum starts from zero, so that after one step it is the gradient.
+    state = params, jax.tree.map(np.zeros_like, params)
+    return Training(training_step(net), state, data, lambda state: state[1])
+
+
+class StepPeer:
     """A compiled step, which trains on one batch for as long as it is timed."""
 
-    def __init__(self, name: str, net: models.Net, params: Any, batch: Sequence[Any]) -> None:
+    def __init__(self, name: str, training: Training) -> None:
         self.name = name
-        self._batch = batch
+        self._training = training
         # Copies: the memory of a step's arguments becomes that of its results.
-        self._state = jax.tree.map(jnp.array, (params, jax.tree.map(np.zeros_like, params)))
-        jitted = jax.jit(training_step(net), donate_argnums=(0, 1))
+        self._state = jax.tree.map(jnp.array, training.state)
+        jitted = jax.jit(training.step, donate_argnums=0)
         with integration.installed(name == "ours"):
-            self._step = jitted.lower(*self._state, *batch).compile()
+            self._step = jitted.lower(self._state, *training.batch).compile()
 
-    def first(self) -> tuple[float, Any]:
-        """The loss and the gradients of the first step: momentum starts from zero.
+    def _advance(self) -> jax.Array:
+        self._state, loss = self._step(self._state, *self._training.batch)
+        return loss
 
-        The gradients are the peer's own state: they last until its next step.
-        """
-        *self._state, loss = self._step(*self._state, *self._batch)
-        return float(loss), self._state[1]
+    def first(self) -> tuple[list[float], Any]:
+        """The losses of the first steps, and the gradients of the first one."""
+        losses = [float(self._advance())]
+        gradients = jax.tree.map(jnp.copy, self._training.gradients(self._state))
+        return losses + [float(self._advance()) for _ in range(1, _LOSSES)], gradients
 
     def run(self, first: int, instances: int, calls: int) -> float:
         """As `timing.Peer.run` says."""
         del first
         start = time.perf_counter()
         for _ in range(instances * calls):
-            *self._state, _ = self._step(*self._state, *self._batch)
+            self._advance()
         jax.block_until_ready(self._state)
         return 1e6 * (time.perf_counter() - start) / (instances * calls)
 
-
-class _CallsPeer:
-    """Compiled functions that are called one after the other, their operands with them.
-
-    On a CPU each is waited for, since JAX would otherwise run several at once.
-    """
-
-    def __init__(self, name: str, calls: Sequence[tuple[Function, Sequence[Any]]]) -> None:
-        self.name = name
-        self._calls = calls
-        self.samples_us: list[list[float]] = [[] for _ in calls]  # of each function, on a CPU
-
-    def run(self, first: int, instances: int, calls: int) -> float:
-        """As `timing.Peer.run` says."""
-        del first
-        wait = not machine.is_gpu()
-        start = time.perf_counter()
-        for _ in range(instances * calls):
-            for (function, operands), samples in zip(self._calls, self.samples_us, strict=True):
-                began = time.perf_counter()
-                out = function(*operands)
-                if wait:
-                    out.block_until_ready()
-                    samples.append(1e6 * (time.perf_counter() - began))
-        out.block_until_ready()
-        return 1e6 * (time.perf_counter() - start) / (instances * calls)
+    def trace(self, step_us: float) -> dict[str, Any] | None:
+        """What `step_trace.trace` finds, given about how long a step takes."""
+        steps = max(2, int(_TRACE_S * 1e6 / step_us))
+        return step_trace.trace(self._step.as_text() or "", lambda: self.run(0, steps, 1))
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
@@ -107,123 +132,133 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layer:
-    """A geometry whose input gradient a step computes, and in how many places."""
+class Convolution:
+    """A map of a geometry in a step under `install()`, and in how many places.
 
-    workload: Workload
+    Attributes:
+        part: "y", "dx" or "dw".
+        map_: the same as a map.
+        geometry: of the forward convolution.
+        choice: what computes it.
+        bound: on its normwise error.
+        count: the places.
+    """
+
+    part: str
+    map_: Map
+    geometry: ConvGeometry
     choice: dispatch.Choice
+    bound: float
     count: int
 
+    @property
+    def multiply_adds(self) -> int:
+        """As they are counted for nets: products with padding too, those with dilation not."""
+        g = self.geometry
+        positions = g.in_sizes if max(g.lhs_dilation) > 1 else g.out_sizes
+        images = g.lhs_shape[g.dimension_numbers.lhs_spec[0]]
+        return self.count * images * math.prod(positions) * math.prod(g.rhs_shape)
 
-def _layers(net: models.Net, operands: Sequence[Any], precision: str) -> tuple[int, list[_Layer]]:
-    """How many convolutions a net has, and the input gradients of its step."""
-    params, *batch = operands
-    forward = jax.make_jaxpr(net.loss)(params, *batch)
-    convolutions = sum(
-        equation.primitive is lax.conv_general_dilated_p for equation in _equations(forward.jaxpr)
-    )
+
+def convolutions(training: Training, precision: str = "default") -> list[Convolution]:
+    """The convolutions of a step and their gradients, each geometry once."""
     with integration.installed():
-        step = jax.make_jaxpr(training_step(net))(params, params, *batch)
-    bound = [e.params for e in _equations(step.jaxpr) if e.primitive.name == "conv_input_grad"]
-    counts = collections.Counter((p["geometry"], p["precision"]) for p in bound)
+        step = jax.make_jaxpr(training.step)(training.state, *training.batch)
+    counts: dict[Any, int] = collections.Counter()
+    for equation in _equations(step.jaxpr):
+        params = dict(equation.params)
+        if equation.primitive is lax.conv_general_dilated_p:
+            del params["preferred_element_type"], params["out_sharding"]
+            asked = params.pop("precision")
+            shapes = [variable.aval.shape for variable in equation.invars]
+            geometry = ConvGeometry(lhs_shape=shapes[0], rhs_shape=shapes[1], **params)
+        elif equation.primitive.name in _PRIMITIVES:
+            geometry, asked = params["geometry"], params["precision"]
+        else:
+            continue
+        dtype = equation.outvars[0].aval.dtype.name
+        counts[equation.primitive.name, geometry, dtype, asked] += 1
     found = []
-    for index, ((geometry, canonical), count) in enumerate(counts.items()):
-        choice = dispatch.choose(geometry, net.dtype, machine.lowering_platform(), None, canonical)
-        workload = Workload(
-            layers.of_geometry(geometry, net.title, index=index), "dx", net.dtype, precision
+    for (name, geometry, dtype, asked), count in counts.items():
+        part, map_ = _PRIMITIVES[name]
+        choice = dispatch.choose(
+            geometry, dtype, machine.lowering_platform(), None, asked, map_=map_
         )
-        found.append(_Layer(workload, choice, count))
-    return convolutions, found
+        tf32 = machine.is_gpu() and dtype == "float32" and precision != "highest"
+        bound = tolerance("tf32" if tf32 else dtype, reduction_taps(geometry, map_))
+        found.append(Convolution(part, map_, geometry, choice, bound, count))
+    return found
 
 
-def _layer_row(layer: _Layer) -> Report:
-    choice = layer.choice
-    return {
-        "geometry": layers.short(layer.workload.geometry),
-        "count": layer.count,
-        "implementation": choice.implementation,
-        "kernel": choice.kernel,
-        "reason": choice.reason,
-        "bound": None,
-        "errors": {},
-        "times_us": {},
-    }
+def _kernels(found: Sequence[Convolution]) -> dict[str, dict[str, int]]:
+    counts: dict[str, dict[str, int]] = {"y": {}, "dx": {}, "dw": {}}
+    for each in found:
+        kernel = each.choice.kernel or "lax"
+        counts[each.part][kernel] = counts[each.part].get(kernel, 0) + each.count
+    return counts
 
 
-def measure_net(name: str, *, dtype: str, batch: int, image: int, seconds: float,
-                precision: str, seed: int) -> Report:  # fmt: skip
-    """Checks and times one net.
+def measure(
+    training: Training,
+    smooth: Training,
+    *,
+    seconds: float,
+    precision: str = "default",
+    exact: Training | None = None,
+    peers: Sequence[timing.Peer] = (),
+) -> Report:
+    """Checks, times and takes apart the steps of one net.
 
     Args:
-        name: a key of `models.NETS`.
-        dtype: as `models.Net` has it.
-        batch: images.
-        image: their height and width.
+        training: the net.
+        smooth: the same net with smooth functions for ReLU and the maximum of a window, of
+            which losses and gradients are compared.
         seconds: time to spend on timing.
         precision: "default" or "highest", of every product.
-        seed: of parameters, images and labels.
+        exact: `smooth` in float32, for a net in 16 bits.
+        peers: others to be timed in turns with lax and ours.
 
     Returns:
-        The net's object, as `step` documents it.
+        The net's object, as `step` documents it, from `convolutions` on.
     """
-    net = dataclasses.replace(models.NETS[name], dtype=dtype)
-    rng = np.random.default_rng(seed)
-    params = net.params(seed)
-    data = (
-        jnp.asarray(rng.standard_normal((batch, image, image, 3), dtype=np.float32)),
-        jnp.asarray(rng.integers(models.CLASSES, size=batch)),
-    )
     with jax.default_matmul_precision(precision):
-        convolutions, found = _layers(net, (params, *data), precision)
+        found = convolutions(training, precision)
+        if not any(each.part == "dx" for each in found):
+            raise ToolError(f"install() changes nothing here: {dispatch.SWITCH}=off")
+        kernels = _kernels(found)
         report: Report = {
-            "net": name,
-            "title": net.title,
-            "dtype": dtype,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-            "batch": batch,
-            "image": image,
-            "convolutions": convolutions,
-            "input_gradients": sum(layer.count for layer in found),
-            "native": sum(x.count for x in found if x.choice.implementation == "native"),
-            "kernels": {},
-            "layers": [_layer_row(layer) for layer in found],
+            "convolutions": {part: sum(of.values()) for part, of in kernels.items()},
+            "kernels": kernels,
+            "multiply_adds": sum(each.multiply_adds for each in found if each.part == "y"),
             "failures": [],
         }
-        for layer in found:
-            kernel = layer.choice.kernel or "lax"
-            report["kernels"][kernel] = report["kernels"].get(kernel, 0) + layer.count
-        if not found:
-            raise ToolError(f"install() changes nothing of {net.title} here: {dispatch.SWITCH}=off")
-        steps = [_StepPeer(program, net, params, data) for program in PROGRAMS]
-        _compare(report, found, net, params, data)
-        on_device = jax.tree.map(jnp.asarray, params)
-        losses = {}
-        for program in PROGRAMS:
-            with integration.installed(program == "ours"):
-                losses[program] = jax.jit(net.loss).lower(on_device, *data).compile()
-    gradients = _input_gradients(report, found, seed)
+        _compare(report, found, smooth, exact)
+        steps = [StepPeer(program, training) for program in PROGRAMS]
     if report["failures"]:
         return report
-    forwards = [
-        _CallsPeer(f"forward_{program}", [(loss, (on_device, *data))])
-        for program, loss in losses.items()
-    ]
     timings = timing.measure(
-        [*steps, *forwards, *gradients], pool=1, batched=machine.is_gpu(), row_seconds=seconds
+        [*steps, *peers], pool=1, batched=machine.is_gpu(), row_seconds=seconds
     )
-    _derive(report, timings)
-    for program, peer in zip(PROGRAMS, gradients, strict=True):
-        index = 0
-        for row in report["layers"]:
-            of_all = [peer.samples_us[index + i] for i in range(row["count"])]
-            index += row["count"]
-            samples = [us for each in of_all for us in each]
-            row["times_us"][program] = statistics.median(samples) if samples else None
+    report["times_us"] = {name: results.time_entry(of) for name, of in timings.items()}
+    report["ratios"] = {
+        name: results.ratio_entry(timings["ours"].ratio_of(of))
+        for name, of in timings.items()
+        if name != "ours"
+    }
+    report |= {"parts_us": {}, "rest_us": {}}
+    for step in steps:
+        us = report["times_us"][step.name]["median"]
+        # A GPU's operations are not the host's.
+        parts = None if machine.is_gpu() else step.trace(us)
+        if parts is not None:
+            shares = parts["shares"]
+            report["parts_us"][step.name] = {part: us * of for part, of in shares.items()}
+            report["rest_us"][step.name] = {name: us * of for name, of in parts["rest"][:_LISTED]}
     return report
 
 
 def _compare(
-    report: Report, found: Sequence[_Layer], net: models.Net, params: Any, data: Sequence[Any]
+    report: Report, found: Sequence[Convolution], smooth: Training, exact: Training | None
 ) -> None:
     """Compares losses and gradients of the two programs.
 
@@ -231,70 +266,27 @@ def _compare(
     two right programs are far apart; ours is compared with the step in float32 then, from
     which it may be twice as far as lax's.
     """
-    smooth = net.smooth()
-    firsts = [_StepPeer(program, smooth, params, data).first() for program in PROGRAMS]
-    (lax_loss, lax_gradients), (our_loss, our_gradients) = firsts
+    firsts = {program: StepPeer(program, smooth).first() for program in PROGRAMS}
+    losses = {program: of for program, (of, _) in firsts.items()}
+    gradients = {program: of for program, (_, of) in firsts.items()}
     # The error of one layer reaches every layer after it in either direction, so that those
     # of all may add up; forwards and backwards, and either program has its own.
-    bound = 4 * sum(layer.count * layer.workload.bound for layer in found)
-    reference = lax_gradients
-    if net.dtype in ("bfloat16", "float16"):
-        exact = dataclasses.replace(smooth, dtype="float32")
-        _, reference = _StepPeer("lax", exact, params, data).first()
-    off = jax.tree.map(lambda a, b: float(distance(a, b)), lax_gradients, reference)
+    bound = 4 * sum(each.count * each.bound for each in found if each.part != "dw")
+    reference = gradients["lax"]
+    if exact is not None:
+        _, reference = StepPeer("lax", exact).first()
+    off = jax.tree.map(lambda a, b: float(distance(a, b)), gradients["lax"], reference)
     bound = max(bound, 2 * max(jax.tree.leaves(off)))
-    apart = jax.tree.map(lambda a, b: float(distance(a, b)), our_gradients, reference)
+    apart = jax.tree.map(lambda a, b: float(distance(a, b)), gradients["ours"], reference)
     path, worst = max(jax.tree.leaves_with_path(apart), key=lambda leaf: leaf[1])
-    loss_error = abs(our_loss - lax_loss) / abs(lax_loss)
-    report.update(
-        losses={"lax": lax_loss, "ours": our_loss},
-        loss_error=loss_error,
-        gradient_error=worst,
-        bound=bound,
+    loss_error = max(
+        abs(ours - lax) / abs(lax) for lax, ours in zip(losses["lax"], losses["ours"], strict=True)
     )
+    report.update(losses=losses, loss_error=loss_error, gradient_error=worst, bound=bound)
     if not loss_error <= bound:
-        message = f"{our_loss}, {loss_error:.3e} away from lax's {lax_loss}, above {bound:.3e}"
-        report["failures"].append({"what": "loss", "message": message})
+        message = f"{losses}, {loss_error:.3e} apart, above {bound:.3e}"
+        report["failures"].append({"what": "losses", "message": message})
     # Written so that NaN fails, wherever the maximum has found it.
     if not all(error <= bound for error in jax.tree.leaves(apart)):
         message = f"of params{jax.tree_util.keystr(path)} {worst:.3e} apart, above {bound:.3e}"
         report["failures"].append({"what": "gradients", "message": message})
-
-
-def _input_gradients(report: Report, found: Sequence[_Layer], seed: int) -> list[_CallsPeer]:
-    """The peers dx_lax and dx_ours, once every layer agrees with float64."""
-    calls: dict[str, list[tuple[Function, Any]]] = {program: [] for program in PROGRAMS}
-    for layer, row in zip(found, report["layers"], strict=True):
-        workload = layer.workload
-        pool = make_pool(workload, seed, layer.count)
-        trusted = reference(workload, pool[0])
-        row["bound"] = trusted.bound
-        on_device = [tuple(map(jnp.asarray, pair)) for pair in pool]
-        for program, function in (
-            ("lax", workload.lax_function()),
-            ("ours", workload.our_function(None)),
-        ):
-            compiled = jax.jit(function).lower(*on_device[0]).compile()
-            row["errors"][program] = error = trusted.error(compiled(*on_device[0]))
-            if program == "ours" and not error <= trusted.bound:
-                message = f"normwise error {error:.3e} above {trusted.bound:.3e}"
-                report["failures"].append({"what": row["geometry"], "message": message})
-            calls[program] += [(compiled, pair) for pair in on_device]
-    return [_CallsPeer(f"dx_{program}", calls[program]) for program in PROGRAMS]
-
-
-def _derive(report: Report, timings: dict[str, timing.Timing]) -> None:
-    """Adds times and what follows from them."""
-    us = {name: of.us.median for name, of in timings.items()}
-    rest = us["lax"] - us["forward_lax"] - us["dx_lax"]
-    report.update(
-        times_us={name: results.time_entry(of) for name, of in timings.items()},
-        speedup=results.ratio_entry(timings["ours"].ratio_of(timings["lax"])),
-        dx_speedup=results.ratio_entry(timings["dx_ours"].ratio_of(timings["dx_lax"])),
-        backward_us=us["lax"] - us["forward_lax"],
-        dx_of_backward=us["dx_lax"] / (us["lax"] - us["forward_lax"]),
-        dx_of_step=us["dx_lax"] / us["lax"],
-        # None where the layers alone took longer than the step.
-        ceiling=us["lax"] / rest if rest > 0 else None,
-        expected=us["lax"] / (rest + us["forward_ours"] + us["dx_ours"]) if rest > 0 else None,
-    )

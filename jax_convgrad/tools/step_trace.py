@@ -1,0 +1,135 @@
+"""Where the time of a compiled step goes, by a trace of XLA's operations on a CPU.
+
+Every operation of the compiled program is an event, named as in the program's text, whose
+metadata say which primitive of JAX it stems from. Operations run at the same time where the
+program lets them: each instant is divided among those that run then, so that all parts
+together, and the time in which none runs, are the whole. What XLA adds around lax's own
+convolutions, such as a flipped filter, may have no name; it counts as the rest.
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+# The parts of a step. Of lax's own convolutions nothing tells the two gradients apart.
+PARTS = {
+    "y": "conv y",
+    "dx": "conv dX",
+    "dw": "conv dW",
+    "dx_dw": "conv dX and dW",
+    "pool": "pooling and its gradient",
+    "rest": "the rest",
+}
+_PRIMITIVES = {"conv_forward": "y", "conv_input_grad": "dx", "conv_filter_grad": "dw"}
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([\w-]+)\((.*)$", re.MULTILINE)
+_CALLERS = ("while", "call", "conditional")  # whose time is that of the operations inside
+# XLA writes the gradient of a maximum out as these, not all of which have metadata.
+_POOLING = re.compile("iota|reduce-window|scatter|concatenate")
+
+Event = tuple[float, float, str]
+
+
+def instructions(text: str) -> dict[str, tuple[str, str]]:
+    """By instruction of a compiled program's text, its opcode and the name that JAX gave it."""
+    found = {}
+    for name, opcode, rest in _INSTRUCTION.findall(text):
+        path = re.search(r'op_name="([^"]*)"', rest)
+        found[name] = (opcode, path[1] if path else "")
+    return found
+
+
+def part_of(name: str, path: str, pools: bool = True) -> str:
+    """The key in PARTS of an instruction.
+
+    Args:
+        name: its own.
+        path: the name that JAX gave it.
+        pools: whether its program has the gradient of a maximum.
+    """
+    steps = path.split("/")
+    for primitive, part in _PRIMITIVES.items():
+        if primitive in steps:
+            return part
+    if "conv_general_dilated" in steps:
+        return "dx_dw" if "transpose(" in path else "y"
+    if "reduce_window" in path or "select_and_scatter" in path:
+        return "pool"
+    return "pool" if pools and not path and _POOLING.search(name) else "rest"
+
+
+def divided(events: list[Event]) -> dict[str, float]:
+    """The time of each operation, from (start, end, operation), "" for when none ran.
+
+    Operations that run together have equal parts of that time.
+    """
+    bounds = [(start, True, name) for start, _, name in events]
+    bounds += [(end, False, name) for _, end, name in events]
+    bounds.sort(key=lambda bound: bound[0])
+    running: dict[str, int] = collections.Counter()
+    time: dict[str, float] = collections.defaultdict(float)
+    last = bounds[0][0] if bounds else 0.0
+    for at, starts, name in bounds:
+        active = [each for each, number in running.items() if number] or [""]
+        for each in active:
+            time[each] += (at - last) / len(active)
+        running[name] += 1 if starts else -1
+        last = at
+    return dict(time)
+
+
+def _events(folder: str, known: dict[str, tuple[str, str]]) -> Iterator[Event]:
+    for path in pathlib.Path(folder).rglob("*.xplane.pb"):
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            for line in plane.lines:
+                for event in line.events:
+                    # Of an operation that outlives its call a second event marks the end.
+                    opcode, _ = known.get(event.name, ("", ""))
+                    if opcode and opcode not in _CALLERS and "hlo_op" in dict(event.stats):
+                        yield event.start_ns, event.start_ns + event.duration_ns, event.name
+
+
+def trace(text: str, run: Callable[[], Any]) -> dict[str, Any] | None:
+    """Traces some steps of a compiled program.
+
+    Args:
+        text: the program's, `compiled.as_text()`.
+        run: runs some steps and waits for them.
+
+    Returns:
+        {shares, rest}: by key in PARTS its share of the time, those that there are; and of the
+        rest [operation, share], the costliest first. None where no operation was seen.
+    """
+    known = instructions(text)
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = 3
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder, profiler_options=options)
+        try:
+            run()
+        finally:
+            jax.profiler.stop_trace()
+        time = divided(sorted(_events(folder, known)))
+    pools = "select_and_scatter" in text
+    total = sum(time.values())
+    if not total:
+        return None
+    shares: dict[str, float] = collections.defaultdict(float)
+    rest: dict[str, float] = collections.defaultdict(float)
+    for name, of_it in time.items():
+        path = known[name][1] if name else ""
+        part = part_of(name, path, pools) if name else "rest"
+        shares[part] += of_it / total
+        if part == "rest":
+            kind = re.sub(r"[.\d]+$", "", name) or "no operation"
+            origin = path.rpartition("/")[2]
+            rest[f"{kind} ({origin})" if origin else kind] += of_it / total
+    ordered = {part: shares[part] for part in PARTS if part in shares}
+    return {"shares": ordered, "rest": sorted(rest.items(), key=lambda item: -item[1])}
