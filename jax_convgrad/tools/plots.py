@@ -185,7 +185,7 @@ def _roofline(axis: Any, report: dict[str, Any], class_names: list[str]) -> None
 
 
 # Of a step: what the legend says, and the colour.
-_PART_COLOURS = {"y": "#2b6f9e", "dx": "#d1495b", "dw": "#e8a33d", "dx_dw": "#dd7849",
+_PART_COLOURS = {"y": "#2b6f9e", "dx": "#d1495b", "dw": "#e8a33d", "conv": "#5f7383",
                  "pool": "#7a9e6e", "rest": "#c9d0d6"}  # fmt: skip
 _WHOLE = "#8a7fb0"  # a step that nobody took apart
 

@@ -189,6 +189,7 @@ def report_all(
     options: dict[str, Any],
     json_path: pathlib.Path | None,
     png_path: pathlib.Path | None,
+    **described: Any,
 ) -> int:
     """Measures nets one after the other, and prints, writes and draws them.
 
@@ -198,6 +199,7 @@ def report_all(
         options: the command's.
         json_path: rewritten after each net, so that a run that is cut leaves what it measured.
         png_path: of the picture.
+        **described: what the JSON holds besides.
 
     Returns:
         The exit status: 1 if a result was wrong.
@@ -206,7 +208,8 @@ def report_all(
         require("matplotlib", "--png")
     results.check_writable(json_path, png_path)
     console = Console()
-    report: Report = machine.describe() | {"options": options, "complete": False, "nets": []}
+    report: Report = machine.describe() | {"options": options} | described
+    report |= {"complete": False, "nets": []}
     for name in names:
         net = measured(name)
         report["nets"].append(net)

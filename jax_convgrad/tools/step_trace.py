@@ -3,8 +3,7 @@
 Every operation of the compiled program is an event, named as in the program's text, whose
 metadata say which primitive of JAX it stems from. Operations run at the same time where the
 program lets them: each instant is divided among those that run then, so that all parts
-together, and the time in which none runs, are the whole. What XLA adds around lax's own
-convolutions, such as a flipped filter, may have no name; it counts as the rest.
+together, and the time in which none runs, are the whole.
 """
 
 from __future__ import annotations
@@ -13,26 +12,23 @@ import collections
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
-# The parts of a step. Of lax's own convolutions nothing tells the two gradients apart.
+# The parts of a step. Of lax's own convolutions XLA loses which of the three maps they are.
 PARTS = {
     "y": "conv y",
     "dx": "conv dX",
     "dw": "conv dW",
-    "dx_dw": "conv dX and dW",
+    "conv": "convolutions by lax",
     "pool": "pooling and its gradient",
     "rest": "the rest",
 }
 _PRIMITIVES = {"conv_forward": "y", "conv_input_grad": "dx", "conv_filter_grad": "dw"}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([\w-]+)\((.*)$", re.MULTILINE)
 _CALLERS = ("while", "call", "conditional")  # whose time is that of the operations inside
-# XLA writes the gradient of a maximum out as these, not all of which have metadata.
-_POOLING = re.compile("iota|reduce-window|scatter|concatenate")
-
 Event = tuple[float, float, str]
 
 
@@ -45,23 +41,38 @@ def instructions(text: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def part_of(name: str, path: str, pools: bool = True) -> str:
+def part_of(name: str, path: str, unnamed: Mapping[str, re.Pattern[str]]) -> str:
     """The key in PARTS of an instruction.
 
     Args:
         name: its own.
         path: the name that JAX gave it.
-        pools: whether its program has the gradient of a maximum.
+        unnamed: what `unnamed_parts` finds in its program.
     """
     steps = path.split("/")
     for primitive, part in _PRIMITIVES.items():
         if primitive in steps:
             return part
     if "conv_general_dilated" in steps:
-        return "dx_dw" if "transpose(" in path else "y"
+        return "conv"
     if "reduce_window" in path or "select_and_scatter" in path:
         return "pool"
-    return "pool" if pools and not path and _POOLING.search(name) else "rest"
+    if not path:
+        return next((part for part, names in unnamed.items() if names.search(name)), "rest")
+    return "rest"
+
+
+def unnamed_parts(text: str) -> dict[str, re.Pattern[str]]:
+    """How XLA calls what it writes in the place of an operation, and JAX's name is lost.
+
+    That is the gradient of a maximum, and lax's filter gradient with the copies around it.
+    """
+    found = {}
+    if "select_and_scatter" in text:
+        found["pool"] = re.compile("iota|reduce-window|scatter|concatenate")
+    if re.search(r'op_name="[^"]*/conv_general_dilated', text):
+        found["conv"] = re.compile("conv|ynn|reverse|transpose")
+    return found
 
 
 def divided(events: list[Event]) -> dict[str, float]:
@@ -117,7 +128,7 @@ def trace(text: str, run: Callable[[], Any]) -> dict[str, Any] | None:
         finally:
             jax.profiler.stop_trace()
         time = divided(sorted(_events(folder, known)))
-    pools = "select_and_scatter" in text
+    unnamed = unnamed_parts(text)
     total = sum(time.values())
     if not total:
         return None
@@ -125,7 +136,7 @@ def trace(text: str, run: Callable[[], Any]) -> dict[str, Any] | None:
     rest: dict[str, float] = collections.defaultdict(float)
     for name, of_it in time.items():
         path = known[name][1] if name else ""
-        part = part_of(name, path, pools) if name else "rest"
+        part = part_of(name, path, unnamed) if name else "rest"
         shares[part] += of_it / total
         if part == "rest":
             kind = re.sub(r"[.\d]+$", "", name) or "no operation"
