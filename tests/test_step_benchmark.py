@@ -62,9 +62,11 @@ def test_a_net_has_the_published_size(name):
 
 
 @pytest.mark.native
-def test_it_writes_and_draws_a_net(tmp_path, capsys):
+def test_it_writes_and_draws_a_net(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     pytest.importorskip("torch")
+    tiniest = dataclasses.replace(TINY["convnext"], widths=(4, 8), depths=(1, 0))
+    monkeypatch.setitem(TINY, "convnext", tiniest)
     options = ("--tiny", "--net", "convnext", "--seconds", "0.01")
     files = [tmp_path / f"step.{kind}" for kind in ("json", "png")]
     assert step.main([*options, "--json", str(files[0]), "--png", str(files[1])]) == 0

@@ -83,14 +83,15 @@ def divided(events: list[Event]) -> dict[str, float]:
     bounds = [(start, True, name) for start, _, name in events]
     bounds += [(end, False, name) for _, end, name in events]
     bounds.sort(key=lambda bound: bound[0])
-    running: dict[str, int] = collections.Counter()
+    running: collections.Counter[str] = collections.Counter()
     time: dict[str, float] = collections.defaultdict(float)
     last = bounds[0][0] if bounds else 0.0
     for at, starts, name in bounds:
-        active = [each for each, number in running.items() if number] or [""]
-        for each in active:
-            time[each] += (at - last) / len(active)
+        for each in running or ("",):
+            time[each] += (at - last) / max(1, len(running))
         running[name] += 1 if starts else -1
+        if not running[name]:
+            del running[name]
         last = at
     return dict(time)
 

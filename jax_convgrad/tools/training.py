@@ -27,7 +27,7 @@ from .geometries import reduction_taps, tolerance
 PROGRAMS = ("lax", "ours")
 _MOMENTUM, _LEARNING_RATE = 0.9, 0.01
 _LOSSES = 3  # steps whose losses are compared
-_TRACE_S = 0.5  # at least two steps, however long they take
+_TRACE_S, _TRACED_STEPS = 0.5, (2, 10)  # for so long, but at least and at most so many
 # A parameter whose gradient is nothing but rounding, such as an offset before batch norm, is
 # compared at this part of the norm of all gradients.
 _LEAST_NORM = 1e-2
@@ -123,7 +123,8 @@ class StepPeer:
 
     def trace(self, step_us: float) -> dict[str, Any] | None:
         """What `step_trace.trace` finds, given about how long a step takes."""
-        steps = max(2, int(_TRACE_S * 1e6 / step_us))
+        least, most = _TRACED_STEPS
+        steps = min(most, max(least, int(_TRACE_S * 1e6 / step_us)))
         return step_trace.trace(self._step.as_text() or "", lambda: self.run(0, steps, 1))
 
 
