@@ -14,6 +14,7 @@ docstring says what the JSON holds (jax_convgrad/tools/step.py). Here are beside
       torch                     None where it is no peer, else {parameters, multiply_adds, losses,
                                 memory_format, times_us}: the faster format, and the times of each.
                                 A net of other sizes than JAX's is a failure
+      notes                     what else is printed
     and "torch" among times_us and ratios, in the faster format.
 
 A line in red is a net that takes longer than a peer's.
@@ -168,6 +169,7 @@ def _take_faster(report: Report, peers: Sequence[TorchStep], counts: dict[str, A
     report["times_us"]["torch"], report["ratios"]["torch"] = times[best], ratios[best]
     counts["memory_format"] = best.split()[1]
     counts["times_us"] = {name.split()[1]: us for name, us in times.items()}
+    report["notes"] = [f"{name}: {us['median'] / 1e3:.4g} ms" for name, us in times.items()]
 
 
 def measure_net(name: str, *, torch: Any, tiny: bool, seconds: float, seed: int) -> Report:

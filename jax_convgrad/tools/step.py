@@ -71,6 +71,7 @@ def describe(net: Report) -> list[tuple[str, str]]:
             + (f", {ratio['median']:.3g}x ours" if ratio else "") + lost,
             "red" if lost else "",
         ))  # fmt: skip
+    lines += [(f"  {note}", "") for note in net.get("notes", ())]
     if parts := net.get("parts_us"):
         rows = [
             (
