@@ -134,6 +134,13 @@ def test_time_is_divided_among_what_runs_together():
     assert step_trace.divided([]) == {}
 
 
+def test_an_operation_lasts_until_it_has_ended():
+    events = [(0.0, 1.0, "a"), (2.0, 3.0, "b"), (5.0, 9.0, "a")]
+    assert step_trace.completed(events, {"a": [4.0, 8.0], "b": []}) == [
+        (0.0, 4.0, "a"), (2.0, 3.0, "b"), (5.0, 9.0, "a")
+    ]  # fmt: skip
+
+
 def test_instructions_have_the_part_of_their_primitive():
     text = """
   %conv_input_grad.3 = f32[2,4]{1,0} custom-call(%a), metadata={op_name="jit(f)/conv_input_grad"}

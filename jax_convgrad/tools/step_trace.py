@@ -9,10 +9,11 @@ together, and the time in which none runs, are the whole.
 from __future__ import annotations
 
 import collections
+import math
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +30,8 @@ PARTS = {
 _PRIMITIVES = {"conv_forward": "y", "conv_input_grad": "dx", "conv_filter_grad": "dw"}
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*?[\])}] ([\w-]+)\((.*)$", re.MULTILINE)
 _CALLERS = ("while", "call", "conditional")  # whose time is that of the operations inside
+_END = "end: "  # an event by this name follows, on any thread
+
 Event = tuple[float, float, str]
 
 
@@ -96,15 +99,35 @@ def divided(events: list[Event]) -> dict[str, float]:
     return dict(time)
 
 
-def _events(folder: str, known: dict[str, tuple[str, str]]) -> Iterator[Event]:
+def completed(events: Sequence[Event], ends: Mapping[str, Sequence[float]]) -> list[Event]:
+    """Events that last until their operation has ended.
+
+    Args:
+        events: calls of operations, each over when the call returns.
+        ends: by operation, when one that outlived its call ended.
+    """
+    later: dict[str, float] = {}  # when the operation is called the next time
+    found = []
+    for start, end, name in sorted(events, reverse=True):
+        until = later.get(name, math.inf)
+        found.append((start, max([end, *(at for at in ends[name] if start <= at < until)]), name))
+        later[name] = start
+    return found[::-1]
+
+
+def _events(folder: str, known: Mapping[str, tuple[str, str]]) -> list[Event]:
+    events: list[Event] = []
+    ends: dict[str, list[float]] = collections.defaultdict(list)
     for path in pathlib.Path(folder).rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-            for line in plane.lines:
-                for event in line.events:
-                    # Of an operation that outlives its call a second event marks the end.
-                    opcode, _ = known.get(event.name, ("", ""))
-                    if opcode and opcode not in _CALLERS and "hlo_op" in dict(event.stats):
-                        yield event.start_ns, event.start_ns + event.duration_ns, event.name
+            for event in (event for line in plane.lines for event in line.events):
+                if event.name.startswith(_END):
+                    ends[event.name.removeprefix(_END)].append(event.start_ns)
+                    continue
+                opcode, _ = known.get(event.name, ("", ""))
+                if opcode and opcode not in _CALLERS and "hlo_op" in dict(event.stats):
+                    events.append((event.start_ns, event.start_ns + event.duration_ns, event.name))
+    return completed(events, ends)
 
 
 def trace(text: str, run: Callable[[], Any]) -> dict[str, Any] | None:
@@ -128,7 +151,7 @@ def trace(text: str, run: Callable[[], Any]) -> dict[str, Any] | None:
             run()
         finally:
             jax.profiler.stop_trace()
-        time = divided(sorted(_events(folder, known)))
+        time = divided(_events(folder, known))
     unnamed = unnamed_parts(text)
     total = sum(time.values())
     if not total:
