@@ -239,13 +239,14 @@ def _step_bars(axis: Any, net: dict[str, Any], handles: dict[str, Any]) -> None:
         axis.errorbar([middle], [height], xerr=[[middle - q1], [q3 - middle]], color=_INK,
                       capsize=3, elinewidth=1)  # fmt: skip
         ratio = net["ratios"].get(name)
-        text = f"{middle:.3g}" + ("" if ratio is None else f"  ({ratio['median']:.3g}x)")
+        text = (f"{middle:.0f}" if middle >= 100 else f"{middle:.3g}") + (
+            "" if ratio is None else f"  ({ratio['median']:.3g}x)"
+        )
         axis.annotate(text, (max(q3, left), height), xytext=(5, 0), textcoords="offset points",
                       va="center", fontsize=9)  # fmt: skip
-    axis.set_xlim(0, 1.25 * max(us["q3"] for us in net["times_us"].values()) / 1e3)
+    axis.set_xlim(0, 1.35 * max(us["q3"] for us in net["times_us"].values()) / 1e3)
     axis.set_ylim(len(names) - 0.5, -0.5)
-    shown = {"ours": "jax_convgrad", "torch": "PyTorch",
-             "torch_channels_last": "PyTorch,\nchannels last"}  # fmt: skip
+    shown = {"ours": "jax_convgrad", "torch": "PyTorch"}
     axis.set_yticks(range(len(names)), [shown.get(name, name) for name in names])
     axis.set_title(
         f"{net['title']}, batch {net['batch']} of {'x'.join(map(str, net['image']))}",
