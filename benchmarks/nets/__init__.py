@@ -62,7 +62,7 @@ SPECS = {
     "convnext": Spec("ConvNeXt-Atto", "convnext", (40, 80, 160, 320), (2, 2, 6, 2)),
     "unet": Spec("U-Net", "unet", (32, 64, 128, 256, 512), (), (128, 128), 2, outputs=21,
                  target="class map"),
-    "tasnet": Spec("Conv-TasNet", "tasnet", (256, 128, 256), (8, 8), (8000,), 4, 1, 1, "signal"),
+    "tasnet": Spec("Conv-TasNet", "tasnet", (256, 128, 256), (8, 8), (8000,), 2, 1, 1, "signal"),
     "resnet3d": Spec("3-D ResNet-10", "resnet", (32, 64, 128, 256), (1, 1, 1, 1), (32, 64, 64),
                      4, outputs=400),
 }  # fmt: skip
