@@ -21,6 +21,7 @@
 #include "cpu/job.h"
 #include "cpu/planner/canonical.h"
 #include "cpu/planner/isa.h"
+#include "cpu/planner/padded_rows.h"
 #include "kernel.h"
 #include "phase.h"
 
@@ -402,6 +403,23 @@ bool IsTooSmallToShare(const Problem& p) {
          kLeastShared;
 }
 
+namespace {
+
+// Rows are padded where gemm runs them and the workspace holds that, too. It also holds
+// what the problem wants as it is, for a filter that is not finite.
+PaddedRows PadRowsWithin(const Problem& problem, int64_t* bytes) {
+  PaddedRows padded = PadRows(problem);
+  if (!padded.serves) return padded;
+  const int64_t copies = padded.dy_bytes + padded.filter_bytes;
+  const int64_t as_is = LayOut(Folded(problem), Kernel::kGemm).bytes;
+  padded.problem.workspace_limit = problem.workspace_limit - copies;
+  *bytes = std::max(as_is, copies + LayOut(Folded(padded.problem), Kernel::kGemm).bytes);
+  padded.serves = *bytes <= problem.workspace_limit;
+  return padded;
+}
+
+}  // namespace
+
 bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
   int64_t w_at;
   Problem problem = Canonical(given, &w_at);
@@ -412,6 +430,9 @@ bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
     const Problem run = chosen == Kernel::kGemm ? Folded(problem) : problem;
     plan->workspace_bytes = LayOut(run, chosen).bytes;
     packs_little = PacksLittle(run, chosen);
+    if (int64_t bytes; chosen == Kernel::kGemm && PadRowsWithin(problem, &bytes).serves) {
+      plan->workspace_bytes = bytes;
+    }
     return true;
   };
   const auto fits = [&] { return plan->workspace_bytes <= problem.workspace_limit; };
@@ -483,11 +504,21 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
   Kernel kernel;
   if (!Choose(problem, plan.kernel, &name, &kernel)) return;
 
+  unsigned char* base = static_cast<unsigned char*>(workspace);
+  AskForLargePages(base, plan.workspace_bytes);
+  if (int64_t bytes; kernel == Kernel::kGemm) {
+    const PaddedRows padded = PadRowsWithin(problem, &bytes);
+    if (padded.serves && PackPaddedRows(problem, padded, dy, w, base, parallel_for)) {
+      dy = base;
+      w = base + padded.dy_bytes + padded.w_at * SizeInBytes(problem.dtype);
+      base += padded.dy_bytes + padded.filter_bytes;
+      problem = padded.problem;
+    }
+  }
+
   CpuArgs args{};
   args.problem = kernel == Kernel::kGemm ? Folded(problem) : problem;
   const Workspace at = LayOut(args.problem, kernel);
-  unsigned char* base = static_cast<unsigned char*>(workspace);
-  AskForLargePages(base, at.bytes);
   AskForLargePages(dx, problem.batch * problem.groups * problem.in_channels *
                            problem.axis[0].in * problem.axis[1].in * problem.axis[2].in *
                            SizeInBytes(problem.dtype));

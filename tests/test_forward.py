@@ -11,7 +11,7 @@ from conftest import SEED
 from jax import lax
 
 import jax_convgrad
-from jax_convgrad import dispatch, native
+from jax_convgrad import custom_call, dispatch, native
 from jax_convgrad.geometry import ConvGeometry
 from jax_convgrad.maps import FORWARD
 from jax_convgrad.primitive import bind_forward
@@ -69,6 +69,49 @@ RUNS = {
 }
 
 
+# Few channels, whose padded rows are copied (csrc/cpu/planner/padded_rows.h), and the gradient
+# for an input of many channels of such a convolution's transpose.
+PADDED = {
+    "a stem": make_geometry((21, 19), (7, 7), (3, 17), stride=2, padding=3),
+    "a stem, first": make_geometry(
+        (12, 15), (3, 3), (3, 16), stride=2, padding=((0, 1), (1, 2)), dimension_numbers="first"
+    ),
+    "cropped in front": make_geometry((9, 17), (3, 5), (2, 20), padding=((1, 1), (-3, 2))),
+    "cropped behind": make_geometry((9, 17), (3, 5), (8, 20), stride=(1, 3), padding=-2),
+    "wider than x": make_geometry((5, 3), (3, 9), (1, 33), padding=((1, 1), (5, 6))),
+    "one result": make_geometry((4, 4), (4, 4), (3, 16), padding=((0, 0), (1, 0)), stride=4),
+    "three axes": make_geometry((5, 6, 7), (3, 3, 3), (3, 18), stride=(1, 2, 2), padding=1),
+    "patches, first": make_geometry((12, 12), (4, 4), (3, 40), stride=4, dimension_numbers="first"),
+    "along a signal": make_geometry((301,), (25,), (2, 33), batch=3, stride=4, padding=12),
+}
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", PADDED)
+def test_padded_rows_of_few_channels(rng, x64, name, dtype):
+    check_kernels(rng, PADDED[name], dtype)
+
+
+def test_a_program_with_less_workspace_copies_no_rows(rng):
+    """As one does that was stored before rows were copied."""
+    g = PADDED["a stem"]
+    x, w = operands(rng, g, "float32")
+    wanted = dispatch.plan(g, "float32", "cpu", None, "gemm", map_=FORWARD).workspace_bytes
+    layouts = custom_call.layouts(g, "cpu")
+    call = jax.ffi.ffi_call(
+        native.FORWARD_TARGET,
+        (
+            jax.ShapeDtypeStruct(g.out_shape, "float32"),
+            jax.ShapeDtypeStruct((wanted - 64,), "uint8"),
+        ),
+        input_layouts=layouts[:2],
+        output_layouts=(layouts[2], (0,)),
+    )
+    y, _ = jax.jit(functools.partial(call, **custom_call.attributes(g, "cpu", None, "gemm")))(x, w)
+    expected = references.by_definition(FORWARD, x, w, g)
+    assert normwise_error(y, expected) <= tolerance("float32", 147)
+
+
 # Rows of x that pixels in lanes read every other, third or fourth element of.
 in_rows = functools.partial(make_geometry, dimension_numbers="first")
 STRANDS = {
@@ -107,9 +150,9 @@ def test_taps_that_are_one_run(rng, x64, name, dtype):
 
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 @pytest.mark.parametrize("where", ["x", "w"])
-@pytest.mark.parametrize("name", ["dense_3x3", *RUNS])
+@pytest.mark.parametrize("name", ["dense_3x3", *RUNS, "a stem", "cropped in front"])
 def test_what_is_not_finite_reaches_what_the_definition_connects(rng, name, where, value):
-    g = RUNS.get(name) or NAMED[name]
+    g = RUNS.get(name) or PADDED.get(name) or NAMED[name]
     x, w = operands(rng, g, "float32")
     array = np.array(x if where == "x" else w)
     array.reshape(-1)[rng.integers(array.size)] = value

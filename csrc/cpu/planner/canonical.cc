@@ -86,36 +86,6 @@ Axis WithoutIdleSteps(Axis x) {
   return x;
 }
 
-// Makes channels of the taps along an axis, where a forward convolution of few channels
-// is read as an input gradient and pads nothing: what its window reads along the last
-// axis is one run of memory. The sums are fewer and longer then, and the axis is
-// pointwise.
-//
-// Windows may overlap. Not if dY is packed, which would write each element many times.
-void MergeTaps(int x, Problem* p, int64_t* w_at) {
-  constexpr int64_t kFewOutChannels = 16;
-  Axis& axis = p->axis[x];
-  const int64_t k = p->out_channels;
-  const bool is_run = p->dy.axis[x] == k && (k == 1 || p->dy.channel == 1) &&
-                      (k == 1 || p->w.axis[x] == -k * p->w.out_channel);
-  const bool packs = p->dtype == DType::kF16 || p->dtype == DType::kBF16;
-  if (p->groups > 1 || k > kFewOutChannels || axis.win < 2 || axis.out == 0 || !is_run ||
-      axis.stride != 1 || axis.rhs_dilation != 1 || axis.pad_lo != axis.win - 1 ||
-      (axis.in - 1) * axis.lhs_dilation + axis.win > axis.out ||
-      (packs && axis.win > axis.lhs_dilation)) {
-    return;
-  }
-  *w_at += (axis.win - 1) * p->w.axis[x];  // the run begins with the last tap
-  p->out_channels = k * axis.win;
-  p->w.out_channel = -p->w.axis[x] / k;
-  p->w.axis[x] = 0;
-  p->dy.channel = 1;
-  p->dy.axis[x] *= axis.lhs_dilation;
-  const int64_t positions = axis.in;
-  axis = Axis{};
-  axis.in = axis.out = positions;
-}
-
 // Whether each position of x along an axis meets the one of y with its number.
 bool IsPointwise(const Axis& x) {
   return x.win == 1 && x.stride == 1 && x.lhs_dilation == 1 && x.pad_lo == 0 &&
@@ -153,6 +123,30 @@ void MergePointwiseAxes(Problem* p) {
 }
 
 }  // namespace
+
+void MergeTaps(int x, Problem* p, int64_t* w_at) {
+  constexpr int64_t kFewOutChannels = 16;
+  Axis& axis = p->axis[x];
+  const int64_t k = p->out_channels;
+  const bool is_run = p->dy.axis[x] == k && (k == 1 || p->dy.channel == 1) &&
+                      (k == 1 || p->w.axis[x] == -k * p->w.out_channel);
+  const bool packs = p->dtype == DType::kF16 || p->dtype == DType::kBF16;
+  if (p->groups > 1 || k > kFewOutChannels || axis.win < 2 || axis.out == 0 || !is_run ||
+      axis.stride != 1 || axis.rhs_dilation != 1 || axis.pad_lo != axis.win - 1 ||
+      (axis.in - 1) * axis.lhs_dilation + axis.win > axis.out ||
+      (packs && axis.win > axis.lhs_dilation)) {
+    return;
+  }
+  *w_at += (axis.win - 1) * p->w.axis[x];  // the run begins with the last tap
+  p->out_channels = k * axis.win;
+  p->w.out_channel = -p->w.axis[x] / k;
+  p->w.axis[x] = 0;
+  p->dy.channel = 1;
+  p->dy.axis[x] *= axis.lhs_dilation;
+  const int64_t positions = axis.in;
+  axis = Axis{};
+  axis.in = axis.out = positions;
+}
 
 Problem Canonical(const Problem& given, int64_t* w_at) {
   Problem trimmed = given;

@@ -26,6 +26,14 @@ void CopyAxis(const Problem& from, int from_axis, Problem* to, int to_axis);
 // With such axes before all others, which keep their order.
 Problem TrivialAxesFirst(const Problem& given);
 
+// Makes channels of the taps along an axis, where a forward convolution of few channels
+// is read as an input gradient and pads nothing: what its window reads along the last
+// axis is one run of memory. The sums are fewer and longer then, and the axis is
+// pointwise. `w_at` moves to where the filter begins then, in elements.
+//
+// Windows may overlap. Not if dY is packed, which would write each element many times.
+void MergeTaps(int x, Problem* p, int64_t* w_at);
+
 // Along an axis, in the phase that has most.
 int64_t PhasePositions(const Axis& x);
 

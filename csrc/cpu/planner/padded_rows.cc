@@ -1,0 +1,137 @@
+#include "padded_rows.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "canonical.h"
+
+namespace convgrad {
+namespace {
+
+constexpr int kRow = kAxes - 1;
+
+int64_t Aligned(int64_t bytes) { return CeilDiv(bytes, 64) * 64; }
+
+// Zeros in front of dY along a row, or less than nothing where it is cropped.
+int64_t Before(const Axis& row) { return row.win - 1 - row.pad_lo; }
+
+// One row of dY, at channels-last places.
+template <typename T>
+void PackRow(const Problem& p, int64_t columns, const T* from, T* to) {
+  const Axis& row = p.axis[kRow];
+  const int64_t channels = p.out_channels;
+  const int64_t before = std::max<int64_t>(0, Before(row));
+  const int64_t first = std::max<int64_t>(0, -Before(row));
+  const int64_t count = std::max<int64_t>(0, std::min(row.out - first, columns - before));
+  const auto clear = [&](int64_t at, int64_t end) {
+    if (end > at) std::fill(to + at * channels, to + end * channels, T{0});
+  };
+  clear(0, std::min(before, columns));
+  clear(before + count, columns);
+  if (count == 0) return;
+  from += first * p.dy.axis[kRow];
+  to += before * channels;
+  if (p.dy.channel == 1 && p.dy.axis[kRow] == channels) {
+    std::memcpy(to, from, static_cast<size_t>(count * channels) * sizeof(T));
+    return;
+  }
+  for (int64_t k = 0; k < channels; ++k) {
+    const T* of_channel = from + k * p.dy.channel;
+    for (int64_t i = 0; i < count; ++i) {
+      to[i * channels + k] = of_channel[i * p.dy.axis[kRow]];
+    }
+  }
+}
+
+// The filter as [r0][r1][r2 backwards][k][c]. Returns whether all of it is finite.
+template <typename T>
+bool PackFilter(const Problem& p, const T* from, T* to) {
+  T check = 0;
+  for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
+    for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
+      for (int64_t r2 = p.axis[kRow].win - 1; r2 >= 0; --r2) {
+        for (int64_t k = 0; k < p.out_channels; ++k) {
+          const T* tap = from + r0 * p.w.axis[0] + r1 * p.w.axis[1] +
+                         r2 * p.w.axis[kRow] + k * p.w.out_channel;
+          for (int64_t c = 0; c < p.in_channels; ++c) {
+            *to = tap[c * p.w.in_channel];
+            check += *to++ * T{0};
+          }
+        }
+      }
+    }
+  }
+  return check == 0;
+}
+
+template <typename T>
+bool Pack(const Problem& p, const PaddedRows& padded, const T* dy, const T* w, T* to,
+          const ParallelFor& parallel_for) {
+  T* const filter = to + padded.dy_bytes / static_cast<int64_t>(sizeof(T));
+  if (!PackFilter(p, w, filter)) return false;
+  constexpr int64_t kRowsOfTask = 16;
+  const Axis* const x = p.axis;
+  const int64_t columns = (x[kRow].in - 1) * x[kRow].lhs_dilation + x[kRow].win;
+  const int64_t rows = p.batch * x[0].out * x[1].out;
+  parallel_for(CeilDiv(rows, kRowsOfTask), [&](int64_t task) {
+    const int64_t end = std::min(rows, (task + 1) * kRowsOfTask);
+    for (int64_t row = task * kRowsOfTask; row < end; ++row) {
+      const int64_t p1 = row % x[1].out, p0 = row / x[1].out % x[0].out;
+      const int64_t n = row / x[1].out / x[0].out;
+      PackRow(p, columns, dy + n * p.dy.batch + p0 * p.dy.axis[0] + p1 * p.dy.axis[1],
+              to + row * columns * p.out_channels);
+    }
+  });
+  return true;
+}
+
+}  // namespace
+
+PaddedRows PadRows(const Problem& given) {
+  constexpr int64_t kMostChannels = 8;   // more are long sums without it
+  constexpr int64_t kLeastResults = 16;  // fewer do not pay for the copies
+  PaddedRows padded{};
+  const Axis& row = given.axis[kRow];
+  if (given.dtype == DType::kF16 || given.dtype == DType::kBF16 || given.groups > 1 ||
+      given.out_channels > kMostChannels || given.in_channels < kLeastResults ||
+      row.win < 2 || row.stride != 1 || row.rhs_dilation != 1 || given.batch == 0 ||
+      row.in == 0 || given.axis[0].out * given.axis[1].out * row.out == 0) {
+    return padded;
+  }
+  const int64_t columns = (row.in - 1) * row.lhs_dilation + row.win;
+  // Padding and dilation may be as large as 2^31; then dY is little beside its copy.
+  if (columns > 2 * row.out + row.win + row.lhs_dilation) return padded;
+  Problem& p = padded.problem = given;
+  const int64_t bytes = AccBytes(given);
+  p.axis[kRow].out = columns;
+  p.axis[kRow].pad_lo = row.win - 1;
+  p.dy.channel = 1;
+  p.dy.axis[kRow] = p.out_channels;
+  p.dy.axis[1] = columns * p.dy.axis[kRow];
+  p.dy.axis[0] = p.axis[1].out * p.dy.axis[1];
+  p.dy.batch = p.axis[0].out * p.dy.axis[0];
+  p.w.in_channel = 1;
+  p.w.out_channel = p.in_channels;
+  p.w.axis[kRow] = -p.out_channels * p.in_channels;
+  p.w.axis[1] = -row.win * p.w.axis[kRow];
+  p.w.axis[0] = p.axis[1].win * p.w.axis[1];
+  padded.w_at = (1 - row.win) * p.w.axis[kRow];
+  padded.dy_bytes = Aligned(p.batch * p.dy.batch * bytes);
+  padded.filter_bytes = Aligned(p.axis[0].win * p.w.axis[0] * bytes);
+  MergeTaps(kRow, &p, &padded.w_at);
+  padded.serves = p.axis[kRow].win == 1;
+  return padded;
+}
+
+bool PackPaddedRows(const Problem& problem, const PaddedRows& padded, const void* dy,
+                    const void* w, void* to, const ParallelFor& parallel_for) {
+  if (problem.dtype == DType::kF64) {
+    return Pack(problem, padded, static_cast<const double*>(dy),
+                static_cast<const double*>(w), static_cast<double*>(to), parallel_for);
+  }
+  return Pack(problem, padded, static_cast<const float*>(dy),
+              static_cast<const float*>(w), static_cast<float*>(to), parallel_for);
+}
+
+}  // namespace convgrad

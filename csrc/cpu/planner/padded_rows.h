@@ -1,0 +1,34 @@
+// Problems of few out channels whose rows of dY are padded: a copy with the padding in it
+// lets taps be merged into channels.
+//
+// The sum of one tap is then 1 to 8 products long, and one of a row of taps, which reads
+// a run of memory if dY lies channels-last and nothing along the row is padding, many
+// times that (MergeTaps in canonical.h). So a first layer of a net, whose forward pass is
+// read as an input gradient, copies its few channels once, zeros included, to the
+// accumulation type's own layout, and its small filter as well.
+//
+// A padding zero times an infinity is no zero: with such a filter the problem is computed
+// as it is. Not for 16-bit types, which gemm packs anyway.
+
+#pragma once
+
+#include "../../kernel.h"
+
+namespace convgrad {
+
+struct PaddedRows {
+  bool serves;      // whether the problem is one of those
+  Problem problem;  // of the copies, its taps merged
+  int64_t w_at;     // where the filter of `problem` begins in its copy, in elements
+  int64_t dy_bytes, filter_bytes;  // of the copies, each a multiple of 64
+};
+
+// Of a canonical problem.
+PaddedRows PadRows(const Problem& problem);
+
+// Makes both copies, dY's at `to` and the filter's behind it. Returns false if the filter
+// has an infinity or a NaN.
+bool PackPaddedRows(const Problem& problem, const PaddedRows& padded, const void* dy,
+                    const void* w, void* to, const ParallelFor& parallel_for);
+
+}  // namespace convgrad
