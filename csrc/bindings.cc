@@ -156,6 +156,7 @@ void Define(py::module_& m) {
     if (Parts().forward != nullptr) {
       targets["convgrad_forward"] = py::capsule(Parts().forward);
       targets["convgrad_filter_grad"] = py::capsule(Parts().filter_grad);
+      targets["convgrad_max_pool_grad"] = py::capsule(Parts().max_pool_grad);
     }
     return targets;
   });
@@ -190,6 +191,9 @@ void Define(py::module_& m) {
       py::arg("map_name") = "input_grad");
   if (parts.cpu_isa != nullptr) {
     m.def("isa", parts.cpu_isa);
+    m.def("max_pool_grad_obstacle", parts.max_pool_grad_obstacle, py::arg("x_shape"),
+          py::arg("dy_shape"), py::arg("window_dimensions"), py::arg("window_strides"),
+          py::arg("padding"));
     return;
   }
   m.def(

@@ -1,4 +1,4 @@
-// What a module's handlers (ffi.cc) give to its Python bindings (bindings.cc).
+// What a module's handlers (ffi.cc, ffi_pooling.cc) give to its Python bindings (bindings.cc).
 
 #pragma once
 
@@ -13,7 +13,7 @@ namespace convgrad {
 struct ModuleParts {
   int ffi_api_major, ffi_api_minor;  // of the headers that the handlers were built with
   // The handlers, null where there is none.
-  void *input_grad, *input_grad_fused, *forward, *filter_grad;
+  void *input_grad, *input_grad_fused, *forward, *filter_grad, *max_pool_grad;
 
   // Null-terminated. The forward map's are those of the input gradient.
   const char* const* (*kernel_names)();
@@ -25,6 +25,12 @@ struct ModuleParts {
                              const std::string& kernel);
   WorkspaceBound (*bound_workspace)(const Problem& problem);
 
+  // What keeps the gradient of max pooling from the kernel, empty if nothing does: of x,
+  // dY and the attributes in lax's order.
+  std::string (*max_pool_grad_obstacle)(const Ints& x_shape, const Ints& dy_shape,
+                                        const Ints& window_dimensions,
+                                        const Ints& window_strides, const Ints& padding);
+
   const char* (*cpu_isa)();  // null for CUDA, and what follows is empty for the CPU
 
   const char* cuda_code;  // "sm_80 compute_80": what the kernels were compiled for
@@ -34,5 +40,8 @@ struct ModuleParts {
 
 // Of the module that this is linked into.
 const ModuleParts& Parts();
+
+// Fills in what ffi_pooling.cc has, of the CPU module alone.
+void AddMaxPoolGrad(ModuleParts* parts);
 
 }  // namespace convgrad

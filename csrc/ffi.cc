@@ -6,16 +6,11 @@
 // kernels there (tests/emulator).
 
 #include <algorithm>
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <exception>
 #include <functional>
 #include <initializer_list>
-#include <memory>
-#include <mutex>
-#include <new>
 #include <optional>
 #include <sstream>
 #include <string>
@@ -26,16 +21,16 @@
 
 #include "bindings.h"
 #include "cpu/filter/plan.h"
+#include "ffi_types.h"
 #include "kernel.h"
 #include "problem.h"
+#include "thread_pool.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace convgrad {
 namespace {
-
-using IntSpan = ffi::Span<const int64_t>;
 
 // What the custom call carries, decoded from its backend_config by member name.
 struct CallAttributes {
@@ -93,18 +88,6 @@ int64_t WorkspaceBytes(const Problem&, const Plan& plan, const std::string&) {
 Gpu CurrentGpu() { return {}; }
 Gpu GpuOf(int) { return {}; }
 #endif
-
-Ints ToInts(IntSpan span) { return Ints(span.begin(), span.end()); }
-
-std::optional<DType> ToDType(ffi::DataType type) {
-  switch (type) {
-    case ffi::DataType::F64: return DType::kF64;
-    case ffi::DataType::F32: return DType::kF32;
-    case ffi::DataType::BF16: return DType::kBF16;
-    case ffi::DataType::F16: return DType::kF16;
-    default: return std::nullopt;
-  }
-}
 
 std::string PlanProblem(Map map, const Problem& problem, const std::string& kernel,
                         const Gpu& gpu, Plan* plan) {
@@ -276,61 +259,6 @@ ffi::Error InputGradEmulated(CallAttributes call, ffi::AnyBuffer dy, ffi::AnyBuf
 
 #else
 
-// A parallel loop over XLA's own pool. The calling thread takes tasks like every
-// other and never only waits: it may itself be a thread of the pool, and the pool
-// may be busy (a loop body inside lax.scan), so helpers that start late find the
-// counter exhausted and leave.
-class PooledLoop {
- public:
-  PooledLoop(int64_t count, const std::function<void(int64_t)>& task)
-      : count_(count), task_(&task) {}
-
-  void TakeTasks() {
-    for (;;) {
-      const int64_t i = next_.fetch_add(1, std::memory_order_relaxed);
-      if (i >= count_) return;
-      (*task_)(i);  // alive: the caller of Wait cannot return before this task is counted
-      if (done_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        all_done_.notify_all();
-      }
-    }
-  }
-
-  void Wait() {
-    std::unique_lock<std::mutex> lock(mutex_);
-    all_done_.wait(lock,
-                   [this] { return done_.load(std::memory_order_acquire) == count_; });
-  }
-
- private:
-  const int64_t count_;
-  const std::function<void(int64_t)>* task_;
-  std::atomic<int64_t> next_{0}, done_{0};
-  std::mutex mutex_;
-  std::condition_variable all_done_;
-};
-
-void RunInPool(ffi::ThreadPool& pool, int64_t count,
-               const std::function<void(int64_t)>& task) {
-  const int64_t threads = std::min<int64_t>(pool.num_threads(), count);
-  if (threads <= 1) {
-    for (int64_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-  // Shared with the helpers, which may outlive this call.
-  auto loop = std::make_shared<PooledLoop>(count, task);
-  try {
-    for (int64_t i = 1; i < threads; ++i) {
-      pool.Schedule([loop] { loop->TakeTasks(); });
-    }
-  } catch (const std::bad_alloc&) {
-    // Fewer helpers then; leaving now would pull `task` from under those that started.
-  }
-  loop->TakeTasks();
-  loop->Wait();
-}
-
 // The pool, or for what is done before another thread would have woken up this one alone.
 ParallelFor LoopFor(const Problem& problem, ffi::ThreadPool& pool) {
   if (!IsTooSmallToShare(problem)) {
@@ -435,6 +363,7 @@ const ModuleParts& Parts() {
     p.forward = reinterpret_cast<void*>(kForward);
     p.filter_grad = reinterpret_cast<void*>(kFilterGrad);
     p.filter_kernel_names = CpuFilterKernelNames;
+    AddMaxPoolGrad(&p);
 #endif
     p.kernel_names = KernelNames;
     p.plan = PlanFor;

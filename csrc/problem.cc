@@ -8,13 +8,6 @@ namespace {
 
 // Far above any real size, and low enough that no product below can overflow.
 constexpr int64_t kMaxExtent = int64_t{1} << 40;
-constexpr int64_t kMaxParameter = int64_t{1} << 31;
-
-std::string Show(const Ints& v) {
-  std::string s = "(";
-  for (size_t i = 0; i < v.size(); ++i) s += (i ? ", " : "") + std::to_string(v[i]);
-  return s + (v.size() == 1 ? ",)" : ")");
-}
 
 bool IsPermutation(const Ints& v, size_t rank) {
   if (v.size() != rank) return false;
@@ -24,11 +17,6 @@ bool IsPermutation(const Ints& v, size_t rank) {
     if (sorted[i] != static_cast<int64_t>(i)) return false;
   }
   return true;
-}
-
-bool AllWithin(const Ints& v, int64_t low, int64_t high) {
-  return std::all_of(v.begin(), v.end(),
-                     [=](int64_t x) { return low <= x && x <= high; });
 }
 
 // Element strides of a dense array, by logical dimension.
@@ -90,6 +78,17 @@ std::string CheckAttributes(const Attributes& a, size_t rank) {
 }
 
 }  // namespace
+
+std::string Show(const Ints& v) {
+  std::string s = "(";
+  for (size_t i = 0; i < v.size(); ++i) s += (i ? ", " : "") + std::to_string(v[i]);
+  return s + (v.size() == 1 ? ",)" : ")");
+}
+
+bool AllWithin(const Ints& v, int64_t low, int64_t high) {
+  return std::all_of(v.begin(), v.end(),
+                     [=](int64_t x) { return low <= x && x <= high; });
+}
 
 std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
                        const Ints& out_shape) {

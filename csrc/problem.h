@@ -25,6 +25,12 @@ struct Attributes {
   int64_t feature_group_count, batch_group_count;
 };
 
+// The most that a stride, a padding or a window may be; no product of two overflows.
+constexpr int64_t kMaxParameter = int64_t{1} << 31;
+
+std::string Show(const Ints& v);  // as Python does, for a message
+bool AllWithin(const Ints& v, int64_t low, int64_t high);
+
 // The three shapes, for a message.
 std::string ShowShapes(const Ints& lhs_shape, const Ints& rhs_shape,
                        const Ints& out_shape);

@@ -15,6 +15,7 @@ DRIVER = pathlib.Path("tests/cpu_driver.cc")
 # Sets that add a kernel to another's, from a source and with a definition of their own.
 ADDED_KERNELS = pathlib.Path("csrc/cpu/gemm_bf16.cc")
 FILTER_KERNEL = pathlib.Path("csrc/cpu/filter/outer.cc")
+POOLING_KERNEL = pathlib.Path("csrc/cpu/pooling/max_grad.cc")
 ADDED = ("avx512_bf16", "amx")
 SHARED = (DRIVER, *build.cpu_planner(), pathlib.Path("csrc/problem.cc"))
 
@@ -55,7 +56,7 @@ def lacking(isa: str) -> str | None:
 def kernel_sources(root: pathlib.Path = build.ROOT) -> list[pathlib.Path]:
     """The sources of the kernels that every instruction set has, relative to the root."""
     found = [path.relative_to(root) for path in sorted((root / "csrc/cpu").glob("*.cc"))]
-    found.append(FILTER_KERNEL)
+    found += [FILTER_KERNEL, POOLING_KERNEL]
     return [path for path in found if path != ADDED_KERNELS]
 
 

@@ -21,6 +21,7 @@ void Channels(const CpuArgs& args, CpuJob* job);
 void Planes(const CpuArgs& args, CpuJob* job);
 void Dots(const CpuArgs& args, CpuJob* job);
 void Filter(const FilterArgs& args, CpuJob* job);
+void MaxPoolGrad(const PoolArgs& args, CpuJob* job);
 // In place of Gemm where the instruction set multiplies bfloat16.
 void GemmBf16(const CpuArgs& args, CpuJob* job);
 

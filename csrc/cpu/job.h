@@ -72,6 +72,7 @@ inline __attribute__((always_inline)) void SetState(CpuJob* job, const State& st
 }
 
 struct FilterArgs;  // filter/job.h
+struct PoolArgs;    // pooling/job.h
 
 // The kernels of one instruction set. Each fills in the job and computes nothing.
 struct CpuKernels {
@@ -81,6 +82,7 @@ struct CpuKernels {
   void (*planes)(const CpuArgs& args, CpuJob* job);     // lanes hold pixels
   void (*dots)(const CpuArgs& args, CpuJob* job);       // lanes hold out channels
   void (*filter)(const FilterArgs& args, CpuJob* job);  // the filter gradient
+  void (*max_pool_grad)(const PoolArgs& args, CpuJob* job);
 };
 
 // Limits that the planner and the kernels share, whatever the instruction set.

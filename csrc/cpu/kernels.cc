@@ -6,7 +6,8 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 
 extern const CpuKernels kKernels;
-const CpuKernels kKernels = {Direct, Gemm, Channels, Planes, Dots, Filter};
+const CpuKernels kKernels = {Direct, Gemm,   Channels,   Planes,
+                             Dots,   Filter, MaxPoolGrad};
 
 }  // namespace CONVGRAD_ISA
 }  // namespace convgrad

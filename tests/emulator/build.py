@@ -338,7 +338,8 @@ def module() -> types.ModuleType:
 def cpu_planner() -> list[pathlib.Path]:
     """The sources of the CPU planner, compiled once and not for each instruction set."""
     found = sorted((ROOT / "csrc/cpu/planner").glob("*.cc"))
-    planners = [pathlib.Path("csrc/kernel_cpu.cc"), pathlib.Path("csrc/cpu/filter/plan.cc")]
+    parts = ("kernel_cpu.cc", "cpu/filter/plan.cc", "cpu/pooling/plan.cc")
+    planners = [pathlib.Path("csrc", part) for part in parts]
     return [*planners, *(path.relative_to(ROOT) for path in found)]
 
 
@@ -348,7 +349,7 @@ def amx_module() -> types.ModuleType:
     Raises:
         BuildError: something does not compile.
     """
-    sources = [*cpu_planner(), "csrc/cpu/gemm_bf16.cc", EMULATOR / "no_kernels.cc"]
+    sources = ["csrc/ffi_pooling.cc", *cpu_planner(), "csrc/cpu/gemm_bf16.cc", EMULATOR / "no_kernels.cc"]
     definitions = ("-DCONVGRAD_EMULATE_AMX", "-DCONVGRAD_AMX", "-DCONVGRAD_ISA=amx")
     return _handlers("_emulated_amx", [pathlib.Path(source) for source in sources], definitions)
 

@@ -1,0 +1,27 @@
+// The planner and entry point of the gradient of max pooling on a CPU.
+
+#pragma once
+
+#include <string>
+
+#include "../../kernel.h"
+#include "../../problem.h"
+#include "job.h"
+
+namespace convgrad {
+
+// The attributes of the custom call, named as lax names them, for each dimension.
+struct PoolAttributes {
+  Ints window_dimensions, window_strides;
+  Ints padding;  // low and high of the first dimension, then of the next
+};
+
+// Fills `args` but for the pointers and returns the empty string, or says what is wrong
+// with the request or beyond the kernel. No array is empty.
+std::string MakePool(const Ints& x_shape, const Ints& dy_shape,
+                     const PoolAttributes& attributes, DType dtype, PoolArgs* args);
+
+// Computes dX of `args`, which MakePool has filled. All of it is written.
+void RunCpuMaxPoolGrad(const PoolArgs& args, const ParallelFor& parallel_for);
+
+}  // namespace convgrad
