@@ -177,7 +177,7 @@ CONVGRAD_INLINE void Store(F16* p, const Vec<float, N>& v) {
   I out = Select<I>(magnitude < ((127 - 14) << 23), tiny, normal);
   // 65520 is the least magnitude that rounds to infinity.
   out = Select<I>(magnitude >= 0x477ff000, I{} + 0x7c00, out);
-  out = Select<I>(magnitude > 0x7f800000, I{} + 0x7e00, out);
+  out = Select<I>(magnitude > 0x7f800000, 0x7e00 | ((magnitude >> 13) & 0x03ff), out);
   out |= (bits >> 16) & 0x8000;
   const auto half = __builtin_convertvector((Vec<uint32_t, N>)out, Vec<uint16_t, N>);
   __builtin_memcpy(p, &half, sizeof(half));

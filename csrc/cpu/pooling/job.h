@@ -28,8 +28,10 @@ struct PoolArgs {
   int64_t channels, channel_tiles;  // of `inner` that one task makes, and how many tasks
 
   // What a task has on its stack, in elements of the accumulation type: a row of windows
-  // with its margins, a row of x, a phase of a row of dX; and the number of rows of windows.
-  int64_t row, x_row, dx_row, rows;
+  // with its margins, a packed row of x, a phase of a row of dX. Then how many rows of
+  // windows there are, and of x: all that a window has, or else one, of some taps maybe.
+  int64_t row, x_row, dx_row;
+  int64_t rows, x_slots;
 
   const void *x, *dy;
   void* dx;
@@ -40,6 +42,9 @@ struct PoolArgs {
 __attribute__((always_inline)) constexpr int64_t PhasesAtOnce(const PoolArgs& a) {
   return a.axis[kPoolAxes - 1].stride == 2 && a.inner == 1 ? 4 : 1;
 }
+
+// The most rows of x that a task holds.
+constexpr int64_t kPoolSlots = 16;
 
 // A task's stack, and the most bytes of vectors that its loops take at once. Rows are padded
 // to multiples of those and rows of windows have as much as a margin at either end.

@@ -106,6 +106,23 @@ struct PoolTile {
   A *best, *x_row, *sums;
 };
 
+// Has the cache fetch `columns` of a row of x or dX, from its first on, while something
+// else is computed.
+template <typename T, int kWrite>
+CONVGRAD_INLINE void FetchRow(const PoolTile<T>& tile, const T* row, int64_t column,
+                              int64_t columns) {
+  const int64_t inner = tile.args->inner, in = tile.args->axis[2].in;
+  const int64_t first = Most(0, column), last = Least(in, column + columns);
+  const bool whole = tile.channels == inner;
+  const int64_t count = whole ? 1 : last - first;
+  const int64_t piece = whole ? (last - first) * inner : tile.channels;
+  for (int64_t i = 0; i < count; ++i) {
+    const char* from = reinterpret_cast<const char*>(row + (first + i) * inner);
+    const int64_t bytes = piece * static_cast<int64_t>(sizeof(T));
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at, kWrite);
+  }
+}
+
 // ---- the winners ----------------------------------------------------------------------
 
 template <typename T>
@@ -148,15 +165,15 @@ struct PackedRow {
   int64_t taps, phases, length;  // of a phase, in pieces of `channels`
 };
 
-// Taps first_tap .. of all windows of the row of x that begins at `from`; null for padding.
+// Packs taps first_tap .. of all windows from a row of x; null is a row of the padding.
 template <typename T>
 CONVGRAD_NOINLINE void PackRow(const PoolTile<T>& tile, const T* from, int64_t first_tap,
-                               const PackedRow& packed) {
+                               const PackedRow& packed, Acc<T>* x_row) {
   const PoolAxis& x = tile.args->axis[2];
   const int64_t c = tile.channels, inner = tile.args->inner;
   const int64_t start = tile.span[2].first_window * x.stride + first_tap - x.pad_lo;
   for (int64_t phase = 0; phase < packed.phases; ++phase) {
-    Acc<T>* to = tile.x_row + phase * packed.length * c;
+    Acc<T>* to = x_row + phase * packed.length * c;
     const int64_t first = start + phase;
     const int64_t lo =
         from == nullptr ? packed.length : CountBelow(0, first, x.stride, packed.length);
@@ -170,12 +187,15 @@ CONVGRAD_NOINLINE void PackRow(const PoolTile<T>& tile, const T* from, int64_t f
   }
 }
 
-// Has the taps of a packed row compete, of which the first has a number. `anew` for the
-// first row of the windows.
+// Has the taps of some packed rows compete for windows, those of row i from number +
+// i * row_taps on. `anew` for the windows' first rows; `last` for the last ones, after which
+// no one needs the values of the winners.
 template <typename A>
-CONVGRAD_NOINLINE void Compete(const A* x_row, const PackedRow& packed, int64_t channels,
-                               int64_t stride, int64_t number, bool anew, int64_t lanes,
-                               A* best_row, typename IntOf<A>::type* winner_row) {
+CONVGRAD_NOINLINE void Compete(const A* const* rows, int64_t row_count,
+                               const PackedRow& packed, int64_t channels, int64_t stride,
+                               int64_t number, int64_t row_taps, bool anew, bool last,
+                               int64_t lanes, A* best_row,
+                               typename IntOf<A>::type* winner_row) {
   constexpr int N = kLanes<A>, V = kPoolVectors;
   using E = typename IntOf<A>::type;
   using F = Vec<A, N>;
@@ -192,66 +212,113 @@ CONVGRAD_NOINLINE void Compete(const A* x_row, const PackedRow& packed, int64_t 
                      : Load<N>(best_row + lane + v * N);
       winner[v] = anew ? I{} : LoadRaw<E, N>(winner_row + lane + v * N);
     }
-    const A* at = x_row + lane;
-    I tap = I{} + static_cast<E>(number);
-    for (int64_t q = 0, phase = 0; q < packed.taps; ++q) {
-      CONVGRAD_UNROLL
-      for (int v = 0; v < V; ++v) {
-        const F x = Load<N>(at + v * N);
-        const I stays = best[v] >= x;
-        best[v] = stays ? best[v] : x;
-        winner[v] = stays ? winner[v] : tap;
+    for (int64_t row = 0; row < row_count; ++row) {
+      const A* at = rows[row] + lane;
+      I tap = I{} + static_cast<E>(number + row * row_taps);
+      for (int64_t q = 0, phase = 0; q < packed.taps; ++q) {
+        CONVGRAD_UNROLL
+        for (int v = 0; v < V; ++v) {
+          const F x = Load<N>(at + v * N);
+          const I stays = best[v] >= x;
+          best[v] = stays ? best[v] : x;
+          winner[v] = stays ? winner[v] : tap;
+        }
+        tap += 1;
+        at += ++phase == stride ? back : phase_step;
+        if (phase == stride) phase = 0;
       }
-      tap += 1;
-      at += ++phase == stride ? back : phase_step;
-      if (phase == stride) phase = 0;
     }
     CONVGRAD_UNROLL
     for (int v = 0; v < V; ++v) {
-      Store<N>(best_row + lane + v * N, best[v]);
+      if (!last) Store<N>(best_row + lane + v * N, best[v]);
       __builtin_memcpy(winner_row + lane + v * N, &winner[v], sizeof(I));
     }
   }
 }
 
-// Finds the winners of a row of windows and fetches its dY.
+// Where the row of x at positions h0 and h1 begins, null in the padding.
+template <typename T>
+CONVGRAD_INLINE const T* RowOfX(const PoolTile<T>& tile, int64_t h0, int64_t h1) {
+  const PoolAxis* axis = tile.args->axis;
+  h0 -= axis[0].pad_lo;
+  h1 -= axis[1].pad_lo;
+  const bool inside = h0 >= 0 && h0 < axis[0].in && h1 >= 0 && h1 < axis[1].in;
+  return inside ? tile.x + (h0 * axis[1].in + h1) * axis[2].in * tile.args->inner
+                : nullptr;
+}
+
+// Finds the winners of a row of windows. `next` is the first h1 whose row of x is not
+// packed yet, where the windows of the row before have left theirs.
 template <typename T>
 CONVGRAD_INLINE void FindWinners(const PoolTile<T>& tile, int64_t p0, int64_t p1,
-                                 int64_t row) {
+                                 int64_t* next, typename PoolTile<T>::I* winner) {
   using A = Acc<T>;
-  using E = typename PoolTile<T>::I;
   const PoolArgs& a = *tile.args;
-  const PoolSpan& s = tile.span[2];
   const PoolAxis& x = a.axis[2];
-  const int64_t c = tile.channels, lanes = s.windows * c;
-  E* winner = tile.winner + row * a.row;
-  const int64_t most_taps = Most(1, a.x_row / (c * (s.windows + 1)));
-  bool anew = true;
-  for (int64_t r0 = 0; r0 < a.axis[0].window; ++r0) {
-    const int64_t h0 = p0 * a.axis[0].stride + r0 - a.axis[0].pad_lo;
-    for (int64_t r1 = 0; r1 < a.axis[1].window; ++r1) {
-      const int64_t h1 = p1 * a.axis[1].stride + r1 - a.axis[1].pad_lo;
-      const bool inside = h0 >= 0 && h0 < a.axis[0].in && h1 >= 0 && h1 < a.axis[1].in;
-      const T* from =
-          inside ? tile.x + (h0 * a.axis[1].in + h1) * x.in * a.inner : nullptr;
-      for (int64_t r2 = 0; r2 < x.window; r2 += most_taps) {
-        const int64_t taps = Least(most_taps, x.window - r2);
-        const PackedRow packed = {taps, Least(x.stride, taps),
-                                  s.windows + (taps - 1) / x.stride};
-        PackRow(tile, from, r2, packed);
-        Compete<A>(tile.x_row, packed, c, x.stride,
-                   (r0 * a.axis[1].window + r1) * x.window + r2, anew, lanes, tile.best,
-                   winner);
-        anew = false;
+  const int64_t c = tile.channels, windows = tile.span[2].windows, lanes = windows * c;
+  const int64_t h0 = p0 * a.axis[0].stride, h1 = p1 * a.axis[1].stride;
+  const int64_t rows0 = a.axis[0].window, rows1 = a.axis[1].window;
+  const auto packed_of = [&](int64_t taps) {
+    return PackedRow{taps, Least(x.stride, taps), windows + (taps - 1) / x.stride};
+  };
+  if (a.x_slots > 1) {
+    const PackedRow packed = packed_of(x.window);
+    const A* rows[kPoolSlots];
+    for (int64_t r0 = 0; r0 < rows0; ++r0) {
+      for (int64_t r1 = 0; r1 < rows1; ++r1) {
+        A* to = tile.x_row + (r0 * rows1 + (h1 + r1) % rows1) * a.x_row;
+        if (h1 + r1 >= *next) {
+          PackRow(tile, RowOfX(tile, h0 + r0, h1 + r1), 0, packed, to);
+        }
+        rows[r0 * rows1 + r1] = to;
       }
     }
+    *next = h1 + rows1;
+    const PoolSpan& s = tile.span[2];
+    for (int64_t h = *next; h < *next + a.axis[1].stride; ++h) {
+      if (const T* row = RowOfX(tile, h0, h)) {
+        FetchRow<T, 0>(tile, row, s.first_window * x.stride - x.pad_lo,
+                       (windows - 1) * x.stride + x.window);
+      }
+    }
+    Compete<A>(rows, rows0 * rows1, packed, c, x.stride, 0, x.window, true, true, lanes,
+               tile.best, winner);
+    return;
   }
-  // No tap has the number -1: what lies beside the row adds nothing.
-  constexpr int64_t kMargin = kPoolVectors * kLanes<A>;
-  __builtin_memset(winner - kMargin, 0xff, kMargin * sizeof(E));
-  __builtin_memset(winner + lanes, 0xff, kMargin * sizeof(E));
-  const T* dy = tile.dy + ((p0 * a.axis[1].out + p1) * x.out + s.first_window) * a.inner;
-  Collect(tile.dy_rows + row * a.row, dy, s.windows, a.inner, c, dy);
+  const int64_t most_taps = Least(x.window, Most(1, a.x_row / (c * (windows + 1))));
+  const int64_t count = rows0 * rows1;
+  for (int64_t row = 0; row < count; ++row) {
+    const T* from = RowOfX(tile, h0 + row / rows1, h1 + row % rows1);
+    for (int64_t r2 = 0; r2 < x.window; r2 += most_taps) {
+      const PackedRow packed = packed_of(Least(most_taps, x.window - r2));
+      const A* packed_row = tile.x_row;
+      PackRow(tile, from, r2, packed, tile.x_row);
+      Compete<A>(&packed_row, 1, packed, c, x.stride, row * x.window + r2, 0,
+                 row == 0 && r2 == 0, row == count - 1 && r2 + most_taps >= x.window,
+                 lanes, tile.best, winner);
+    }
+  }
+}
+
+// Brings a row of dY to the accumulation type.
+template <typename T>
+CONVGRAD_INLINE void FetchDy(const PoolTile<T>& tile, int64_t p0, int64_t p1, Acc<T>* to) {
+  constexpr int N = kLanes<Acc<T>>;
+  const PoolArgs& a = *tile.args;
+  const int64_t windows = tile.span[2].windows, c = tile.channels;
+  const T* from = tile.dy + ((p0 * a.axis[1].out + p1) * a.axis[2].out +
+                             tile.span[2].first_window) *
+                                a.inner;
+  Collect(to, from, windows, a.inner, c, from);
+  if constexpr (kExtraBits<T> == 16) {  // XLA's NaNs keep nothing but their sign
+    for (int64_t i = 0; i < windows * c; i += N) {
+      using I = Vec<int32_t, N>;
+      const I bits = LoadRaw<int32_t, N>(to + i);
+      const I nan = (bits & ~0x7fffffff) | 0x7fc00000;
+      const I out = (bits & 0x7fffffff) > 0x7f800000 ? nan : bits;
+      __builtin_memcpy(to + i, &out, sizeof(out));
+    }
+  }
 }
 
 // ---- the sums -------------------------------------------------------------------------
@@ -267,67 +334,66 @@ CONVGRAD_INLINE PoolCover CoverOf(const PoolAxis& x, const PoolSpan& s, int64_t 
           Least(s.first_window + s.windows - 1, position / x.stride)};
 }
 
+// Adds dY of the windows that tap `tap` has won, lane by lane; `fresh` sums are zero.
+template <typename T>
+CONVGRAD_INLINE void AddWon(const typename PoolTile<T>::I* winner, const Acc<T>* dy,
+                            int64_t tap, bool fresh, int64_t first, int64_t last,
+                            Acc<T>* sums) {
+  using A = Acc<T>;
+  using E = typename PoolTile<T>::I;
+  constexpr int N = kLanes<A>, V = kPoolVectors;
+  using F = Vec<A, N>;
+  using I = Vec<E, N>;
+  const I number = I{} + static_cast<E>(tap);
+  for (int64_t i = first; i < last; i += V * N) {
+    CONVGRAD_UNROLL
+    for (int v = 0; v < V; ++v) {
+      const I won = LoadRaw<E, N>(winner + i + v * N) == number;
+      const F term = (F)(won & LoadRaw<E, N>(dy + i + v * N));
+      // The sum is the second operand, as in XLA's code: of two NaNs x86 keeps the first.
+      A* to = sums + i + v * N;
+      Store<N>(to, fresh ? term + F{} : Rounded<T, N>(term + Load<N>(to)));
+    }
+  }
+}
+
 // One phase of the row of dX at positions h0 and h1.
 template <typename T>
 CONVGRAD_NOINLINE void Gather(const PoolTile<T>& tile, int64_t h0, int64_t h1,
                               int64_t phase, Acc<T>* sums) {
-  using A = Acc<T>;
-  using E = typename PoolTile<T>::I;
-  constexpr int N = kLanes<A>, V = kPoolVectors;
-  using I = Vec<E, N>;
+  constexpr int64_t kBlock = kPoolVectors * kLanes<Acc<T>>;
   const PoolArgs& a = *tile.args;
-  const PoolSpan& s = tile.span[2];
+  const PoolSpan &s0 = tile.span[0], &s1 = tile.span[1], &s = tile.span[2];
   const PoolAxis& x = a.axis[2];
-  const PoolCover cover0 = CoverOf(a.axis[0], tile.span[0], h0);
-  const PoolCover cover1 = CoverOf(a.axis[1], tile.span[1], h1);
-  const int64_t c = tile.channels, lanes = (s.end_group - s.first_group) * c;
-  const int64_t taps = s.windows > 0 && phase < x.window
-                           ? (x.window - 1 - phase) / x.stride + 1
-                           : 0;
-  // The groups of a block's first and last lane, counted from the tile's first window.
-  int64_t lo = s.first_group - s.first_window, hi = lo;
-  const int64_t base = lo * c;
-  for (int64_t lane = 0; lane < lanes; lane += V * N) {
-    if (c == 1) {
-      lo = base + lane;
-      hi = lo + V * N - 1;
-    } else {
-      while ((lo + 1) * c <= base + lane) ++lo;
-      while ((hi + 1) * c < base + lane + V * N) ++hi;
-    }
-    Vec<A, N> sum[V] = {};
-    // Of window lo - k and its neighbours the tap is phase + k * stride.
-    const int64_t least = Most(0, lo - (s.windows - 1)), most = Least(taps - 1, hi);
-    for (int64_t p0 = cover0.first; p0 <= cover0.last; ++p0) {
-      const int64_t r0 = h0 - p0 * a.axis[0].stride;
-      for (int64_t p1 = cover1.first; p1 <= cover1.last; ++p1) {
-        const int64_t r1 = h1 - p1 * a.axis[1].stride;
-        const int64_t number = (r0 * a.axis[1].window + r1) * x.window + phase;
-        const int64_t row = ((p0 - tile.span[0].first_window) * tile.span[1].windows + p1 -
-                             tile.span[1].first_window) *
-                            a.row;
-        for (int64_t k = most; k >= least; --k) {
-          const int64_t at = row + base + lane - k * c;
-          const I tap = I{} + static_cast<E>(number + k * x.stride);
-          CONVGRAD_UNROLL
-          for (int v = 0; v < V; ++v) {
-            const I won = LoadRaw<E, N>(tile.winner + at + v * N) == tap;
-            const I dy = won & LoadRaw<E, N>(tile.dy_rows + at + v * N);
-            sum[v] = Rounded<T, N>(sum[v] + (Vec<A, N>)dy);
-          }
+  const PoolCover cover0 = CoverOf(a.axis[0], s0, h0), cover1 = CoverOf(a.axis[1], s1, h1);
+  const int64_t c = tile.channels, groups = s.end_group - s.first_group;
+  const int64_t taps = phase < x.window ? (x.window - 1 - phase) / x.stride + 1 : 0;
+  const int64_t ahead = s.first_group - s.first_window;
+  bool fresh = true;
+  for (int64_t p0 = cover0.first; p0 <= cover0.last; ++p0) {
+    const int64_t r0 = h0 - p0 * a.axis[0].stride;
+    for (int64_t p1 = cover1.first; p1 <= cover1.last; ++p1) {
+      const int64_t r1 = h1 - p1 * a.axis[1].stride;
+      const int64_t row =
+          ((p0 - s0.first_window) * s1.windows + p1 - s1.first_window) * a.row;
+      const int64_t number = (r0 * a.axis[1].window + r1) * x.window + phase;
+      // Group g is at tap phase + k * stride of window g - k.
+      for (int64_t k = taps - 1; k >= 0; --k) {
+        const int64_t first = Most(0, k - ahead);
+        const int64_t last = Least(groups, s.windows + k - ahead);
+        if (first >= last) continue;
+        if (fresh && (first > 0 || last < groups)) {
+          __builtin_memset(sums, 0, a.dx_row * sizeof(Acc<T>));
+          fresh = false;
         }
+        const int64_t at = row + (ahead - k) * c;
+        AddWon<T>(tile.winner + at, tile.dy_rows + at, number + k * x.stride, fresh,
+                  first * c / kBlock * kBlock, last * c, sums);
+        fresh = false;
       }
-    }
-    CONVGRAD_UNROLL
-    for (int v = 0; v < V; ++v) {
-      if constexpr (kExtraBits<T> == 16) {  // XLA's NaNs keep nothing but their sign
-        const I bits = (I)sum[v];
-        const I nan = (bits & ~0x7fffffff) | 0x7fc00000;
-        sum[v] = (Vec<A, N>)((bits & 0x7fffffff) > 0x7f800000 ? nan : bits);
-      }
-      Store<N>(sums + lane + v * N, sum[v]);
     }
   }
+  if (fresh) __builtin_memset(sums, 0, a.dx_row * sizeof(Acc<T>));
 }
 
 // The two phases of stride 2, alternately.
@@ -349,6 +415,7 @@ CONVGRAD_INLINE void MakeRow(const PoolTile<T>& tile, int64_t h0, int64_t h1, T*
   const int64_t c = tile.channels, groups = s.end_group - s.first_group;
   const int64_t start = s.first_group * x.stride - x.pad_lo;
   Acc<T>* sums = tile.sums;
+  FetchRow<T, 1>(tile, to, start, groups * x.stride);
   if (PhasesAtOnce(a) > 1) {
     Acc<T>*odd = sums + a.dx_row, *both = odd + a.dx_row;
     Gather(tile, h0, h1, 0, sums);
@@ -405,17 +472,25 @@ void PoolGradTask(const void* state, int64_t index) {
   constexpr int64_t kMargin = kPoolBlockBytes / sizeof(A);
   tile.best = stack;
   tile.x_row = tile.best + a.row;
-  tile.sums = tile.x_row + a.x_row + kMargin;
+  tile.sums = tile.x_row + a.x_slots * a.x_row + kMargin;
   tile.dy_rows = tile.sums + PhasesAtOnce(a) * a.dx_row + kMargin;
   tile.winner =
       reinterpret_cast<typename PoolTile<T>::I*>(tile.dy_rows + a.rows * a.row);
 
   const PoolSpan &s0 = tile.span[0], &s1 = tile.span[1];
-  if (tile.span[2].windows > 0) {
-    for (int64_t i = 0; i < s0.windows; ++i) {
-      for (int64_t j = 0; j < s1.windows; ++j) {
-        FindWinners(tile, s0.first_window + i, s1.first_window + j, i * s1.windows + j);
-      }
+  const int64_t lanes = tile.span[2].windows * tile.channels;
+  for (int64_t i = 0; i < s0.windows && lanes > 0; ++i) {
+    int64_t next = 0;
+    for (int64_t j = 0; j < s1.windows; ++j) {
+      const int64_t p0 = s0.first_window + i, p1 = s1.first_window + j;
+      const int64_t row = (i * s1.windows + j) * a.row;
+      auto* winner = tile.winner + row;
+      FindWinners(tile, p0, p1, &next, winner);
+      // No tap has the number -1: what lies beside the row adds nothing.
+      constexpr int64_t kBlock = kPoolVectors * kLanes<A>;
+      __builtin_memset(winner - kBlock, 0xff, kBlock * sizeof(*winner));
+      __builtin_memset(winner + lanes, 0xff, kBlock * sizeof(*winner));
+      FetchDy(tile, p0, p1, tile.dy_rows + row);
     }
   }
   const PoolCover rows0 = PositionsOf(a.axis[0], s0), rows1 = PositionsOf(a.axis[1], s1);

@@ -19,9 +19,9 @@ constexpr int64_t kMostCover = 200;
 
 // What tiles are cut to: larger ones share less of the windows at their edges, smaller ones
 // stay in a processor's caches.
-constexpr int64_t kTileBytes = 96 * 1024;
+constexpr int64_t kTileBytes = 160 * 1024;
 constexpr int64_t kTileChannels = 64, kLeastChannels = 16;
-constexpr int64_t kRowElements = 1024;  // of a row of windows
+constexpr int64_t kRowElements = 2048;  // of a row of windows
 
 std::string CheckAttributes(const Ints& x_shape, const Ints& dy_shape,
                             const PoolAttributes& a) {
@@ -115,12 +115,16 @@ int64_t Measure(PoolArgs* a) {
   a->row = whole(Windows(x) * a->channels) + 2 * block;
   a->dx_row = whole(x.tile_groups * a->channels);
   a->rows = Windows(a->axis[0]) * Windows(a->axis[1]);
-  // All taps of a row of windows, or as many as fit in a first-level cache besides.
-  const int64_t taps = std::min<int64_t>(x.window, 4096);
-  a->x_row = std::max(whole((Windows(x) + 1) * a->channels),
-                      std::min(whole((Windows(x) + 1) * a->channels * taps),
-                               4 * kRowElements));
-  return a->row + a->x_row + 2 * block + a->dx_row * PhasesAtOnce(*a) +
+  const int64_t row_of_x = whole(
+      std::min(x.window, x.stride) * (Windows(x) + (x.window - 1) / x.stride) * a->channels);
+  a->x_slots = std::min(a->axis[0].window, kPoolSlots + 1) * a->axis[1].window;
+  a->x_row = row_of_x;
+  if (a->x_slots > kPoolSlots || a->x_slots * row_of_x > 4 * kRowElements) {
+    a->x_slots = 1;
+    a->x_row = std::max(whole((Windows(x) + 1) * a->channels),
+                        std::min(row_of_x, 4 * kRowElements));
+  }
+  return a->row + a->x_slots * a->x_row + 2 * block + a->dx_row * PhasesAtOnce(*a) +
          2 * a->rows * a->row;
 }
 
