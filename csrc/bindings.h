@@ -1,4 +1,5 @@
-// What a module's handlers (ffi.cc, ffi_pooling.cc) give to its Python bindings (bindings.cc).
+// What a module's handlers (ffi.cc, ffi_pooling.cc) give to its Python bindings
+// (bindings.cc).
 
 #pragma once
 

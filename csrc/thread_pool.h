@@ -51,7 +51,7 @@ class PooledLoop {
 };
 
 inline void RunInPool(xla::ffi::ThreadPool& pool, int64_t count,
-               const std::function<void(int64_t)>& task) {
+                      const std::function<void(int64_t)>& task) {
   const int64_t threads = std::min<int64_t>(pool.num_threads(), count);
   if (threads <= 1) {
     for (int64_t i = 0; i < count; ++i) task(i);

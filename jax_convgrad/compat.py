@@ -203,13 +203,12 @@ def lax_transpose_rules() -> tuple[Callable[..., Any], Callable[..., Any]]:
 
 
 @functools.cache
-def lax_lowering(platform: str) -> Callable[..., Any]:
-    """The lowering rule of the convolution that lax registers for a platform.
+def lax_lowering(primitive: Any, platform: str) -> Callable[..., Any]:
+    """The lowering rule that lax registers for a primitive on a platform.
 
     `mlir.register_lowering` has no inverse: the tables are those it fills. Must be called
     before anything is registered in their place.
     """
-    primitive = lax.conv_general_dilated_p
     entry = private_mlir._platform_specific_lowerings[platform].get(primitive)
     return (entry or private_mlir._lowerings[primitive]).rule
 

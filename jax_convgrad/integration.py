@@ -17,7 +17,7 @@ import jax
 from jax import lax
 from jax.interpreters import ad
 
-from . import compat, dispatch, lax_lowering
+from . import compat, dispatch, lax_lowering, pooling
 from .geometry import ConvGeometry, is_static
 from .primitive import filter_cotangent, input_cotangent
 
@@ -27,8 +27,8 @@ def install() -> None:
 
     Flax, Equinox, Haiku and Keras use lax's convolution, so their input gradients run the
     kernel with no code changed, forward mode included, and on a CPU so do their forward
-    pass and their filter gradients. Functions that are already jitted pick the change up at
-    their next call. Calling it again does nothing.
+    pass, their filter gradients and the gradient of their max pooling. Functions that are
+    already jitted pick the change up at their next call. Calling it again does nothing.
 
     Example:
         >>> import jax_convgrad
@@ -85,6 +85,7 @@ def _register() -> None:
 
     ad.defbilinear(lax.conv_general_dilated_p, lhs_rule, rhs_rule)
     lax_lowering.register()
+    pooling.register()
 
 
 def _covered(dy: jax.Array) -> bool:

@@ -32,7 +32,8 @@ from .primitive import bind_forward
 def register() -> None:
     """Puts a lowering that asks `dispatch.installed` and the mark in front of lax's own."""
     for platform in ("cpu", "cuda"):
-        rule = functools.partial(_lower, compat.lax_lowering(platform), platform)
+        lax_rule = compat.lax_lowering(lax.conv_general_dilated_p, platform)
+        rule = functools.partial(_lower, lax_rule, platform)
         mlir.register_lowering(lax.conv_general_dilated_p, rule, platform=platform)
 
 

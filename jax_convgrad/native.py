@@ -21,6 +21,7 @@ from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD
 TARGETS = {map_: map_.target for map_ in (FORWARD, INPUT_GRAD, FILTER_GRAD)}
 TARGET, FORWARD_TARGET = TARGETS[INPUT_GRAD], TARGETS[FORWARD]
 FUSED_TARGET = "convgrad_input_grad_fused"
+MAX_POOL_GRAD_TARGET = "convgrad_max_pool_grad"
 
 try:
     __version__ = importlib.metadata.version("jax-convgrad")

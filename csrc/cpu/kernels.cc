@@ -6,8 +6,7 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 
 extern const CpuKernels kKernels;
-const CpuKernels kKernels = {Direct, Gemm,   Channels,   Planes,
-                             Dots,   Filter, MaxPoolGrad};
+const CpuKernels kKernels = {Direct, Gemm, Channels, Planes, Dots, Filter, MaxPoolGrad};
 
 }  // namespace CONVGRAD_ISA
 }  // namespace convgrad

@@ -349,7 +349,8 @@ def amx_module() -> types.ModuleType:
     Raises:
         BuildError: something does not compile.
     """
-    sources = ["csrc/ffi_pooling.cc", *cpu_planner(), "csrc/cpu/gemm_bf16.cc", EMULATOR / "no_kernels.cc"]
+    own = ("csrc/ffi_pooling.cc", "csrc/cpu/gemm_bf16.cc", EMULATOR / "no_kernels.cc")
+    sources = [*cpu_planner(), *own]
     definitions = ("-DCONVGRAD_EMULATE_AMX", "-DCONVGRAD_AMX", "-DCONVGRAD_ISA=amx")
     return _handlers("_emulated_amx", [pathlib.Path(source) for source in sources], definitions)
 

@@ -1,5 +1,5 @@
-// The gradient of max pooling: what plan.cc, compiled for the baseline processor, hands to
-// the kernel, which is compiled once for each instruction set (max_grad.h).
+// The gradient of max pooling: what plan.cc, compiled for the baseline processor, hands
+// to the kernel, which is compiled once for each instruction set (max_grad.h).
 
 #pragma once
 
@@ -9,10 +9,11 @@ namespace convgrad {
 
 constexpr int kPoolAxes = 3;
 
-// An axis that windows move along. A position counts from the first one of the padding on:
-// h of x is position h + pad_lo. Group g is the positions g * stride .. (g + 1) * stride - 1,
-// and where in its group a position is we call its phase. Window p begins at position
-// p * stride, so that group g lies in the windows g - cover + 1 .. g, as far as they exist.
+// An axis that windows move along. A position counts from the first one of the padding
+// on: h of x is position h + pad_lo. Group g is the positions g * stride .. (g + 1) *
+// stride - 1, and where in its group a position is we call its phase. Window p begins at
+// position p * stride, so that group g lies in the windows g - cover + 1 .. g, as far as
+// they exist.
 struct PoolAxis {
   int64_t in, out, window, stride, pad_lo;
   int64_t cover;                // ceil(window / stride)
@@ -37,8 +38,8 @@ struct PoolArgs {
   void* dx;
 };
 
-// Rows of dX, each of a phase, that a task holds: the two of stride 2 alternate in planes,
-// and then there are as many for the result.
+// Rows of dX, each of a phase, that a task holds: the two of stride 2 alternate in
+// planes, and then there are as many for the result.
 __attribute__((always_inline)) constexpr int64_t PhasesAtOnce(const PoolArgs& a) {
   return a.axis[kPoolAxes - 1].stride == 2 && a.inner == 1 ? 4 : 1;
 }
@@ -46,8 +47,9 @@ __attribute__((always_inline)) constexpr int64_t PhasesAtOnce(const PoolArgs& a)
 // The most rows of x that a task holds.
 constexpr int64_t kPoolSlots = 16;
 
-// A task's stack, and the most bytes of vectors that its loops take at once. Rows are padded
-// to multiples of those and rows of windows have as much as a margin at either end.
+// A task's stack, and the most bytes of vectors that its loops take at once. Rows are
+// padded to multiples of those and rows of windows have as much as a margin at either
+// end.
 constexpr int64_t kPoolStackBytes = 192 * 1024;
 constexpr int64_t kPoolBlockBytes = 128;
 

@@ -3,25 +3,26 @@
 //   dX[h] = sum of dY[p] over the windows p, in row-major order, whose winner is h
 //
 // A window is visited in row-major order too, with its padding, which holds -Inf. A tap
-// wins unless the winner so far is at least as large: so the first of equal ones stays, and
-// a NaN wins and loses against what follows. Each sum starts from +0 and rounds to the
-// element type at each step.
+// wins unless the winner so far is at least as large: so the first of equal ones stays,
+// and a NaN wins and loses against what follows. Each sum starts from +0 and rounds to
+// the element type at each step.
 //
-// A task makes a tile of dX: some groups along each axis (job.h) of some channels. First it
-// finds the winner of each window that covers the tile, as the number of its tap. Then it
-// gathers: a position knows by which tap it lies in which window, and adds the dY of those
-// windows whose winner is that tap. It adds a zero for the others, which changes no bit,
-// since no sum is -0. The windows at the edge of a tile are looked at by its neighbour, too;
-// in return no two tasks write to one place, and the order of the sums is fixed.
+// A task makes a tile of dX: some groups along each axis (job.h) of some channels. First
+// it finds the winner of each window that covers the tile, as the number of its tap. Then
+// it gathers: a position knows by which tap it lies in which window, and adds the dY of
+// those windows whose winner is that tap. It adds a zero for the others, which changes no
+// bit, since no sum is -0. The windows at the edge of a tile are looked at by its
+// neighbour, too; in return no two tasks write to one place, and the order of the sums is
+// fixed.
 //
 // Vector lanes hold the windows of a row with their channels, (p, c), as one sequence. So
-// the same loops serve channels-last arrays and planes. For their sake a row of x is brought
-// to the accumulation type and split into its phases first: then one tap of all windows is
-// one contiguous piece. Where windows are long, only some taps are packed at a time. A row of
-// dX is made phase by phase as well.
+// the same loops serve channels-last arrays and planes. For their sake a row of x is
+// brought to the accumulation type and split into its phases first: then one tap of all
+// windows is one contiguous piece. Where windows are long, only some taps are packed at a
+// time. A row of dX is made phase by phase as well.
 //
-// Limit: the winners of all windows that cover a group must fit on the stack, which plan.cc
-// checks.
+// Limit: the winners of all windows that cover a group must fit on the stack, which
+// plan.cc checks.
 
 #pragma once
 
@@ -97,12 +98,12 @@ struct PoolTile {
   using I = typename IntOf<A>::type;
   const PoolArgs* args;
   PoolSpan span[kPoolAxes];
-  int64_t channels;       // of this tile
-  const T *x, *x_end;     // x of this image and channel; where x ends
-  const T* dy;            // likewise
+  int64_t channels;    // of this tile
+  const T *x, *x_end;  // x of this image and channel; where x ends
+  const T* dy;         // likewise
   T* dx;
-  I* winner;              // [window][row], of which the first lane lies behind a margin
-  A *dy_rows;             // likewise
+  I* winner;   // [window][row], of which the first lane lies behind a margin
+  A* dy_rows;  // likewise
   A *best, *x_row, *sums;
 };
 
@@ -150,7 +151,8 @@ CONVGRAD_INLINE void Collect(Acc<T>* to, const T* from, int64_t count, int64_t s
     Vec<typename IntOf<A>::type, N> even;
     for (int lane = 0; lane < N; ++lane) even[lane] = 2 * lane;
     for (; i + N <= count && end - from >= 2 * (i + N); i += N) {
-      Store<N>(to + i, Pick<A, N>(Load<N>(from + 2 * i), Load<N>(from + 2 * i + N), even));
+      Store<N>(to + i,
+               Pick<A, N>(Load<N>(from + 2 * i), Load<N>(from + 2 * i + N), even));
     }
   }
   if (channels == 1) {
@@ -160,7 +162,8 @@ CONVGRAD_INLINE void Collect(Acc<T>* to, const T* from, int64_t count, int64_t s
   for (; i < count; ++i) Widen(to + i * channels, from + i * step, channels);
 }
 
-// How a packed row of x lies: tap + i * stride of the first window is number i of a phase.
+// How a packed row of x lies: tap + i * stride of the first window is number i of a
+// phase.
 struct PackedRow {
   int64_t taps, phases, length;  // of a phase, in pieces of `channels`
 };
@@ -188,8 +191,8 @@ CONVGRAD_NOINLINE void PackRow(const PoolTile<T>& tile, const T* from, int64_t f
 }
 
 // Has the taps of some packed rows compete for windows, those of row i from number +
-// i * row_taps on. `anew` for the windows' first rows; `last` for the last ones, after which
-// no one needs the values of the winners.
+// i * row_taps on. `anew` for the windows' first rows; `last` for the last ones, after
+// which no one needs the values of the winners.
 template <typename A>
 CONVGRAD_NOINLINE void Compete(const A* const* rows, int64_t row_count,
                                const PackedRow& packed, int64_t channels, int64_t stride,
@@ -208,8 +211,8 @@ CONVGRAD_NOINLINE void Compete(const A* const* rows, int64_t row_count,
     CONVGRAD_UNROLL
     for (int v = 0; v < V; ++v) {
       // Of a window of -Inf alone the first tap is the winner.
-      best[v] = anew ? F{} - static_cast<A>(__builtin_inf())
-                     : Load<N>(best_row + lane + v * N);
+      best[v] =
+          anew ? F{} - static_cast<A>(__builtin_inf()) : Load<N>(best_row + lane + v * N);
       winner[v] = anew ? I{} : LoadRaw<E, N>(winner_row + lane + v * N);
     }
     for (int64_t row = 0; row < row_count; ++row) {
@@ -302,13 +305,14 @@ CONVGRAD_INLINE void FindWinners(const PoolTile<T>& tile, int64_t p0, int64_t p1
 
 // Brings a row of dY to the accumulation type.
 template <typename T>
-CONVGRAD_INLINE void FetchDy(const PoolTile<T>& tile, int64_t p0, int64_t p1, Acc<T>* to) {
+CONVGRAD_INLINE void FetchDy(const PoolTile<T>& tile, int64_t p0, int64_t p1,
+                             Acc<T>* to) {
   constexpr int N = kLanes<Acc<T>>;
   const PoolArgs& a = *tile.args;
   const int64_t windows = tile.span[2].windows, c = tile.channels;
-  const T* from = tile.dy + ((p0 * a.axis[1].out + p1) * a.axis[2].out +
-                             tile.span[2].first_window) *
-                                a.inner;
+  const T* from =
+      tile.dy +
+      ((p0 * a.axis[1].out + p1) * a.axis[2].out + tile.span[2].first_window) * a.inner;
   Collect(to, from, windows, a.inner, c, from);
   if constexpr (kExtraBits<T> == 16) {  // XLA's NaNs keep nothing but their sign
     for (int64_t i = 0; i < windows * c; i += N) {
@@ -328,7 +332,8 @@ struct PoolCover {
   int64_t first, last;
 };
 
-CONVGRAD_INLINE PoolCover CoverOf(const PoolAxis& x, const PoolSpan& s, int64_t position) {
+CONVGRAD_INLINE PoolCover CoverOf(const PoolAxis& x, const PoolSpan& s,
+                                  int64_t position) {
   const int64_t before = position - x.window;  // where a window would just not reach
   return {Most(s.first_window, before < 0 ? 0 : before / x.stride + 1),
           Least(s.first_window + s.windows - 1, position / x.stride)};
@@ -365,7 +370,8 @@ CONVGRAD_NOINLINE void Gather(const PoolTile<T>& tile, int64_t h0, int64_t h1,
   const PoolArgs& a = *tile.args;
   const PoolSpan &s0 = tile.span[0], &s1 = tile.span[1], &s = tile.span[2];
   const PoolAxis& x = a.axis[2];
-  const PoolCover cover0 = CoverOf(a.axis[0], s0, h0), cover1 = CoverOf(a.axis[1], s1, h1);
+  const PoolCover cover0 = CoverOf(a.axis[0], s0, h0),
+                  cover1 = CoverOf(a.axis[1], s1, h1);
   const int64_t c = tile.channels, groups = s.end_group - s.first_group;
   const int64_t taps = phase < x.window ? (x.window - 1 - phase) / x.stride + 1 : 0;
   const int64_t ahead = s.first_group - s.first_window;
@@ -474,8 +480,7 @@ void PoolGradTask(const void* state, int64_t index) {
   tile.x_row = tile.best + a.row;
   tile.sums = tile.x_row + a.x_slots * a.x_row + kMargin;
   tile.dy_rows = tile.sums + PhasesAtOnce(a) * a.dx_row + kMargin;
-  tile.winner =
-      reinterpret_cast<typename PoolTile<T>::I*>(tile.dy_rows + a.rows * a.row);
+  tile.winner = reinterpret_cast<typename PoolTile<T>::I*>(tile.dy_rows + a.rows * a.row);
 
   const PoolSpan &s0 = tile.span[0], &s1 = tile.span[1];
   const int64_t lanes = tile.span[2].windows * tile.channels;
@@ -496,8 +501,7 @@ void PoolGradTask(const void* state, int64_t index) {
   const PoolCover rows0 = PositionsOf(a.axis[0], s0), rows1 = PositionsOf(a.axis[1], s1);
   for (int64_t h0 = rows0.first; h0 <= rows0.last; ++h0) {
     for (int64_t h1 = rows1.first; h1 <= rows1.last; ++h1) {
-      const int64_t row =
-          (h0 - a.axis[0].pad_lo) * a.axis[1].in + h1 - a.axis[1].pad_lo;
+      const int64_t row = (h0 - a.axis[0].pad_lo) * a.axis[1].in + h1 - a.axis[1].pad_lo;
       MakeRow(tile, h0, h1, tile.dx + row * a.axis[2].in * a.inner);
     }
   }
@@ -507,9 +511,9 @@ template <typename T>
 void PreparePoolGrad(const PoolArgs& a, CpuJob* job) {
   SetState(job, a);
   job->stages = 1;
-  job->stage[0] = {a.outer * a.axis[0].tiles * a.axis[1].tiles * a.axis[2].tiles *
-                       a.channel_tiles,
-                   PoolGradTask<T>};
+  job->stage[0] = {
+      a.outer * a.axis[0].tiles * a.axis[1].tiles * a.axis[2].tiles * a.channel_tiles,
+      PoolGradTask<T>};
 }
 
 }  // namespace

@@ -13,12 +13,12 @@ namespace {
 
 // Winners have the number of their tap, of which a 32-bit lane also holds -1.
 constexpr int64_t kMostTaps = (int64_t{1} << 31) - 1;
-// Windows over one position, all of whose winners are on the stack. With the least tile of
-// 16 channels and the margins they take 154 KB.
+// Windows over one position, all of whose winners are on the stack. With the least tile
+// of 16 channels and the margins they take 154 KB.
 constexpr int64_t kMostCover = 200;
 
-// What tiles are cut to: larger ones share less of the windows at their edges, smaller ones
-// stay in a processor's caches.
+// What tiles are cut to: larger ones share less of the windows at their edges, smaller
+// ones stay in a processor's caches.
 constexpr int64_t kTileBytes = 160 * 1024;
 constexpr int64_t kTileChannels = 64, kLeastChannels = 16;
 constexpr int64_t kRowElements = 2048;  // of a row of windows
@@ -115,8 +115,8 @@ int64_t Measure(PoolArgs* a) {
   a->row = whole(Windows(x) * a->channels) + 2 * block;
   a->dx_row = whole(x.tile_groups * a->channels);
   a->rows = Windows(a->axis[0]) * Windows(a->axis[1]);
-  const int64_t row_of_x = whole(
-      std::min(x.window, x.stride) * (Windows(x) + (x.window - 1) / x.stride) * a->channels);
+  const int64_t row_of_x = whole(std::min(x.window, x.stride) *
+                                 (Windows(x) + (x.window - 1) / x.stride) * a->channels);
   a->x_slots = std::min(a->axis[0].window, kPoolSlots + 1) * a->axis[1].window;
   a->x_row = row_of_x;
   if (a->x_slots > kPoolSlots || a->x_slots * row_of_x > 4 * kRowElements) {
@@ -133,7 +133,8 @@ void CutIntoTiles(PoolArgs* a) {
   const int64_t cuts = CeilDiv(a->inner, kTileChannels);
   const PoolAxis* axis = a->axis;
   const auto cover = [](const PoolAxis& x) { return std::min(x.cover, x.out); };
-  const int64_t share = kTileBytes / 16 / cover(axis[0]) / cover(axis[1]) / cover(axis[2]);
+  const int64_t share =
+      kTileBytes / 16 / cover(axis[0]) / cover(axis[1]) / cover(axis[2]);
   a->channels = std::min(
       {CeilDiv(CeilDiv(a->inner, cuts), kLeastChannels) * kLeastChannels, a->inner,
        std::max(kLeastChannels, share / kLeastChannels * kLeastChannels)});
@@ -188,7 +189,8 @@ std::string MakePool(const Ints& x_shape, const Ints& dy_shape, const PoolAttrib
   }
   args->dtype = dtype;
   if (Canonicalise(x_shape, dy_shape, a, args) > kPoolAxes) {
-    return "window_dimensions must be of at most 3 axes, those between them included, got " +
+    return "window_dimensions must be of at most 3 axes, those between them included, "
+           "got " +
            Show(a.window_dimensions);
   }
   int64_t taps = 1, cover = 1;
