@@ -44,8 +44,8 @@ __attribute__((always_inline)) constexpr int64_t PhasesAtOnce(const PoolArgs& a)
   return a.axis[kPoolAxes - 1].stride == 2 && a.inner == 1 ? 4 : 1;
 }
 
-// The most rows of x that a task holds.
-constexpr int64_t kPoolSlots = 16;
+// The most rows of x that a task holds, and the most taps along one at a time.
+constexpr int64_t kPoolSlots = 16, kPoolTaps = 64;
 
 // A task's stack, and the most bytes of vectors that its loops take at once. Rows are
 // padded to multiples of those and rows of windows have as much as a margin at either

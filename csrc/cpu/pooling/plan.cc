@@ -119,7 +119,8 @@ int64_t Measure(PoolArgs* a) {
                                  (Windows(x) + (x.window - 1) / x.stride) * a->channels);
   a->x_slots = std::min(a->axis[0].window, kPoolSlots + 1) * a->axis[1].window;
   a->x_row = row_of_x;
-  if (a->x_slots > kPoolSlots || a->x_slots * row_of_x > 4 * kRowElements) {
+  if (a->x_slots > kPoolSlots || x.window > kPoolTaps ||
+      a->x_slots * row_of_x > 4 * kRowElements) {
     a->x_slots = 1;
     a->x_row = std::max(whole((Windows(x) + 1) * a->channels),
                         std::min(row_of_x, 4 * kRowElements));
