@@ -258,10 +258,11 @@ def test_what_stays_laxs(image):
     single = ((5,), (5,), (1,), ((0, 0),))
     one = functools.partial(pool_grad, g=single)
     assert counts(installed_text(one, jnp.ones(1), jnp.ones(5))) == (0, 1)
-    # More windows over an element than the kernel keeps; four axes apart.
+    # More windows over an element than the kernel keeps; axes apart; few windows a row.
     deep = ((40, 40), (20, 20), (1, 1), ((0, 0), (0, 0)))
     apart = ((4, 2, 4, 2, 4), (2, 1, 2, 1, 2), (2, 1, 2, 1, 2), ((0, 0),) * 5)
-    for g in (deep, apart):
+    few = ((2, 512, 8, 8), *GEOMETRIES["2x2 by 2, planes"][1:])
+    for g in (deep, apart, few):
         function = functools.partial(pool_grad, g=g)
         args = jnp.ones(out_shape(g)), jnp.ones(g[0])
         assert counts(installed_text(function, *args)) == (0, 1)
