@@ -486,6 +486,10 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
     x.pad_lo = 0;
   }
   if (IsFoldable(p)) include(Folded(p), Kernel::kGemm);
+  const WorkspaceBound padded = BoundPaddedRows(given);
+  bound.bytes = std::max(bound.bytes, padded.bytes);
+  bound.bytes_per_position =
+      std::max(bound.bytes_per_position, padded.bytes_per_position);
   bound.bytes += 64;  // the packed dY is rounded up
   return bound;
 }

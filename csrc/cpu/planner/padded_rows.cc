@@ -11,6 +11,16 @@ namespace {
 
 constexpr int kRow = kAxes - 1;
 
+// A row's copy is at most so many times as long: padding may be as large as 2^31.
+constexpr int64_t kTimesRow = 2;
+
+bool HasChannelsToPad(const Problem& p) {
+  constexpr int64_t kMostChannels = 8;   // more are long sums without it
+  constexpr int64_t kLeastResults = 16;  // fewer do not pay for the copies
+  return p.dtype != DType::kF16 && p.dtype != DType::kBF16 && p.groups == 1 &&
+         p.out_channels <= kMostChannels && p.in_channels >= kLeastResults;
+}
+
 int64_t Aligned(int64_t bytes) { return CeilDiv(bytes, 64) * 64; }
 
 // Zeros in front of dY along a row, or less than nothing where it is cropped.
@@ -89,19 +99,15 @@ bool Pack(const Problem& p, const PaddedRows& padded, const T* dy, const T* w, T
 }  // namespace
 
 PaddedRows PadRows(const Problem& given) {
-  constexpr int64_t kMostChannels = 8;   // more are long sums without it
-  constexpr int64_t kLeastResults = 16;  // fewer do not pay for the copies
   PaddedRows padded{};
   const Axis& row = given.axis[kRow];
-  if (given.dtype == DType::kF16 || given.dtype == DType::kBF16 || given.groups > 1 ||
-      given.out_channels > kMostChannels || given.in_channels < kLeastResults ||
-      row.win < 2 || row.stride != 1 || row.rhs_dilation != 1 || given.batch == 0 ||
-      row.in == 0 || given.axis[0].out * given.axis[1].out * row.out == 0) {
+  if (!HasChannelsToPad(given) || row.win < 2 || row.stride != 1 ||
+      row.rhs_dilation != 1 || given.batch == 0 || row.in == 0 ||
+      given.axis[0].out * given.axis[1].out * row.out == 0) {
     return padded;
   }
   const int64_t columns = (row.in - 1) * row.lhs_dilation + row.win;
-  // Padding and dilation may be as large as 2^31; then dY is little beside its copy.
-  if (columns > 2 * row.out + row.win + row.lhs_dilation) return padded;
+  if (columns > kTimesRow * row.out) return padded;
   Problem& p = padded.problem = given;
   const int64_t bytes = AccBytes(given);
   p.axis[kRow].out = columns;
@@ -122,6 +128,17 @@ PaddedRows PadRows(const Problem& given) {
   MergeTaps(kRow, &p, &padded.w_at);
   padded.serves = p.axis[kRow].win == 1;
   return padded;
+}
+
+WorkspaceBound BoundPaddedRows(const Problem& p) {
+  if (!HasChannelsToPad(p)) return {};
+  // The filter's copy, what gemm packs of it, whole panels of in channels, and by the
+  // merged channels its zeros and what it notes about the filter.
+  const int64_t channels = p.out_channels * Taps(p);
+  const int64_t panels = CeilDiv(p.in_channels, kMaxPanelColumns) * kMaxPanelColumns;
+  const int64_t bytes = 2 * Aligned(channels * panels * AccBytes(p)) +
+                        Aligned(channels * AccBytes(p)) + Aligned(channels * panels);
+  return {bytes + 64, kTimesRow * p.out_channels * AccBytes(p)};
 }
 
 bool PackPaddedRows(const Problem& problem, const PaddedRows& padded, const void* dy,

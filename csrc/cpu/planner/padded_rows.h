@@ -26,6 +26,10 @@ struct PaddedRows {
 // Of a canonical problem.
 PaddedRows PadRows(const Problem& problem);
 
+// For problems that differ from a given one in batch and positions alone: bytes of all
+// but the copy of dY at most, and for each of its positions.
+WorkspaceBound BoundPaddedRows(const Problem& problem);
+
 // Makes both copies, dY's at `to` and the filter's behind it. Returns false if the filter
 // has an infinity or a NaN.
 bool PackPaddedRows(const Problem& problem, const PaddedRows& padded, const void* dy,
