@@ -193,7 +193,7 @@ void Define(py::module_& m) {
     m.def("isa", parts.cpu_isa);
     m.def("max_pool_grad_obstacle", parts.max_pool_grad_obstacle, py::arg("x_shape"),
           py::arg("dy_shape"), py::arg("window_dimensions"), py::arg("window_strides"),
-          py::arg("padding"));
+          py::arg("padding"), py::arg("itemsize"));
     return;
   }
   m.def(

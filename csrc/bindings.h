@@ -27,10 +27,11 @@ struct ModuleParts {
   WorkspaceBound (*bound_workspace)(const Problem& problem);
 
   // What keeps the gradient of max pooling from the kernel, empty if nothing does: of x,
-  // dY and the attributes in lax's order.
+  // dY and the attributes in lax's order and an element's bytes.
   std::string (*max_pool_grad_obstacle)(const Ints& x_shape, const Ints& dy_shape,
                                         const Ints& window_dimensions,
-                                        const Ints& window_strides, const Ints& padding);
+                                        const Ints& window_strides, const Ints& padding,
+                                        int64_t itemsize);
 
   const char* (*cpu_isa)();  // null for CUDA, and what follows is empty for the CPU
 

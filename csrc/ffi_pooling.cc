@@ -74,10 +74,14 @@ XLA_FFI_DEFINE_HANDLER(kMaxPoolGrad, MaxPoolGrad,
 
 std::string Obstacle(const Ints& x_shape, const Ints& dy_shape,
                      const Ints& window_dimensions, const Ints& window_strides,
-                     const Ints& padding) {
+                     const Ints& padding, int64_t itemsize) {
+  constexpr double kMostLooks = 3;  // with 4 and more, XLA's one thread was as fast
   PoolArgs args{};
-  return MakePool(x_shape, dy_shape, {window_dimensions, window_strides, padding},
-                  DType::kF32, &args);
+  const PoolAttributes attributes{window_dimensions, window_strides, padding};
+  const DType dtype = itemsize == 8 ? DType::kF64 : DType::kF32;
+  std::string error = MakePool(x_shape, dy_shape, attributes, dtype, &args);
+  if (!error.empty() || LooksAtWindow(args) <= kMostLooks) return error;
+  return "windows overlap so much that tiles share most of them";
 }
 
 }  // namespace

@@ -94,7 +94,8 @@ def _covered(ctx: Any, *, select_prim: Any, **params: Any) -> bool:
     if _lanes(dy.shape, **params) < _LEAST_LANES:
         return False
     vectors = attributes(**params).values()
-    return not native.cpu.max_pool_grad_obstacle(x.shape, dy.shape, *map(list, vectors))
+    obstacle = native.cpu.max_pool_grad_obstacle
+    return not obstacle(x.shape, dy.shape, *map(list, vectors), x.dtype.itemsize)
 
 
 def _lanes(

@@ -140,7 +140,7 @@ def random_problems(rng, count):
         g = random_geometry(rng)
         if math.prod(g[0]) * math.prod(g[1]) > MOST_LOOKS or math.prod(out_shape(g)) == 1:
             continue
-        if native.cpu.max_pool_grad_obstacle(g[0], out_shape(g), g[1], g[2], sum(g[3], ())):
+        if native.cpu.max_pool_grad_obstacle(g[0], out_shape(g), g[1], g[2], sum(g[3], ()), 4):
             continue
         dtype, kinds = str(rng.choice(oracles.DTYPES)), rng.choice(DATA, 2)
         yield g, *operands(rng, g, dtype, kinds)

@@ -213,6 +213,15 @@ std::string MakePool(const Ints& x_shape, const Ints& dy_shape, const PoolAttrib
   return "";
 }
 
+double LooksAtWindow(const PoolArgs& args) {
+  double looks = 1;
+  for (const PoolAxis& x : args.axis) {
+    looks *= std::max(
+        1.0, static_cast<double>(x.tiles * Windows(x)) / static_cast<double>(x.out));
+  }
+  return looks;
+}
+
 void RunCpuMaxPoolGrad(const PoolArgs& args, const ParallelFor& parallel_for) {
   CpuJob job;
   ChosenIsa().kernels->max_pool_grad(args, &job);

@@ -21,6 +21,10 @@ struct PoolAttributes {
 std::string MakePool(const Ints& x_shape, const Ints& dy_shape,
                      const PoolAttributes& attributes, DType dtype, PoolArgs* args);
 
+// How often a window is looked at on average, since each tile has its own. Where windows
+// overlap a lot and channels are many, tiles are small.
+double LooksAtWindow(const PoolArgs& args);
+
 // Computes dX of `args`, which MakePool has filled. All of it is written.
 void RunCpuMaxPoolGrad(const PoolArgs& args, const ParallelFor& parallel_for);
 
