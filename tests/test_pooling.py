@@ -328,7 +328,7 @@ ERRORS = {
             "x": (30, 30), "dx": (30, 30), "dy": (15, 15), "window_dimensions": [16, 16],
             "window_strides": [1, 1], "padding": [0] * 4,
         },
-        ["window_strides", "at most 200 windows"],
+        ["window_strides", "at most 100 windows"],
     ),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kMostTaps = (int64_t{1} << 31) - 1;
 // Windows over one position, all of whose winners are on the stack. With the least tile
 // of 16 channels and the margins they take 154 KB.
-constexpr int64_t kMostCover = 200;
+constexpr int64_t kMostCover = 100;
 
 // What tiles are cut to: larger ones share less of the windows at their edges, smaller
 // ones stay in a processor's caches.
