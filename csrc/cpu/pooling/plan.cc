@@ -13,8 +13,8 @@ namespace {
 
 // Winners have the number of their tap, of which a 32-bit lane also holds -1.
 constexpr int64_t kMostTaps = (int64_t{1} << 31) - 1;
-// Windows over one position, all of whose winners are on the stack. With the least tile
-// of 16 channels and the margins they take 154 KB.
+// Windows over one position, all of whose winners are on the stack. With more, lax takes
+// about as long.
 constexpr int64_t kMostCover = 100;
 
 // What tiles are cut to: larger ones share less of the windows at their edges, smaller
