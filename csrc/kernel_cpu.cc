@@ -356,7 +356,7 @@ bool PacksLittle(const Problem& p, Kernel kernel) {
 // Whether the definition has few products for each element that it writes anyway: a long
 // window that meets y a few times.
 bool IsLight(const Problem& p) {
-  constexpr double kProducts = 16;  // for each element
+  constexpr double kProducts = 32;  // for each element
   const double filter = 1.0 * p.groups * p.in_channels * p.out_channels * Taps(p);
   const double in = 1.0 * p.axis[0].in * p.axis[1].in * p.axis[2].in;
   const double out = 1.0 * p.axis[0].out * p.axis[1].out * p.axis[2].out;

@@ -309,7 +309,7 @@ def test_module_says_what_it_is():
     assert native.cpu.version == jax_convgrad.__version__
     assert native.cpu.ffi_api_version <= native.runtime_ffi_version()
     assert native.cpu.isa() in ("amx", "avx512_bf16", "avx512", "avx2", "portable")
-    targets = {native.FUSED_TARGET, *native.TARGETS.values()}
+    targets = {native.FUSED_TARGET, native.MAX_POOL_GRAD_TARGET, *native.TARGETS.values()}
     assert set(native.cpu.targets()) == targets
 
 

@@ -240,7 +240,9 @@ def test_jet_of_a_gradient_under_install(operands):
     with jax_convgrad.installed():
         ours, our_terms = coefficients()
     for expected, found in zip([plain, *plain_terms], [ours, *our_terms], strict=True):
-        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+        # Sums of large terms may cancel.
+        atol = 2e-6 * np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=atol)
 
 
 def test_jet_of_an_epilogue(operands):
