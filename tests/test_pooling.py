@@ -384,6 +384,7 @@ def report(run_python, function, **environment):
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.thorough
 def test_instruction_sets(run_python, isa):
     if isa not in cpu_programs.flags_by_set():
         pytest.skip(f"this processor's kernels are not for {isa}")
@@ -392,6 +393,7 @@ def test_instruction_sets(run_python, isa):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.thorough
 def test_the_same_bits_for_every_thread_count(run_python):
     found = [
         report(run_python, "digest", PJRT_NPROC=str(threads), NPROC=str(threads))

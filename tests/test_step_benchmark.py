@@ -62,6 +62,7 @@ def test_a_net_has_the_published_size(name):
 
 
 @pytest.mark.native
+@pytest.mark.thorough
 def test_it_writes_and_draws_a_net(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     pytest.importorskip("torch")
