@@ -209,6 +209,15 @@ CONVGRAD_INLINE void StoreOne<double>(double* p, double value) {
   *p = value;
 }
 
+// Contiguous elements to values[0 .. count).
+template <typename T>
+CONVGRAD_INLINE void LoadRun(const T* p, int64_t count, Acc<T>* values) {
+  constexpr int N = kLanes<Acc<T>>;
+  int64_t i = 0;
+  for (; i + N <= count; i += N) Store<N>(values + i, Load<N>(p + i));
+  for (; i < count; ++i) values[i] = LoadOne(p + i);
+}
+
 // values[0 .. count) to contiguous elements.
 template <typename T>
 CONVGRAD_INLINE void StoreRun(T* p, const Acc<T>* values, int64_t count) {

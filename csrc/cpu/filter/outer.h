@@ -217,14 +217,6 @@ CONVGRAD_INLINE void Include(const Meets& other, int64_t y_step, Meets* m) {
 
 // ---- packing --------------------------------------------------------------------------
 
-template <typename T>
-CONVGRAD_INLINE void Convert(const T* from, int64_t count, Acc<T>* to) {
-  constexpr int N = kLanes<Acc<T>>;
-  int64_t i = 0;
-  for (; i + N <= count; i += N) Store<N>(to + i, Load<N>(from + i));
-  for (; i < count; ++i) to[i] = LoadOne(from + i);
-}
-
 template <typename A>
 CONVGRAD_INLINE void Clear(A* to, int64_t count) {
   __builtin_memset(to, 0, static_cast<size_t>(count) * sizeof(A));
@@ -244,13 +236,13 @@ CONVGRAD_NOINLINE void PackRow(const T* from, int64_t position, int64_t channel,
   }
   if (channel == 1) {
     if (position == width && channels == width) {
-      return Convert(from, count * channels, to);
+      return LoadRun(from, count * channels, to);
     }
     for (int64_t p = 0; p < count; ++p) {
       // The next block of lanes, which will be packed soon, is beyond any hardware's
       // guess.
       __builtin_prefetch(from + p * position + channels);
-      Convert(from + p * position, channels, to + p * width);
+      LoadRun(from + p * position, channels, to + p * width);
     }
     return;
   }

@@ -84,14 +84,6 @@ CONVGRAD_INLINE void FetchRow(const PoolTile<T>& tile, const T* row, int64_t col
 
 // ---- the winners ----------------------------------------------------------------------
 
-template <typename T>
-CONVGRAD_INLINE void Widen(Acc<T>* to, const T* from, int64_t count) {
-  constexpr int N = kLanes<Acc<T>>;
-  int64_t i = 0;
-  for (; i + N <= count; i += N) Store<N>(to + i, Load<N>(from + i));
-  for (; i < count; ++i) to[i] = LoadOne(from + i);
-}
-
 template <typename A>
 CONVGRAD_INLINE void FillLowest(A* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = -static_cast<A>(__builtin_inf());
@@ -103,7 +95,7 @@ CONVGRAD_INLINE void Collect(Acc<T>* to, const T* from, int64_t count, int64_t s
                              int64_t channels, const T* end) {
   using A = Acc<T>;
   constexpr int N = kLanes<A>;
-  if (step == channels) return Widen(to, from, count * channels);
+  if (step == channels) return LoadRun(from, count * channels, to);
   int64_t i = 0;
   if (step == 2) {
     Vec<typename IntOf<A>::type, N> even;
@@ -118,7 +110,9 @@ CONVGRAD_INLINE void Collect(Acc<T>* to, const T* from, int64_t count, int64_t s
     for (; i < count; ++i) to[i] = LoadOne(from + i * step);
     return;
   }
-  for (; i < count; ++i) Widen(to + i * channels, from + i * step, channels);
+  for (; i < count; ++i) {
+    LoadRun(from + i * step, channels, to + i * channels);
+  }
 }
 
 // Some taps of all windows, from a row of x: tap + i * stride of the first window is
