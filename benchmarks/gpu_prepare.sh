@@ -57,7 +57,7 @@ fi
 
 echo "== the package for $("$python" --version), $architecture ($SECONDS s)"
 # The C++ library of the machine with the GPU may be older than the compiler's here.
-LDFLAGS=-static-libstdc++ JAX_CONVGRAD_CUDA=ON JAX_CONVGRAD_CUDA_ARCHITECTURES=$architecture \
+LDFLAGS=-static-libstdc++ JAX_CONVGRAD_CPU_ISAS=all JAX_CONVGRAD_CUDA=ON JAX_CONVGRAD_CUDA_ARCHITECTURES=$architecture \
   "$python" -m pip install -q --no-build-isolation --no-deps --no-index \
   --disable-pip-version-check --config-settings=build-dir="$objects" \
   --config-settings=cmake.define.JAX_CONVGRAD_LINEINFO=ON --target "$folder/site" .

@@ -191,6 +191,7 @@ void Define(py::module_& m) {
       py::arg("map_name") = "input_grad");
   if (parts.cpu_isa != nullptr) {
     m.def("isa", parts.cpu_isa);
+    m.def("best_isa", parts.cpu_best_isa);
     m.def("max_pool_grad_obstacle", parts.max_pool_grad_obstacle, py::arg("x_shape"),
           py::arg("dy_shape"), py::arg("window_dimensions"), py::arg("window_strides"),
           py::arg("padding"), py::arg("itemsize"));

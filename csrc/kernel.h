@@ -134,6 +134,9 @@ bool IsTooSmallToShare(const Problem& problem);
 // "amx", "avx512_bf16", "avx512", "avx2" or "portable": what RunCpu uses on this machine.
 const char* CpuIsa();
 
+// The best of them for this processor, whether the build holds it or not.
+const char* CpuBestIsa();
+
 }  // namespace convgrad
 
 struct CUstream_st;  // cudaStream_t is a pointer to it

@@ -388,6 +388,7 @@ void AskForLargePages(void* base, int64_t bytes) {
 const char* const* CpuKernelNames() { return kNames; }
 
 const char* CpuIsa() { return ChosenIsa().name; }
+const char* CpuBestIsa() { return BestIsaName(); }
 
 bool IsTooSmallToShare(const Problem& p) {
   constexpr double kLeastShared = 2e5;  // multiply-adds, and elements that are moved

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import compat, dispatch, gpu_code, native, roofline
+from . import compat, cpu_code, dispatch, gpu_code, native, roofline
 from .conv import check_dtypes
 from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
@@ -40,8 +40,8 @@ class Explanation:
         reference: the GPU that the plan is made for, None if not on "cuda".
         forward: what computes the convolution itself.
         filter_grad: what computes the gradient for the filter.
-        rebuild: a kernel that a rebuild of the package would add for this machine's GPU,
-            None if there is none.
+        rebuild: what a rebuild of the package would add for this machine's GPU or
+            processor, None if it has all.
     """
 
     geometry: ConvGeometry
@@ -125,6 +125,12 @@ class Explanation:
                 f"GFLOP/s and {self.roofs.bytes_per_s / 1e9:.4g} GB/s ({self.roofs.source})"
             )
         return "\n".join(lines)
+
+
+def _rebuild(platform: str) -> str | None:
+    if platform == "cuda":
+        return gpu_code.local_missing_kernel()
+    return cpu_code.local_missing_isa() if platform == "cpu" else None
 
 
 def _line(choice: dispatch.Choice) -> str:
@@ -244,5 +250,5 @@ def explain(
         reference=reference,
         forward=forward,
         filter_grad=filter_grad,
-        rebuild=gpu_code.local_missing_kernel() if platform == "cuda" else None,
+        rebuild=_rebuild(platform),
     )

@@ -84,7 +84,7 @@ def driver(
         BuildError: something does not compile.
     """
     sets = flags_by_set(machine)
-    added = tuple(f"-DCONVGRAD_{isa.upper()}" for isa in sets if isa in ADDED)
+    compiled = tuple(f"-DCONVGRAD_{isa.upper()}" for isa in sets)
     parts = []
     # The slowest first.
     for isa, isa_flags in reversed(sets.items()):
@@ -93,7 +93,7 @@ def driver(
             of_kernels, more = replaced[1:]
         for source in (ADDED_KERNELS,) if isa in ADDED else kernel_sources(of_kernels):
             parts.append((source, (f"-DCONVGRAD_ISA={isa}", *isa_flags, *more), of_kernels))
-    parts += [(source, added, root) for source in SHARED]
+    parts += [(source, compiled, root) for source in SHARED]
     return build.program_of(DRIVER.stem, parts, flags, cxx)
 
 

@@ -1,4 +1,4 @@
-"""What the CUDA module is compiled for: cmake/CudaArchitectures.cmake with stand-ins."""
+"""What the modules are compiled for: cmake/CudaArchitectures.cmake, CpuInstructionSets.cmake."""
 
 import pathlib
 import shutil
@@ -105,3 +105,63 @@ def test_what_cannot_be_compiled_is_refused(configure, wish):
     status, text = configure(wish)
     assert status != 0
     assert "JAX_CONVGRAD_CUDA_ARCHITECTURES" in text
+
+
+CPU_SCRIPT = """
+cmake_minimum_required(VERSION 3.24)
+include(cmake/CpuInstructionSets.cmake)
+message("${CONVGRAD_CPU_ISAS}|${CONVGRAD_CPU_BF16_ISAS}|${CONVGRAD_CPU_SUMMARY}")
+"""
+# In place of CMake's own, which wants a compiler.
+CHECK = "macro(check_cxx_compiler_flag flag result)\n set(${result} ON)\nendmacro()\n"
+AVX2 = "fpu sse2 avx2 fma f16c"
+AVX512 = f"{AVX2} avx512f avx512bw avx512vl avx512dq"
+AMX = f"{AVX512} avx512_bf16 amx_tile amx_bf16"
+
+
+@pytest.fixture
+def configure_cpu(tmp_path):
+    """Runs the file for some wish and processor, and a compiler that knows all."""
+    if (cmake := shutil.which("cmake")) is None:
+        pytest.skip("no cmake")
+
+    def run(wish, flags, machine="x86_64"):
+        (tmp_path / "script.cmake").write_text(CPU_SCRIPT)
+        (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n" * 2)
+        (tmp_path / "CheckCXXCompilerFlag.cmake").write_text(CHECK)
+        done = subprocess.run(
+            [cmake, f"-DCMAKE_MODULE_PATH={tmp_path}", f"-DCMAKE_SYSTEM_PROCESSOR={machine}",
+             f"-DCONVGRAD_CPUINFO={tmp_path / 'cpuinfo'}", f"-DJAX_CONVGRAD_CPU_ISAS={wish}",
+             "-P", tmp_path / "script.cmake"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        return done.returncode, done.stdout + done.stderr
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("wish", "flags", "machine", "isas", "bf16_isas"),
+    [
+        ("", "fpu sse2", "x86_64", "avx2;portable", ""),
+        ("", AVX2, "x86_64", "avx2;portable", ""),
+        ("native", AVX512, "x86_64", "avx512;avx2;portable", ""),
+        ("", f"{AVX512} avx512_bf16", "x86_64", "avx512;avx2;portable", "avx512_bf16"),
+        ("", AMX, "x86_64", "avx512;avx2;portable", "avx512_bf16;amx"),
+        ("all", AVX2, "AMD64", "avx512;avx2;portable", "avx512_bf16;amx"),
+        ("", "", "aarch64", "portable", ""),
+        ("all", "", "aarch64", "portable", ""),
+    ],
+)
+def test_instruction_sets_that_are_compiled(configure_cpu, wish, flags, machine, isas, bf16_isas):
+    status, text = configure_cpu(wish, flags, machine)
+    assert status == 0, text
+    found = next(line for line in text.splitlines() if line.count("|") == 2).split("|")
+    assert found[:2] == [isas, bf16_isas]
+    assert ("JAX_CONVGRAD_CPU_ISAS=all" in found[2]) == (wish != "all" and bool(flags))
+
+
+def test_an_unknown_wish_for_instruction_sets_is_refused(configure_cpu):
+    status, text = configure_cpu("avx2", AVX2)
+    assert status != 0
+    assert "JAX_CONVGRAD_CPU_ISAS must be native or all, got avx2" in " ".join(text.split())

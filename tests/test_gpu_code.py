@@ -108,7 +108,7 @@ def test_lax_runs_where_the_module_has_no_code(gpu):
     assert "rebuild with JAX_CONVGRAD_CUDA_ARCHITECTURES=90" in choice.reason
     with pytest.raises(ValueError, match=r"none of it for a GPU of compute capability 9\.0"):
         dispatch.choose(g, "float32", "cuda", "native")
-    assert any("none of it" in line for line in info._gpu_lines())
+    assert any("none of it" in line for line in info._lacking_lines())
 
 
 @pytest.mark.native
@@ -120,8 +120,8 @@ def test_explain_and_info_name_the_rebuild_that_brings_wgmma(gpu):
     assert explanation.implementation == "native"
     assert "wgmma" in explanation.rebuild
     assert "  rebuild   the cuda module lacks the wgmma kernel" in str(explanation)
-    (line,) = info._gpu_lines()
+    (line,) = info._lacking_lines()
     assert line.startswith("GPU code ")
     gpu("9.0", ALL)
-    assert info._gpu_lines() == []
+    assert info._lacking_lines() == []
     assert f" for {ALL};" in info._module_line("cuda")

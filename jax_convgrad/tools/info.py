@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from .. import dispatch, gpu_code, native
+from .. import cpu_code, dispatch, gpu_code, native
 from ..geometry import ConvGeometry
 from . import machine
 from .geometries import make_geometry
@@ -47,10 +47,13 @@ def _module_line(platform: str) -> str:
     return f"{platform} module".ljust(14) + built
 
 
-def _gpu_lines() -> list[str]:
-    """What the CUDA module lacks for this machine's GPUs."""
-    note = gpu_code.local_obstacle() or gpu_code.local_missing_kernel()
-    return [] if note is None else [f"GPU code      {note}"]
+def _lacking_lines() -> list[str]:
+    """What the modules lack for this machine's processor and GPUs."""
+    notes = {
+        "CPU code": cpu_code.local_missing_isa(),
+        "GPU code": gpu_code.local_obstacle() or gpu_code.local_missing_kernel(),
+    }
+    return [name.ljust(14) + note for name, note in notes.items() if note is not None]
 
 
 def report() -> list[str]:
@@ -74,7 +77,7 @@ def report() -> list[str]:
         f"XLA FFI       {runtime_ffi} in this jaxlib",
         _module_line("cpu"),
         _module_line("cuda"),
-        *_gpu_lines(),
+        *_lacking_lines(),
         f"kill switch   {dispatch.SWITCH}={state}",
         "",
         f"what runs for typical layers on {machine.lowering_platform()} (NHWC, batch 8):",

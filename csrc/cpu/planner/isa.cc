@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(CONVGRAD_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -15,18 +15,20 @@
 
 namespace convgrad {
 
-#if defined(__x86_64__)
-namespace avx512 {
+// What the build compiled (cmake/CpuInstructionSets.cmake).
+namespace portable {
 extern const CpuKernels kKernels;
 }
+#if defined(CONVGRAD_AVX2)
 namespace avx2 {
 extern const CpuKernels kKernels;
 }
 #endif
-namespace portable {
+#if defined(CONVGRAD_AVX512)
+namespace avx512 {
 extern const CpuKernels kKernels;
 }
-// bf16 kernels, present if the compiler knows the instruction set (cpu/gemm_bf16.cc).
+#endif
 #if defined(CONVGRAD_AVX512_BF16)
 namespace avx512_bf16 {
 void GemmBf16(const CpuArgs& args, CpuJob* job);
@@ -40,18 +42,30 @@ void GemmBf16(const CpuArgs& args, CpuJob* job);
 
 namespace {
 
-#if defined(CONVGRAD_EMULATE_AMX)
-// For tests, which ask for no other kernel than that one.
-Isa ChooseIsa() { return {"amx", &portable::kKernels, nullptr, amx::GemmBf16}; }
-#else
-#if defined(CONVGRAD_AMX)
+bool Always() { return true; }
+
+#if defined(__x86_64__)
+bool HasAvx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool HasAvx512() {
+  return HasAvx2() && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+
+bool HasAvx512Bf16() { return HasAvx512() && __builtin_cpu_supports("avx512bf16"); }
+
 // AMX needs the processor, the system's support, and leave for this process to use it:
 // Linux grants the 8 KiB of state only to those who ask. There is no taking it back.
 bool MayUseAmx() {
 #if defined(__linux__)
   constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // of leaf 7's edx
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 || (d & kBf16) == 0) {
+  if (!HasAvx512Bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 ||
+      (d & kBf16) == 0) {
     return false;
   }
   unsigned states, high;
@@ -66,49 +80,66 @@ bool MayUseAmx() {
 }
 #endif
 
-Isa ChooseIsa() {
-  const char* wish = std::getenv("JAX_CONVGRAD_CPU_ISA");
-  const auto allowed = [wish](const char* name) {
-    return wish == nullptr || std::strcmp(wish, name) == 0;
-  };
-  const Isa portable = {"portable", &portable::kKernels};
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") &&
-                          __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") &&
-                          __builtin_cpu_supports("avx512dq");
-  const Isa avx2 = {"avx2", &avx2::kKernels}, avx512 = {"avx512", &avx512::kKernels};
-  Isa best = has_avx512 ? avx512 : has_avx2 ? avx2 : portable;
-#if defined(CONVGRAD_AVX512_BF16)
-  if (has_avx512 && __builtin_cpu_supports("avx512bf16")) {
-    const Isa avx512_bf16 = {"avx512_bf16", &avx512::kKernels, avx512_bf16::GemmBf16};
-    best = avx512_bf16;
-#if defined(CONVGRAD_AMX)
-    if (allowed("amx") && MayUseAmx()) {
-      return {"amx", &avx512::kKernels, avx512_bf16::GemmBf16, amx::GemmBf16};
-    }
-#endif
-    if (allowed("avx512_bf16")) return avx512_bf16;
-  }
-#endif
-  if (has_avx512 && allowed("avx512")) return avx512;
-  if (has_avx2 && allowed("avx2")) return avx2;
-  if (wish != nullptr && allowed("portable")) return portable;
-  return best;  // a wish that cannot be granted is ignored
+struct Candidate {
+  Isa isa;  // without kernels if the build left them out
+  bool (*runs)();
+};
+
+// The best first.
+const Candidate kCandidates[] = {
+#if defined(CONVGRAD_EMULATE_AMX)
+    // For tests, which ask for no other kernel than that one.
+    {{"amx", &portable::kKernels, nullptr, amx::GemmBf16}, Always},
 #else
-  (void)allowed;
-  return portable;
+#if defined(__x86_64__)
+#if defined(CONVGRAD_AMX)
+    {{"amx", &avx512::kKernels, avx512_bf16::GemmBf16, amx::GemmBf16}, MayUseAmx},
+#else
+    {{"amx", nullptr}, MayUseAmx},
 #endif
+#if defined(CONVGRAD_AVX512_BF16)
+    {{"avx512_bf16", &avx512::kKernels, avx512_bf16::GemmBf16}, HasAvx512Bf16},
+#else
+    {{"avx512_bf16", nullptr}, HasAvx512Bf16},
+#endif
+#if defined(CONVGRAD_AVX512)
+    {{"avx512", &avx512::kKernels}, HasAvx512},
+#else
+    {{"avx512", nullptr}, HasAvx512},
+#endif
+#if defined(CONVGRAD_AVX2)
+    {{"avx2", &avx2::kKernels}, HasAvx2},
+#endif
+#endif
+    {{"portable", &portable::kKernels}, Always},
+#endif
+};
+
+// The best that is built and runs; of that name, if there is one given.
+const Isa* BestIsa(const char* name) {
+  for (const Candidate& one : kCandidates) {
+    if (name != nullptr && std::strcmp(name, one.isa.name) != 0) continue;
+    if (one.isa.kernels != nullptr && one.runs()) return &one.isa;
+  }
+  return nullptr;
 }
-#endif  // CONVGRAD_EMULATE_AMX
 
 }  // namespace
 
 const Isa& ChosenIsa() {
-  static const Isa isa = ChooseIsa();
-  return isa;
+  // A wish that cannot be granted is ignored; "portable" always can.
+  static const Isa* const isa = [] {
+    const Isa* wished = BestIsa(std::getenv("JAX_CONVGRAD_CPU_ISA"));
+    return wished != nullptr ? wished : BestIsa(nullptr);
+  }();
+  return *isa;
+}
+
+const char* BestIsaName() {
+  for (const Candidate& one : kCandidates) {
+    if (one.runs()) return one.isa.name;
+  }
+  return kCandidates[0].isa.name;
 }
 
 PrepareJob GemmOf(const Isa& isa, const Problem& p) {

@@ -18,6 +18,9 @@ struct Isa {
 
 const Isa& ChosenIsa();
 
+// The best instruction set of this processor, built or not.
+const char* BestIsaName();
+
 // With fewer out channels than that most of a tile is idle, and vectors are as fast.
 constexpr int64_t kLeastTileChannels = kTileChannels / 2;
 
