@@ -1,6 +1,6 @@
 # Which instruction sets the CPU kernels are compiled for, by JAX_CONVGRAD_CPU_ISAS:
 #
-#   native    what this processor runs, and what any x86-64 does, up to AVX2
+#   native    those that this processor runs, from AVX2 on
 #   all       every one that the compiler knows, for wheels and containers
 #   (empty)   native
 #
@@ -37,8 +37,12 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
       endif()
     endforeach()
   endfunction()
-  # AVX2 also where it is not here: every x86-64 processor of the last ten years has it.
-  list(PREPEND CONVGRAD_CPU_ISAS avx2)
+  _wants(_avx2 avx2 fma)
+  if(_features AND _avx2)
+    set(CONVGRAD_CPU_ISAS avx2)
+  else()
+    list(PREPEND CONVGRAD_CPU_ISAS avx2)
+  endif()
   _wants(_avx512 avx512f avx512bw avx512vl avx512dq)
   if(_avx512)
     list(PREPEND CONVGRAD_CPU_ISAS avx512)

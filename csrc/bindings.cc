@@ -19,6 +19,13 @@ namespace py = pybind11;
 namespace convgrad {
 namespace {
 
+// Names that end with null.
+std::vector<std::string> ListOf(const char* const* name) {
+  std::vector<std::string> names;
+  for (; *name != nullptr; ++name) names.emplace_back(*name);
+  return names;
+}
+
 DType DTypeByName(const std::string& name) {
   if (name == "float64") return DType::kF64;
   if (name == "float32") return DType::kF32;
@@ -181,17 +188,14 @@ void Define(py::module_& m) {
   m.def(
       "kernel_names",
       [](const std::string& map) {
-        std::vector<std::string> names;
-        const char* const* name = MapByName(map) == Map::kFilterGrad
-                                      ? Parts().filter_kernel_names()
-                                      : Parts().kernel_names();
-        for (; *name != nullptr; ++name) names.emplace_back(*name);
-        return names;
+        return ListOf(MapByName(map) == Map::kFilterGrad ? Parts().filter_kernel_names()
+                                                         : Parts().kernel_names());
       },
       py::arg("map_name") = "input_grad");
   if (parts.cpu_isa != nullptr) {
     m.def("isa", parts.cpu_isa);
     m.def("best_isa", parts.cpu_best_isa);
+    m.def("isas", [] { return ListOf(Parts().cpu_isas()); });
     m.def("max_pool_grad_obstacle", parts.max_pool_grad_obstacle, py::arg("x_shape"),
           py::arg("dy_shape"), py::arg("window_dimensions"), py::arg("window_strides"),
           py::arg("padding"), py::arg("itemsize"));

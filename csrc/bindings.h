@@ -33,6 +33,7 @@ struct ModuleParts {
                                         const Ints& window_strides, const Ints& padding,
                                         int64_t itemsize);
 
+  const char* const* (*cpu_isas)();
   const char* (*cpu_best_isa)();
   const char* (*cpu_isa)();  // null for CUDA, and what follows is empty for the CPU
 

@@ -375,6 +375,7 @@ const ModuleParts& Parts() {
     p.cuda_driver_version = CudaDriverVersion;
 #else
     p.cpu_isa = CpuIsa;
+    p.cpu_isas = CpuIsas;
     p.cpu_best_isa = CpuBestIsa;
 #endif
     return p;

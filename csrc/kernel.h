@@ -132,9 +132,13 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
 bool IsTooSmallToShare(const Problem& problem);
 
 // "amx", "avx512_bf16", "avx512", "avx2" or "portable": what RunCpu uses on this machine.
+// Empty if the build has nothing for its processor: RunCpu must not be called.
 const char* CpuIsa();
 
-// The best of them for this processor, whether the build holds it or not.
+// Those that the build holds, and null.
+const char* const* CpuIsas();
+
+// The best for this processor, whether the build holds it or not.
 const char* CpuBestIsa();
 
 }  // namespace convgrad

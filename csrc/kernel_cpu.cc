@@ -388,6 +388,7 @@ void AskForLargePages(void* base, int64_t bytes) {
 const char* const* CpuKernelNames() { return kNames; }
 
 const char* CpuIsa() { return ChosenIsa().name; }
+const char* const* CpuIsas() { return BuiltIsaNames(); }
 const char* CpuBestIsa() { return BestIsaName(); }
 
 bool IsTooSmallToShare(const Problem& p) {

@@ -13,6 +13,7 @@ import importlib.metadata
 import pathlib
 import re
 import types
+import warnings
 
 import jax
 
@@ -74,6 +75,14 @@ def _load(name: str, platform: str) -> types.ModuleType | None:
             raise
         return None
     check_module(full_name, module.version, module.ffi_api_version)
+    if platform == "cpu" and not module.isa():
+        warnings.warn(
+            f"{full_name} was compiled for {', '.join(module.isas())}, which this processor does "
+            "not run: lax computes instead. Rebuild with JAX_CONVGRAD_CPU_ISAS=all.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
     for target, handler in module.targets().items():
         jax.ffi.register_ffi_target(target, handler, platform=platform)
     return module

@@ -1,5 +1,8 @@
 """What is said where the CPU module was compiled for less than the processor has."""
 
+import importlib
+import types
+
 import jax
 import pytest
 
@@ -24,3 +27,15 @@ def test_info_and_explain_say_what_a_rebuild_adds(monkeypatch):
     x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in ((2, 4, 8, 8), (4, 4, 3, 3)))
     explanation = jax_convgrad.explain(x, w, (1, 1), "SAME", platform="cpu")
     assert explanation.rebuild == "lacks nothing"
+
+
+def test_a_module_without_kernels_for_this_processor_is_left_out(monkeypatch):
+    module = types.SimpleNamespace(
+        version=native.__version__,
+        ffi_api_version=native.runtime_ffi_version(),
+        isa=lambda: "",
+        isas=lambda: ["avx512", "avx2"],
+    )
+    monkeypatch.setattr(importlib, "import_module", lambda name: module)
+    with pytest.warns(RuntimeWarning, match="compiled for avx512, avx2, which this processor"):
+        assert native._load("_cpu", "cpu") is None

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -86,6 +87,8 @@ X64 = "import jax; jax.config.update('jax_enable_x64', True)\n"
 def skip_without(isa):
     if (reason := cpu_programs.lacking(isa)) is not None:
         pytest.skip(reason)
+    if isa not in native.cpu.isas() and not os.environ.get("JAX_CONVGRAD_REQUIRE_NATIVE"):
+        pytest.skip(f"the module was built without {isa}")
 
 
 def report(run_python, code, **environment):

@@ -37,7 +37,9 @@ def _module_line(platform: str) -> str:
     if module is None:
         return f"{platform} module".ljust(14) + "not built"
     ffi = ".".join(map(str, module.ffi_api_version))
-    isa = f", {module.isa()} instructions" if platform == "cpu" else ""
+    isa = ""
+    if platform == "cpu":
+        isa = f", {module.isa()} instructions (of {' '.join(module.isas())})"
     left_out = dispatch.excluded() if platform == "cuda" else ()
     kernels = ", ".join(name for name in module.kernel_names() if name not in left_out)
     if left_out:

@@ -2,8 +2,10 @@
 
 #include "isa.h"
 
+#include <array>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -109,9 +111,15 @@ const Candidate kCandidates[] = {
 #endif
 #if defined(CONVGRAD_AVX2)
     {{"avx2", &avx2::kKernels}, HasAvx2},
+#else
+    {{"avx2", nullptr}, HasAvx2},
 #endif
 #endif
+#if defined(CONVGRAD_PORTABLE)
     {{"portable", &portable::kKernels}, Always},
+#else
+    {{"portable", nullptr}, Always},
+#endif
 #endif
 };
 
@@ -127,19 +135,32 @@ const Isa* BestIsa(const char* name) {
 }  // namespace
 
 const Isa& ChosenIsa() {
-  // A wish that cannot be granted is ignored; "portable" always can.
+  static const Isa none = {"", nullptr};
+  // A wish that cannot be granted is ignored.
   static const Isa* const isa = [] {
-    const Isa* wished = BestIsa(std::getenv("JAX_CONVGRAD_CPU_ISA"));
-    return wished != nullptr ? wished : BestIsa(nullptr);
+    const Isa* best = BestIsa(std::getenv("JAX_CONVGRAD_CPU_ISA"));
+    if (best == nullptr) best = BestIsa(nullptr);
+    return best != nullptr ? best : &none;
   }();
   return *isa;
 }
 
+const char* const* BuiltIsaNames() {
+  static const auto names = [] {
+    std::array<const char*, std::size(kCandidates) + 1> found{};
+    size_t count = 0;
+    for (const Candidate& one : kCandidates) {
+      if (one.isa.kernels != nullptr) found[count++] = one.isa.name;
+    }
+    return found;
+  }();
+  return names.data();
+}
+
 const char* BestIsaName() {
-  for (const Candidate& one : kCandidates) {
-    if (one.runs()) return one.isa.name;
-  }
-  return kCandidates[0].isa.name;
+  const Candidate* best = std::begin(kCandidates);
+  while (!best->runs()) ++best;  // the last one always does
+  return best->isa.name;
 }
 
 PrepareJob GemmOf(const Isa& isa, const Problem& p) {

@@ -16,7 +16,11 @@ struct Isa {
   PrepareJob gemm_bf16_tiles = nullptr;  // and if there are channels to fill its tiles
 };
 
+// Without a name and kernels if the build has none for this processor.
 const Isa& ChosenIsa();
+
+// The names of those that the build holds, and null.
+const char* const* BuiltIsaNames();
 
 // The best instruction set of this processor, built or not.
 const char* BestIsaName();
