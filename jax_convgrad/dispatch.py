@@ -371,6 +371,18 @@ def _beyond_workspace(geometry: ConvGeometry, dtype: Any, planned: NativePlan) -
     return f"a workspace of {planned.workspace_bytes} bytes, of at most {most}"
 
 
+def _is_elementwise(g: ConvGeometry) -> bool:
+    """Whether every output is one input times the filter's one number for its channel."""
+    channels = g.lhs_shape[g.dimension_numbers.lhs_spec[1]]
+    return (
+        math.prod(g.window_sizes) == 1
+        and g.batch_group_count == 1
+        and g.feature_group_count == channels == g.rhs_shape[g.dimension_numbers.rhs_spec[0]]
+        and g.in_sizes == g.out_sizes
+        and max(g.lhs_dilation, default=1) == 1
+    )
+
+
 def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, map_: Map) -> str | None:
     """Why lax is preferred where the kernel could run, or None.
 
@@ -381,6 +393,8 @@ def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, map_: Ma
     if platform == "cuda":
         # Wrong in some cases, but a promise: never slower than lax without being asked.
         return f"no GPU measurements yet; {SWITCH}=on or implementation='native' run the kernel"
+    if map_ is not FILTER_GRAD and geometry.is_static and _is_elementwise(geometry):
+        return "of one tap and one channel a group, which XLA computes as a product of elements"
     # Of a transposed layer. Elsewhere lax is as often far slower: where the window is larger
     # than the image.
     if map_ is FORWARD and geometry.is_static and max(geometry.lhs_dilation, default=1) > 1:

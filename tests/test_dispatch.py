@@ -12,6 +12,7 @@ from jax import lax
 
 import jax_convgrad
 from jax_convgrad import dispatch, native
+from jax_convgrad.maps import FORWARD, INPUT_GRAD
 
 G = oracles.geometry((2, 3, 8, 8), (4, 3, 3, 3), (2, 2), "SAME")
 X, W = jnp.ones(G.lhs_shape), jnp.ones(G.rhs_shape)
@@ -64,6 +65,22 @@ def test_kernel_can_be_asked_for_where_it_is_slower(monkeypatch, switch, impleme
     monkeypatch.setattr(dispatch, "_slower_than_xla", lambda *_: "slower on snails")
     choice = dispatch.choose(G, "float32", "cpu", implementation)
     assert (choice.implementation, choice.kernel) == ("native", oracles.plan(G, "float32")[0])
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD])
+def test_products_of_elements_are_left_to_lax(monkeypatch, map_):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+
+    def implementation(lhs, rhs, groups, strides=(1, 1)):
+        g = oracles.geometry(lhs, rhs, strides, "SAME", feature_group_count=groups)
+        return dispatch.choose(g, "float32", "cpu", map_=map_).implementation
+
+    assert implementation((2, 6, 8, 8), (6, 1, 1, 1), 6) == "xla"
+    assert implementation((2, 6, 8, 8), (12, 1, 1, 1), 6) == "native"
+    assert implementation((2, 6, 8, 8), (6, 1, 1, 1), 6, (2, 2)) == "native"
+    assert implementation((2, 6, 8, 8), (6, 1, 3, 1), 6) == "native"
+    assert implementation((2, 6, 8, 8), (6, 6, 1, 1), 1) == "native"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm"])

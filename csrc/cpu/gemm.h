@@ -16,7 +16,7 @@
 //              on the stack that is then rounded, transposed if need be, and stored;
 //   a task     (phase, group, a range of rows, a range of panels), or, if groups are
 //              narrow, (phase, a range of groups, a range of rows).
-//              Short sums with many columns have a way of their own (gemm_short.h).
+//              Short sums have ways of their own (gemm_strips.h, gemm_short.h).
 // No reduction is ever split between tasks, so the bits do not depend on the threads.
 //
 // Multiplying the zero row is exact unless the filter holds an Inf or a NaN. Packing
@@ -29,6 +29,7 @@
 #include "gemm_pack.h"
 #include "gemm_rows.h"
 #include "gemm_short.h"
+#include "gemm_strips.h"
 #include "gemm_tiles.h"
 
 namespace convgrad {
@@ -46,6 +47,7 @@ struct GemmState {
   bool small_blocks;  // that would fit the stack
   bool local_filter;  // and are packed there, each by the task that multiplies it
   bool short_sums;    // the way of gemm_short.h
+  bool strips;        // the way of gemm_strips.h, of whose strips a task takes task_rows
 };
 
 // A panel of the filter: packed, or to be packed block by block into `local`.
@@ -139,13 +141,17 @@ CONVGRAD_INLINE bool AddTapsOf(int vectors, const GemmState& s, const GemmRows& 
   return AddTaps<O, 2>(s, rows, phase, dy, filter, sums);
 }
 
+inline void PhasesAt(const CpuArgs& a, int64_t phase_index, const Phase** phase) {
+  phase[2] = &a.phase[2][phase_index % a.phase_count[2]];
+  phase[1] = &a.phase[1][phase_index / a.phase_count[2] % a.phase_count[1]];
+  phase[0] = &a.phase[0][phase_index / a.phase_count[2] / a.phase_count[1]];
+}
+
 // Part `row_group` of the rows of a phase; false if it has none.
 inline bool RowsOfTask(const GemmState& s, int64_t phase_index, int64_t row_group,
                        const Phase** phase, GemmRows* rows) {
   const CpuArgs& a = s.args;
-  phase[2] = &a.phase[2][phase_index % a.phase_count[2]];
-  phase[1] = &a.phase[1][phase_index / a.phase_count[2] % a.phase_count[1]];
-  phase[0] = &a.phase[0][phase_index / a.phase_count[2] / a.phase_count[1]];
+  PhasesAt(a, phase_index, phase);
   const int64_t all =
       a.problem.batch * phase[0]->h_count * phase[1]->h_count * phase[2]->h_count;
   const int64_t first = row_group * s.task_rows;
@@ -161,18 +167,6 @@ inline bool RowsOfTask(const GemmState& s, int64_t phase_index, int64_t row_grou
 // many groups, whose channels lie side by side in dY.
 constexpr int kMaxNarrowVectors = 2;
 constexpr int64_t kNarrowBytes = 32 * 1024;  // of a group's filter
-
-CONVGRAD_INLINE int64_t MostTaps(const CpuArgs& a) {
-  int64_t taps = 1;
-  for (int x = 0; x < kAxes; ++x) {
-    int64_t most = 0;
-    for (int64_t i = 0; i < a.phase_count[x]; ++i) {
-      if (a.phase[x][i].r_count > most) most = a.phase[x][i].r_count;
-    }
-    taps *= most;
-  }
-  return taps;
-}
 
 template <typename O>
 inline bool GroupsAreNarrow(const GemmState& s) {
@@ -309,6 +303,20 @@ void GemmTask(const void* state, int64_t index) {
   }
 }
 
+template <typename T>
+void StripsTask(const void* state, int64_t index) {
+  using O = Operand<T>;
+  const GemmState& s = *static_cast<const GemmState*>(state);
+  const CpuArgs& a = s.args;
+  const int64_t phase_index = index % s.phases, part = index / s.phases % s.row_groups;
+  const int64_t group = index / s.phases / s.row_groups;
+  const Phase* phase[kAxes];
+  PhasesAt(a, phase_index, phase);
+  const O* dy = static_cast<const O*>(s.dy) + group * s.dy_at.group;
+  MultiplyStrips<T>(a, dy, s.dy_at, phase, group, part * s.task_rows,
+                    (part + 1) * s.task_rows);
+}
+
 // ---- stages and tasks -------------------------------------------------------------
 
 inline int64_t FilterPackTasks(const GemmState& s) {
@@ -360,6 +368,7 @@ template <typename T>
 inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   using O = Operand<T>;
   constexpr int64_t kEnoughTasks = 96;
+  constexpr int64_t kEnoughStrips = 8;
   constexpr double kLeastWork = 1e6;  // multiply-adds
   constexpr int64_t kLeastRows = kMaxTileRows / 4;
   constexpr int64_t kTileRowsOfPanel = RowsFor(kPanelVectors<Operand<T>>);
@@ -383,6 +392,23 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   if (s->local_filter) {
     s->task_rows = rows;
     s->task_panels = 1;
+  }
+  if (!narrow && !s->local_filter && StripsServe<O>(a)) {
+    // Whole strips, of all panels: as many as make a task worth its start.
+    const int64_t strips = rows / a.phase[2][0].h_count * StripsOfRow(a);
+    const int64_t tasks = s->phases * p.groups * strips;
+    s->strips = tasks >= kEnoughStrips;
+    if (s->strips) {
+      const double work_of_strip = work / tasks;
+      const int64_t worth = static_cast<int64_t>(CeilDiv(tasks, kEnoughTasks));
+      s->task_rows = work_of_strip * worth < kLeastWork
+                         ? static_cast<int64_t>(kLeastWork / work_of_strip) + 1
+                         : worth;
+      s->row_groups = CeilDiv(strips, s->task_rows);
+      s->panel_groups = 1;
+      s->group_parts = p.groups;
+      return;
+    }
   }
   if (!narrow && !kHasTiles && !s->local_filter && s->panels > 1) {
     const int64_t taps = MostTaps(a), terms = taps * Depth<O>(p);
@@ -429,7 +455,8 @@ void PrepareGemm(const CpuArgs& a, CpuJob* job) {
   job->stages = 2;
   job->stage[0] = {pack_tasks, GemmPackTask<T>};
   job->stage[1] = {s.phases * s.group_parts * s.row_groups * s.panel_groups,
-                   !narrow                         ? GemmTask<T>
+                   s.strips                        ? StripsTask<T>
+                   : !narrow                       ? GemmTask<T>
                    : PanelAt<O>(p, 0).vectors == 1 ? NarrowGroupsTask<T, 1>
                                                    : NarrowGroupsTask<T, 2>};
 }

@@ -158,6 +158,19 @@ CONVGRAD_NOINLINE void FinishTile(const CpuArgs& a, const GemmRows& rows, int64_
   }
 }
 
+// The most taps that a phase has.
+CONVGRAD_INLINE int64_t MostTaps(const CpuArgs& a) {
+  int64_t taps = 1;
+  for (int x = 0; x < kAxes; ++x) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < a.phase_count[x]; ++i) {
+      if (a.phase[x][i].r_count > most) most = a.phase[x][i].r_count;
+    }
+    taps *= most;
+  }
+  return taps;
+}
+
 // Fills in rows [first, first + count) of the phase, m = ((n*c0 + i0)*c1 + i1)*c2 + i2.
 [[maybe_unused]] CONVGRAD_NOINLINE void LayOutRows(const Problem& p,
                                                    const ActivationStrides& dy_at,

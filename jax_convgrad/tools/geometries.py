@@ -221,6 +221,16 @@ def named_cases() -> list[Case]:
         "gray_5x5": g((14, 14), (5, 5), (1, 8), padding=2),
         # Few input channels and out channels that fill no vectors, rows that fill no tiles.
         "stem_odd_outputs": g((7, 37), (3, 3), (3, 21), padding=1),
+        # Rows long enough for strips of short sums: whole panels and the rest of one, two
+        # strips, an axis of phases and one of taps that some rows lack.
+        "strips_stem_s2": g((5, 123), (3, 3), (3, 40), stride=2, padding=1),
+        "strips_stem_nchw": g((4, 61), (3, 3), (2, 19), padding=1, dimension_numbers="first"),
+        "strips_column": g((9, 50), (3, 1), (5, 33), rhs_dilation=(2, 1),
+                           padding=((3, 2), (0, 0))),
+        "strips_phases": g((5, 27), (4, 1), (24, 17), lhs_dilation=(3, 1),
+                           padding=((2, 1), (0, 0))),
+        "strips_3d": g((3, 4, 30), (2, 3, 1), (6, 18), batch=1, padding=((1, 1), (1, 0), (0, 0))),
+        "strips_groups": g((3, 31), (1, 1), (80, 96), feature_groups=2, padding=((1, 0), (0, 0))),
         "gray_5x9_s2": g((9, 51), (5, 9), (1, 37), batch=1, stride=2, padding=((1, 2), (3, 0))),
         "two_channels_dilated": g((5, 23), (2, 3), (2, 19), stride=(1, 2), lhs_dilation=(1, 3),
                                   rhs_dilation=2, padding=2),
