@@ -512,17 +512,19 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
 
   unsigned char* base = static_cast<unsigned char*>(workspace);
   AskForLargePages(base, plan.workspace_bytes);
+  CpuArgs args{};
   if (int64_t bytes; kernel == Kernel::kGemm) {
     const PaddedRows padded = PadRowsWithin(problem, &bytes);
     if (padded.serves && PackPaddedRows(problem, padded, dy, w, base, parallel_for)) {
-      dy = base;
+      if (!padded.in_place) dy = base;
+      args.row_first = padded.row_first;
+      args.row_end = padded.row_end;
       w = base + padded.dy_bytes + padded.w_at * SizeInBytes(problem.dtype);
       base += padded.dy_bytes + padded.filter_bytes;
       problem = padded.problem;
     }
   }
 
-  CpuArgs args{};
   args.problem = kernel == Kernel::kGemm ? Folded(problem) : problem;
   const Workspace at = LayOut(args.problem, kernel);
   AskForLargePages(dx, problem.batch * problem.groups * problem.in_channels *

@@ -10,28 +10,13 @@ import os
 
 from . import native
 
-ISAS = "JAX_CONVGRAD_CPU_ISAS"  # read by the build
-ISA = "JAX_CONVGRAD_CPU_ISA"  # read by the module
-
-
-def missing_isa(wish: str | None, used: str, best: str) -> str | None:
-    """What a rebuild would add to a module that uses less than the processor has, or None.
-
-    Args:
-        wish: the instruction set that the user asked for, if any.
-        used: the one whose kernels run.
-        best: the best that this processor has kernels for.
-
-    Returns:
-        What is missing, with the rebuild that brings it.
-    """
-    if wish or used == best:
-        return None
-    return f"the cpu module lacks this processor's kernels ({best}): rebuild with {ISAS}=all"
-
 
 def local_missing_isa() -> str | None:
     """What a rebuild for this process's processor would add, or None."""
-    if native.cpu is None:
+    if native.cpu is None or os.environ.get("JAX_CONVGRAD_CPU_ISA"):  # as asked for
         return None
-    return missing_isa(os.environ.get(ISA), native.cpu.isa(), native.cpu.best_isa())
+    best = native.cpu.best_isa()
+    if native.cpu.isa() == best:
+        return None
+    rebuild = "rebuild with JAX_CONVGRAD_CPU_ISAS=all"
+    return f"the cpu module lacks {best} kernels, which this processor runs: {rebuild}"

@@ -11,12 +11,18 @@ from jax_convgrad import cpu_code, native
 from jax_convgrad.tools import info
 
 
-def test_missing_isa_names_the_rebuild():
-    assert cpu_code.missing_isa(None, "avx2", "avx2") is None
-    assert cpu_code.missing_isa("portable", "portable", "avx2") is None  # as asked for
-    note = cpu_code.missing_isa(None, "avx2", "avx512")
-    assert "avx512" in note
+def test_missing_isa_names_the_rebuild(monkeypatch):
+    isas = types.SimpleNamespace(isa=lambda: "avx2", best_isa=lambda: "avx512")
+    monkeypatch.setattr(native, "cpu", isas)
+    monkeypatch.delenv("JAX_CONVGRAD_CPU_ISA", raising=False)
+    note = cpu_code.local_missing_isa()
+    assert "lacks avx512 kernels" in note
     assert "JAX_CONVGRAD_CPU_ISAS=all" in note
+    monkeypatch.setenv("JAX_CONVGRAD_CPU_ISA", "avx2")
+    assert cpu_code.local_missing_isa() is None
+    monkeypatch.delenv("JAX_CONVGRAD_CPU_ISA")
+    monkeypatch.setattr(isas, "isa", isas.best_isa)
+    assert cpu_code.local_missing_isa() is None
 
 
 @pytest.mark.native

@@ -166,7 +166,7 @@ def test_what_is_not_finite_reaches_what_the_definition_connects(rng, name, wher
 @pytest.mark.parametrize("index", range(6))
 def test_bits_of_an_image_do_not_depend_on_its_batch(rng, index):
     g = random_case(SEED, 1000 + index).geometry
-    if g.batch_group_count > 1 or 0 in g.out_shape:
+    if g.batch_group_count > 1 or 0 in (*g.lhs_shape, *g.out_shape):
         g = NAMED["dense_3x3"]
     dim = g.dimension_numbers.lhs_spec[0]
     shape = list(g.lhs_shape)

@@ -383,7 +383,9 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   s->task_panels = s->panels;
   s->task_groups = narrow ? p.groups : 1;
   s->task_rows = kMaxTileRows;
-  s->small_blocks = !narrow && rows <= kMaxTaskRows && CanPackLocally<T>(a);
+  const bool strips_alone = a.row_end > 0;
+  s->small_blocks =
+      !strips_alone && !narrow && rows <= kMaxTaskRows && CanPackLocally<T>(a);
   if (s->small_blocks) {
     const int64_t tasks = s->phases * p.groups * s->panels;
     const int64_t turns = CeilDiv(tasks, a.threads);
@@ -397,7 +399,7 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
     // Whole strips, of all panels: as many as make a task worth its start.
     const int64_t strips = rows / a.phase[2][0].h_count * StripsOfRow(a);
     const int64_t tasks = s->phases * p.groups * strips;
-    s->strips = tasks >= kEnoughStrips;
+    s->strips = strips_alone || tasks >= kEnoughStrips;
     if (s->strips) {
       const double work_of_strip = work / tasks;
       const int64_t worth = static_cast<int64_t>(CeilDiv(tasks, kEnoughTasks));

@@ -3,7 +3,8 @@
 // row are merged into channels (planner/padded_rows.h).
 //
 // Neighbouring positions of a row then read dY at equal distances, so that a register
-// tile needs no pointer for each of its rows, and no copy of what they read:
+// tile needs no pointer for each of its rows, and no copy of what they read, unless that
+// is padding that was taken for a part of the row:
 //
 //   dX[i, c] = sum over taps t, k   dY[at(t) + i*step + k] * W[t][k][c]
 //
@@ -25,21 +26,33 @@ namespace CONVGRAD_ISA {
 namespace {
 
 constexpr int64_t kStripPixels = 24;
-static_assert(kHasTiles || kStripPixels >= kMaxRegisterRows,
-              "a strip is a register tile at least");
-constexpr int kStripTaps = 64;
+static_assert(kHasTiles || kMaxRegisterRows <= kMostStripRows, "see job.h");
+static_assert(kStripPixels >= kMostStripRows, "a strip is a register tile at least");
 constexpr int64_t kStripSum = 384;  // operands of it, at most
 
-// What a strip reads for each tap: in dY, and as a row of the packed panel.
+// What a strip, or a register tile of it, reads for each tap: from where on, and which
+// row of the packed panel.
 template <typename O>
 struct StripTaps {
-  const O* dy[kStripTaps];
+  const O* base;
+  int64_t at[kStripTaps];
   int64_t filter[kStripTaps];
   int count;
 };
 
-// out[i*out_step ...] = sum over taps, k of dy[t][at + i*step + k] * b[filter[t] +
-// k][...]
+template <typename O>
+struct Strip {
+  StripTaps<O> taps;
+  int64_t pixels;   // a register tile at least
+  int64_t step;     // from one to the next
+  int64_t k_count;  // of a tap
+
+  // Where in its row the strip begins, and the part of the row that is in memory.
+  int64_t from, row_first, row_end;
+};
+
+// out[i*out_step ...] = sum over taps, k of base[at[t] + at + i*step + k] * b[filter[t] +
+// k]
 template <typename O, int kRows, int kVecs>
 CONVGRAD_NOINLINE void MultiplyStrip(const StripTaps<O>& taps, int64_t at, int64_t step,
                                      int64_t k_count, const O* b, Sum<O>* out,
@@ -49,7 +62,7 @@ CONVGRAD_NOINLINE void MultiplyStrip(const StripTaps<O>& taps, int64_t at, int64
   for (int t = 0; t < taps.count; ++t) {
     const O* row[kRows];
     CONVGRAD_UNROLL
-    for (int i = 0; i < kRows; ++i) row[i] = taps.dy[t] + (at + i * step);
+    for (int i = 0; i < kRows; ++i) row[i] = taps.base + (taps.at[t] + at + i * step);
     const O* bk = b + taps.filter[t] * (kVecs * L);
     for (int64_t k = 0; k < k_count; ++k) {
       Vec<O, L> column[kVecs];
@@ -71,18 +84,46 @@ CONVGRAD_NOINLINE void MultiplyStrip(const StripTaps<O>& taps, int64_t at, int64
   }
 }
 
-// A strip of so many pixels, at least a register tile of them, times some panels of as
-// many vectors, which lie b_step apart in the packed filter, and side by side in `out`.
+// Copies what a register tile reads, `length` elements for each tap from `at` on, with
+// zeros for what lies outside of the row.
+template <typename O>
+CONVGRAD_NOINLINE void PadTile(const Strip<O>& strip, int64_t at, int64_t length, O* to,
+                               StripTaps<O>* taps) {
+  const auto within = [&](int64_t i) { return i < 0 ? 0 : i > length ? length : i; };
+  const int64_t first = within(strip.row_first - strip.from - at);
+  const int64_t end = within(strip.row_end - strip.from - at);
+  taps->base = to;
+  taps->count = strip.taps.count;
+  for (int t = 0; t < taps->count; ++t) {
+    taps->at[t] = t * length;
+    taps->filter[t] = strip.taps.filter[t];
+    const O* const from = strip.taps.base + (strip.taps.at[t] + at + first);
+    for (int64_t i = 0; i < length; ++i) {
+      *to++ = i >= first && i < end ? from[i - first] : O{};
+    }
+  }
+}
+
+// A strip times some panels of as many vectors, which lie b_step apart in the packed
+// filter, and side by side in `out`.
 template <typename O, int kVecs>
-CONVGRAD_NOINLINE void MultiplyPanels(const StripTaps<O>& taps, int64_t pixels,
-                                      int64_t step, int64_t k_count, int64_t panels,
-                                      const O* b, int64_t b_step, Sum<O>* out,
-                                      int64_t out_step) {
+CONVGRAD_NOINLINE void MultiplyPanels(const Strip<O>& strip, int64_t panels, const O* b,
+                                      int64_t b_step, Sum<O>* out, int64_t out_step) {
   constexpr int64_t kRows = RowsFor(kVecs);
-  for (int64_t m = 0; m < pixels; m += kRows) {
-    const int64_t first = m + kRows <= pixels ? m : pixels - kRows;
+  const int64_t length = (kRows - 1) * strip.step + strip.k_count;
+  for (int64_t m = 0; m < strip.pixels; m += kRows) {
+    const int64_t first = m + kRows <= strip.pixels ? m : strip.pixels - kRows;
+    const StripTaps<O>* taps = &strip.taps;
+    int64_t at = first * strip.step;
+    StripTaps<O> padded_taps;
+    O padded[kStripTileElements];
+    if (strip.from + at < strip.row_first || strip.from + at + length > strip.row_end) {
+      PadTile(strip, at, length, padded, &padded_taps);
+      taps = &padded_taps;
+      at = 0;
+    }
     for (int64_t i = 0; i < panels; ++i) {
-      MultiplyStrip<O, kRows, kVecs>(taps, first * step, step, k_count, b + i * b_step,
+      MultiplyStrip<O, kRows, kVecs>(*taps, at, strip.step, strip.k_count, b + i * b_step,
                                      out + first * out_step + i * (kVecs * kLanes<O>),
                                      out_step);
     }
@@ -90,8 +131,8 @@ CONVGRAD_NOINLINE void MultiplyPanels(const StripTaps<O>& taps, int64_t pixels,
 }
 
 template <typename O>
-using StripMultiply = void (*)(const StripTaps<O>&, int64_t, int64_t, int64_t, int64_t,
-                               const O*, int64_t, Sum<O>*, int64_t);
+using StripMultiply = void (*)(const Strip<O>&, int64_t, const O*, int64_t, Sum<O>*,
+                               int64_t);
 
 // For panels of so many vectors.
 template <typename O>
@@ -107,6 +148,7 @@ CONVGRAD_INLINE StripMultiply<O> StripMultiplyOf(int vectors) {
 // a register tile or more, and short sums.
 template <typename O>
 inline bool StripsServe(const CpuArgs& a) {
+  if (a.row_end > 0) return true;
   if (kHasTiles) return false;
   const Problem& p = a.problem;
   const Phase& along = a.phase[2][0];
@@ -159,14 +201,21 @@ CONVGRAD_NOINLINE void MultiplyStrips(const CpuArgs& a, const Operand<T>* dy,
   const int64_t panel_step = kMostWidth * PackedDepth<O>(p) * Taps(p);
   alignas(64) Sum<O> tile[2 * kStripPixels * kMostWidth];
 
-  for (int64_t strip = first; strip < end; ++strip) {
-    const int64_t row = strip / strips_of_row, part = strip % strips_of_row;
+  Strip<O> strip;
+  strip.taps.base = dy;
+  strip.step = step;
+  strip.k_count = Depth<O>(p);
+  strip.row_first = a.row_first;
+  strip.row_end = a.row_end > 0 ? a.row_end : INT64_MAX;
+  for (int64_t index = first; index < end; ++index) {
+    const int64_t row = index / strips_of_row, part = index % strips_of_row;
     const int64_t pixel = along.h_count * part / strips_of_row;
-    const int64_t pixels = along.h_count * (part + 1) / strips_of_row - pixel;
+    strip.pixels = along.h_count * (part + 1) / strips_of_row - pixel;
+    strip.from = along.p0 * dy_at.axis[2] + pixel * step;
     const int64_t i[2] = {row / phase[1]->h_count % phase[0]->h_count,
                           row % phase[1]->h_count};
     const int64_t n = row / phase[1]->h_count / phase[0]->h_count;
-    int64_t dy_base = n * dy_at.batch + along.p0 * dy_at.axis[2] + pixel * step;
+    int64_t dy_base = n * dy_at.batch + strip.from - a.row_first;
     int64_t dx_base = n * p.dx.batch + along.h0 * p.dx.axis[2] + pixel * dx_step;
     TapRange range[2];
     for (int x = 0; x < 2; ++x) {
@@ -174,36 +223,34 @@ CONVGRAD_NOINLINE void MultiplyStrips(const CpuArgs& a, const Operand<T>* dy,
       dy_base += (phase[x]->p0 + i[x] * phase[x]->p_per_h) * dy_at.axis[x];
       dx_base += (phase[x]->h0 + i[x] * phase[x]->h_step) * p.dx.axis[x];
     }
-    StripTaps<O> taps;
+    StripTaps<O>& taps = strip.taps;
     taps.count = 0;
     for (int64_t t0 = range[0].lo; t0 < range[0].hi; ++t0) {
       for (int64_t t1 = range[1].lo; t1 < range[1].hi; ++t1) {
         const int64_t r0 = phase[0]->r0 + t0 * phase[0]->r_step;
         const int64_t r1 = phase[1]->r0 + t1 * phase[1]->r_step;
-        taps.dy[taps.count] = dy + dy_base - t0 * phase[0]->p_per_r * dy_at.axis[0] -
+        taps.at[taps.count] = dy_base - t0 * phase[0]->p_per_r * dy_at.axis[0] -
                               t1 * phase[1]->p_per_r * dy_at.axis[1];
         taps.filter[taps.count++] =
             ((r0 * p.axis[1].win + r1) * p.axis[2].win + along.r0) * PackedDepth<O>(p);
       }
     }
     GemmRows stored;  // of it only what is needed to store a tile
-    stored.count = pixels;
-    for (int64_t m = 0; m < pixels; ++m) stored.dx[m] = dx_base + m * dx_step;
+    stored.count = strip.pixels;
+    for (int64_t m = 0; m < strip.pixels; ++m) stored.dx[m] = dx_base + m * dx_step;
     if constexpr (kIsAcc<T>) {
       if (in_place > 0) {
-        multiply_whole(taps, pixels, step, Depth<O>(p), in_place,
-                       PackedPanel<O>(a, group, PanelAt<O>(p, 0)), panel_step,
-                       dx_group + dx_base + a.column_dx[0], dx_step);
+        multiply_whole(strip, in_place, PackedPanel<O>(a, group, PanelAt<O>(p, 0)),
+                       panel_step, dx_group + dx_base + a.column_dx[0], dx_step);
       }
     }
-    for (int64_t index = in_place; index < panels; ++index) {
-      const Panel panel = PanelAt<O>(p, index);
+    for (int64_t i_panel = in_place; i_panel < panels; ++i_panel) {
+      const Panel panel = PanelAt<O>(p, i_panel);
       const int64_t width = panel.vectors * kLanes<O>;
       const int64_t* const column_dx = a.column_dx + panel.first;
       const O* const b = PackedPanel<O>(a, group, panel);
       const auto multiply = [&](Sum<O>* out, int64_t out_step) {
-        StripMultiplyOf<O>(panel.vectors)(taps, pixels, step, Depth<O>(p), 1, b, 0, out,
-                                          out_step);
+        StripMultiplyOf<O>(panel.vectors)(strip, 1, b, 0, out, out_step);
       };
       if constexpr (kIsAcc<T>) {
         if (AreSumsOfDx<T>(panel, column_dx)) {
@@ -214,8 +261,8 @@ CONVGRAD_NOINLINE void MultiplyStrips(const CpuArgs& a, const Operand<T>* dy,
       multiply(tile, width);
       StoreTile<T>(stored, tile, width, panel.columns, column_dx, dx_group);
     }
-    for (int64_t index = 0; HasEpilogue(a) && index < panels; ++index) {
-      const Panel panel = PanelAt<O>(p, index);
+    for (int64_t i_panel = 0; HasEpilogue(a) && i_panel < panels; ++i_panel) {
+      const Panel panel = PanelAt<O>(p, i_panel);
       FinishTile<T>(a, stored, panel.columns, a.column_dx + panel.first,
                     group * p.dx.group);
     }

@@ -47,7 +47,18 @@ struct CpuArgs {
   // was folded (kernel_cpu.cc), lies in the filter and in dX. dX offsets increase.
   const int64_t* column_w;
   const int64_t* column_dx;
+
+  // And, if row_end > 0, to be computed by its strips (gemm_strips.h): a row of dY is as
+  // long as the problem says, but its elements before row_first and from row_end on are
+  // padding that is not in memory. `dy` is where element row_first of the first row lies.
+  int64_t row_first, row_end;
 };
+
+// What such a problem may have at most, so that strips of any instruction set take it:
+// taps, and elements that a register tile reads; and the least positions of a row.
+constexpr int kStripTaps = 64;
+constexpr int64_t kStripTileElements = 4096;
+constexpr int64_t kMostStripRows = 14;  // of a register tile
 
 // task(0) .. task(count - 1) of a stage may run in any order on any threads; a stage
 // starts when the one before it has finished.

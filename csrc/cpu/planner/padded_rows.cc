@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "../job.h"
 #include "canonical.h"
 
 namespace convgrad {
@@ -80,6 +81,7 @@ bool Pack(const Problem& p, const PaddedRows& padded, const T* dy, const T* w, T
           const ParallelFor& parallel_for) {
   T* const filter = to + padded.dy_bytes / static_cast<int64_t>(sizeof(T));
   if (!PackFilter(p, w, filter)) return false;
+  if (padded.in_place) return true;
   constexpr int64_t kRowsOfTask = 16;
   const Axis* const x = p.axis;
   const int64_t columns = (x[kRow].in - 1) * x[kRow].lhs_dilation + x[kRow].win;
@@ -94,6 +96,16 @@ bool Pack(const Problem& p, const PaddedRows& padded, const T* dy, const T* w, T
     }
   });
   return true;
+}
+
+// Whether strips can read dY where it is, rows of `merged` being those of `given` with
+// padding around them.
+bool ReadsInPlace(const Problem& given, const Problem& merged) {
+  const int64_t taps = Taps(merged), depth = merged.out_channels;
+  const int64_t of_tile = (kMostStripRows - 1) * merged.dy.axis[kRow] + depth;
+  return given.dy.channel == 1 && given.dy.axis[kRow] == given.out_channels &&
+         merged.axis[kRow].in >= kMostStripRows && taps <= kStripTaps &&
+         taps * of_tile <= kStripTileElements;
 }
 
 }  // namespace
@@ -127,6 +139,15 @@ PaddedRows PadRows(const Problem& given) {
   padded.filter_bytes = Aligned(p.axis[0].win * p.w.axis[0] * bytes);
   MergeTaps(kRow, &p, &padded.w_at);
   padded.serves = p.axis[kRow].win == 1;
+  if (padded.serves && ReadsInPlace(given, p)) {
+    padded.in_place = true;
+    padded.row_first = Before(row) * given.out_channels;
+    padded.row_end = padded.row_first + row.out * given.out_channels;
+    padded.dy_bytes = 0;
+    p.dy.axis[1] = given.dy.axis[1];
+    p.dy.axis[0] = given.dy.axis[0];
+    p.dy.batch = given.dy.batch;
+  }
   return padded;
 }
 

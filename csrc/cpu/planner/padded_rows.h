@@ -1,11 +1,12 @@
-// Problems of few out channels whose rows of dY are padded: a copy with the padding in it
-// lets taps be merged into channels.
+// Problems of few out channels whose rows of dY are padded: read as if the padding were
+// there, they let taps be merged into channels.
 //
 // The sum of one tap is then 1 to 8 products long, and one of a row of taps, which reads
 // a run of memory if dY lies channels-last and nothing along the row is padding, many
 // times that (MergeTaps in canonical.h). So a first layer of a net, whose forward pass is
-// read as an input gradient, copies its few channels once, zeros included, to the
-// accumulation type's own layout, and its small filter as well.
+// read as an input gradient, copies its small filter, and its few channels once, zeros
+// included, channels-last. Where they already lie so, gemm's strips read them in place
+// and copy only what the register tiles at a row's ends read (gemm_strips.h).
 //
 // A padding zero times an infinity is no zero: with such a filter the problem is computed
 // as it is. Not for 16-bit types, which gemm packs anyway.
@@ -19,7 +20,12 @@ namespace convgrad {
 struct PaddedRows {
   bool serves;      // whether the problem is one of those
   Problem problem;  // of the copies, its taps merged
-  int64_t w_at;     // where the filter of `problem` begins in its copy, in elements
+
+  // Whether dY is read where it is, and which elements of a padded row are its own.
+  bool in_place;
+  int64_t row_first, row_end;
+
+  int64_t w_at;  // where the filter of `problem` begins in its copy, in elements
   int64_t dy_bytes, filter_bytes;  // of the copies, each a multiple of 64
 };
 
