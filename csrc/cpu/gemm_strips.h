@@ -51,8 +51,8 @@ struct Strip {
   int64_t from, row_first, row_end;
 };
 
-// out[i*out_step ...] = sum over taps, k of base[at[t] + at + i*step + k] * b[filter[t] +
-// k]
+// out[i*out_step ...] = sum over taps, k of a[t][i*step + k] * b[filter[t] + k][...],
+// where a[t] begins `at` elements behind base + at[t].
 template <typename O, int kRows, int kVecs>
 CONVGRAD_NOINLINE void MultiplyStrip(const StripTaps<O>& taps, int64_t at, int64_t step,
                                      int64_t k_count, const O* b, Sum<O>* out,
@@ -179,6 +179,44 @@ inline int64_t PanelsInPlace(const CpuArgs& a) {
   return neighbours ? all.columns / kPanelColumns<O> : 0;
 }
 
+// Places strip `index` of a phase, in dY and in dX, where it begins at the result.
+template <typename O>
+CONVGRAD_INLINE int64_t PlaceStrip(const CpuArgs& a, const ActivationStrides& dy_at,
+                                   const Phase* const* phase, int64_t index,
+                                   Strip<O>* strip) {
+  const Problem& p = a.problem;
+  const Phase& along = *phase[2];
+  const int64_t strips_of_row = StripsOfRow(a);
+  const int64_t row = index / strips_of_row, part = index % strips_of_row;
+  const int64_t pixel = along.h_count * part / strips_of_row;
+  strip->pixels = along.h_count * (part + 1) / strips_of_row - pixel;
+  strip->from = along.p0 * dy_at.axis[2] + pixel * strip->step;
+  const int64_t i[2] = {row / phase[1]->h_count % phase[0]->h_count,
+                        row % phase[1]->h_count};
+  const int64_t n = row / phase[1]->h_count / phase[0]->h_count;
+  int64_t dy_base = n * dy_at.batch + strip->from - strip->row_first;
+  int64_t dx_base = n * p.dx.batch + (along.h0 + pixel * along.h_step) * p.dx.axis[2];
+  TapRange range[2];
+  for (int x = 0; x < 2; ++x) {
+    range[x] = ValidTaps(*phase[x], p.axis[x].out, i[x]);
+    dy_base += (phase[x]->p0 + i[x] * phase[x]->p_per_h) * dy_at.axis[x];
+    dx_base += (phase[x]->h0 + i[x] * phase[x]->h_step) * p.dx.axis[x];
+  }
+  StripTaps<O>& taps = strip->taps;
+  taps.count = 0;
+  for (int64_t t0 = range[0].lo; t0 < range[0].hi; ++t0) {
+    for (int64_t t1 = range[1].lo; t1 < range[1].hi; ++t1) {
+      const int64_t r0 = phase[0]->r0 + t0 * phase[0]->r_step;
+      const int64_t r1 = phase[1]->r0 + t1 * phase[1]->r_step;
+      taps.at[taps.count] = dy_base - t0 * phase[0]->p_per_r * dy_at.axis[0] -
+                            t1 * phase[1]->p_per_r * dy_at.axis[1];
+      taps.filter[taps.count++] =
+          ((r0 * p.axis[1].win + r1) * p.axis[2].win + along.r0) * PackedDepth<O>(p);
+    }
+  }
+  return dx_base;
+}
+
 // Makes strips [first, end) of a phase, for all panels of a group.
 template <typename T>
 CONVGRAD_NOINLINE void MultiplyStrips(const CpuArgs& a, const Operand<T>* dy,
@@ -188,81 +226,50 @@ CONVGRAD_NOINLINE void MultiplyStrips(const CpuArgs& a, const Operand<T>* dy,
   using O = Operand<T>;
   constexpr int64_t kMostWidth = kPanelVectors<O> * kLanes<O>;
   const Problem& p = a.problem;
-  const Phase& along = *phase[2];
-  const int64_t strips_of_row = StripsOfRow(a);
   const int64_t rows = p.batch * phase[0]->h_count * phase[1]->h_count;
-  if (end > rows * strips_of_row) end = rows * strips_of_row;
+  if (end > rows * StripsOfRow(a)) end = rows * StripsOfRow(a);
   const int64_t panels = CeilDiv(p.in_channels, kPanelColumns<O>);
-  const int64_t step = along.p_per_h * dy_at.axis[2];
-  const int64_t dx_step = along.h_step * p.dx.axis[2];
-  T* const dx_group = static_cast<T*>(a.dx) + group * p.dx.group;
-  const StripMultiply<O> multiply_whole = StripMultiplyOf<O>(kPanelVectors<O>);
+  const int64_t dx_step = phase[2]->h_step * p.dx.axis[2];
+  T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
   const int64_t in_place = PanelsInPlace<T>(a);
   const int64_t panel_step = kMostWidth * PackedDepth<O>(p) * Taps(p);
   alignas(64) Sum<O> tile[2 * kStripPixels * kMostWidth];
 
   Strip<O> strip;
   strip.taps.base = dy;
-  strip.step = step;
+  strip.step = phase[2]->p_per_h * dy_at.axis[2];
   strip.k_count = Depth<O>(p);
   strip.row_first = a.row_first;
   strip.row_end = a.row_end > 0 ? a.row_end : INT64_MAX;
   for (int64_t index = first; index < end; ++index) {
-    const int64_t row = index / strips_of_row, part = index % strips_of_row;
-    const int64_t pixel = along.h_count * part / strips_of_row;
-    strip.pixels = along.h_count * (part + 1) / strips_of_row - pixel;
-    strip.from = along.p0 * dy_at.axis[2] + pixel * step;
-    const int64_t i[2] = {row / phase[1]->h_count % phase[0]->h_count,
-                          row % phase[1]->h_count};
-    const int64_t n = row / phase[1]->h_count / phase[0]->h_count;
-    int64_t dy_base = n * dy_at.batch + strip.from - a.row_first;
-    int64_t dx_base = n * p.dx.batch + along.h0 * p.dx.axis[2] + pixel * dx_step;
-    TapRange range[2];
-    for (int x = 0; x < 2; ++x) {
-      range[x] = ValidTaps(*phase[x], p.axis[x].out, i[x]);
-      dy_base += (phase[x]->p0 + i[x] * phase[x]->p_per_h) * dy_at.axis[x];
-      dx_base += (phase[x]->h0 + i[x] * phase[x]->h_step) * p.dx.axis[x];
-    }
-    StripTaps<O>& taps = strip.taps;
-    taps.count = 0;
-    for (int64_t t0 = range[0].lo; t0 < range[0].hi; ++t0) {
-      for (int64_t t1 = range[1].lo; t1 < range[1].hi; ++t1) {
-        const int64_t r0 = phase[0]->r0 + t0 * phase[0]->r_step;
-        const int64_t r1 = phase[1]->r0 + t1 * phase[1]->r_step;
-        taps.at[taps.count] = dy_base - t0 * phase[0]->p_per_r * dy_at.axis[0] -
-                              t1 * phase[1]->p_per_r * dy_at.axis[1];
-        taps.filter[taps.count++] =
-            ((r0 * p.axis[1].win + r1) * p.axis[2].win + along.r0) * PackedDepth<O>(p);
-      }
-    }
+    const int64_t dx_base = PlaceStrip(a, dy_at, phase, index, &strip);
     GemmRows stored;  // of it only what is needed to store a tile
     stored.count = strip.pixels;
     for (int64_t m = 0; m < strip.pixels; ++m) stored.dx[m] = dx_base + m * dx_step;
     if constexpr (kIsAcc<T>) {
       if (in_place > 0) {
-        multiply_whole(strip, in_place, PackedPanel<O>(a, group, PanelAt<O>(p, 0)),
-                       panel_step, dx_group + dx_base + a.column_dx[0], dx_step);
+        StripMultiplyOf<O>(kPanelVectors<O>)(
+            strip, in_place, PackedPanel<O>(a, group, PanelAt<O>(p, 0)), panel_step,
+            dx + dx_base + a.column_dx[0], dx_step);
       }
     }
-    for (int64_t i_panel = in_place; i_panel < panels; ++i_panel) {
-      const Panel panel = PanelAt<O>(p, i_panel);
+    for (int64_t i = in_place; i < panels; ++i) {
+      const Panel panel = PanelAt<O>(p, i);
       const int64_t width = panel.vectors * kLanes<O>;
       const int64_t* const column_dx = a.column_dx + panel.first;
       const O* const b = PackedPanel<O>(a, group, panel);
-      const auto multiply = [&](Sum<O>* out, int64_t out_step) {
-        StripMultiplyOf<O>(panel.vectors)(strip, 1, b, 0, out, out_step);
-      };
+      const StripMultiply<O> multiply = StripMultiplyOf<O>(panel.vectors);
       if constexpr (kIsAcc<T>) {
         if (AreSumsOfDx<T>(panel, column_dx)) {
-          multiply(dx_group + dx_base + column_dx[0], dx_step);
+          multiply(strip, 1, b, 0, dx + dx_base + column_dx[0], dx_step);
           continue;
         }
       }
-      multiply(tile, width);
-      StoreTile<T>(stored, tile, width, panel.columns, column_dx, dx_group);
+      multiply(strip, 1, b, 0, tile, width);
+      StoreTile<T>(stored, tile, width, panel.columns, column_dx, dx);
     }
-    for (int64_t i_panel = 0; HasEpilogue(a) && i_panel < panels; ++i_panel) {
-      const Panel panel = PanelAt<O>(p, i_panel);
+    for (int64_t i = 0; HasEpilogue(a) && i < panels; ++i) {
+      const Panel panel = PanelAt<O>(p, i);
       FinishTile<T>(a, stored, panel.columns, a.column_dx + panel.first,
                     group * p.dx.group);
     }

@@ -230,6 +230,8 @@ def named_cases() -> list[Case]:
         "strips_phases": g((5, 27), (4, 1), (24, 17), lhs_dilation=(3, 1),
                            padding=((2, 1), (0, 0))),
         "strips_3d": g((3, 4, 30), (2, 3, 1), (6, 18), batch=1, padding=((1, 1), (1, 0), (0, 0))),
+        "strips_of_padding": g((4, 20), (3, 3), (3, 20), padding=((1, 1), (-25, 30))),
+        "strips_cropped": g((4, 40), (3, 3), (3, 17), padding=((1, 1), (-7, 2))),
         "strips_groups": g((3, 31), (1, 1), (80, 96), feature_groups=2, padding=((1, 0), (0, 0))),
         "gray_5x9_s2": g((9, 51), (5, 9), (1, 37), batch=1, stride=2, padding=((1, 2), (3, 0))),
         "two_channels_dilated": g((5, 23), (2, 3), (2, 19), stride=(1, 2), lhs_dilation=(1, 3),

@@ -103,8 +103,9 @@ bool Pack(const Problem& p, const PaddedRows& padded, const T* dy, const T* w, T
 bool ReadsInPlace(const Problem& given, const Problem& merged) {
   const int64_t taps = Taps(merged), depth = merged.out_channels;
   const int64_t of_tile = (kMostStripRows - 1) * merged.dy.axis[kRow] + depth;
+  const bool all_cropped = Before(given.axis[kRow]) + given.axis[kRow].out <= 0;
   return given.dy.channel == 1 && given.dy.axis[kRow] == given.out_channels &&
-         merged.axis[kRow].in >= kMostStripRows && taps <= kStripTaps &&
+         !all_cropped && merged.axis[kRow].in >= kMostStripRows && taps <= kStripTaps &&
          taps * of_tile <= kStripTileElements;
 }
 
