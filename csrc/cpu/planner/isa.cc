@@ -46,34 +46,55 @@ namespace {
 
 bool Always() { return true; }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(CONVGRAD_EMULATE_AMX)
+// The four registers of a leaf of cpuid, zeros if the processor has no such leaf. Not by
+// __builtin_cpu_supports, which wants a run-time library that not every linker brings.
+struct Leaf {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+
+  explicit Leaf(unsigned leaf, unsigned subleaf = 0) {
+    if (!__get_cpuid_count(leaf, subleaf, &a, &b, &c, &d)) a = b = c = d = 0;
+  }
+};
+
+constexpr bool Has(unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; }
+
+// Whether the system saves these registers (Intel SDM 1, 13.1: bits of XCR0).
+bool SystemSaves(unsigned states) {
+  constexpr unsigned kOsxsave = 1u << 27;
+  if (!Has(Leaf(1).c, kOsxsave)) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return Has(low, states);
+}
+
+// Bits by Intel SDM 2, CPUID.
 bool HasAvx2() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  constexpr unsigned kFma = 1u << 12, kAvx = 1u << 28, kF16c = 1u << 29;  // of leaf 1
+  constexpr unsigned kAvx2 = 1u << 5, kXmmYmm = 3u << 1;
+  return SystemSaves(kXmmYmm) && Has(Leaf(1).c, kFma | kAvx | kF16c) &&
+         Has(Leaf(7).b, kAvx2);
 }
 
 bool HasAvx512() {
-  return HasAvx2() && __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
+  constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;
+  constexpr unsigned kMasksZmm = 7u << 5;
+  return HasAvx2() && SystemSaves(kMasksZmm) && Has(Leaf(7).b, kF | kDq | kBw | kVl);
 }
 
-bool HasAvx512Bf16() { return HasAvx512() && __builtin_cpu_supports("avx512bf16"); }
+bool HasAvx512Bf16() {
+  constexpr unsigned kBf16 = 1u << 5;
+  return HasAvx512() && Has(Leaf(7, 1).a, kBf16);
+}
 
 // AMX needs the processor, the system's support, and leave for this process to use it:
 // Linux grants the 8 KiB of state only to those who ask. There is no taking it back.
 bool MayUseAmx() {
 #if defined(__linux__)
-  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // of leaf 7's edx
-  unsigned a, b, c, d;
-  if (!HasAvx512Bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTile) == 0 ||
-      (d & kBf16) == 0) {
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kTileStates = 3u << 17;
+  if (!HasAvx512Bf16() || !Has(Leaf(7).d, kTile | kBf16) || !SystemSaves(kTileStates)) {
     return false;
   }
-  unsigned states, high;
-  __asm__("xgetbv" : "=a"(states), "=d"(high) : "c"(0));
-  constexpr unsigned kTileStates = 3u << 17;
-  if ((states & kTileStates) != kTileStates) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
