@@ -3,40 +3,47 @@
 # visible or the module is asked for, a toolkit's usual place and NVIDIA's wheels. Not
 # find_package(CUDAToolkit): it wants an unversioned libcudart.so, which the wheels lack.
 
-if(DEFINED ENV{CUDACXX})
-  set(JAX_CONVGRAD_NVCC "$ENV{CUDACXX}")
+# Searched anew at every call, since a build folder is kept and another nvcc may be there by
+# now. But one whose language was enabled is CMake's to keep.
+unset(_nvcc)
+if(NOT "$ENV{CUDACXX}" STREQUAL "")
+  set(_nvcc "$ENV{CUDACXX}")
+  set(_named "CUDACXX=${_nvcc}")
 elseif(CMAKE_CUDA_COMPILER)
-  set(JAX_CONVGRAD_NVCC "${CMAKE_CUDA_COMPILER}")
+  set(_nvcc "${CMAKE_CUDA_COMPILER}")
+  set(_named "${_nvcc}, with which ${CMAKE_BINARY_DIR} was configured,")
 else()
-  find_program(JAX_CONVGRAD_NVCC nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin NO_CMAKE_SYSTEM_PATH)
+  find_program(_nvcc nvcc HINTS ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin NO_CMAKE_SYSTEM_PATH NO_CACHE)
   include(cmake/VisibleGpus.cmake)
-  if(JAX_CONVGRAD_CUDA STREQUAL "ON" OR NOT CONVGRAD_VISIBLE_GPUS STREQUAL "")
+  if(NOT _nvcc AND (JAX_CONVGRAD_CUDA STREQUAL "ON" OR NOT CONVGRAD_VISIBLE_GPUS STREQUAL ""))
     execute_process(
       COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/find_in_package.py" nvidia cu13/bin
       OUTPUT_VARIABLE _wheel_bin OUTPUT_STRIP_TRAILING_WHITESPACE)
-    find_program(JAX_CONVGRAD_NVCC nvcc PATHS /usr/local/cuda/bin ${_wheel_bin} NO_DEFAULT_PATH)
+    find_program(_nvcc nvcc PATHS /usr/local/cuda/bin ${_wheel_bin} NO_DEFAULT_PATH NO_CACHE)
   endif()
+  set(_named "${_nvcc}")
 endif()
 
 # An nvcc that cannot work here, mostly because the host compiler is too new for it, must
 # not stop a build that would do without. CMake's check_language finds that out too, by a
 # project of its own, which takes several seconds.
-if(JAX_CONVGRAD_NVCC)
+if(_nvcc)
   set(_empty "${CMAKE_BINARY_DIR}/empty.cu")
   file(WRITE "${_empty}" "")
   execute_process(
-    COMMAND "${JAX_CONVGRAD_NVCC}" -E "${_empty}"
-    RESULT_VARIABLE _status OUTPUT_QUIET ERROR_VARIABLE _nvcc_error)
+    COMMAND "${_nvcc}" -E "${_empty}"
+    RESULT_VARIABLE _status OUTPUT_QUIET ERROR_VARIABLE _nvcc_error ERROR_STRIP_TRAILING_WHITESPACE)
   if(_status EQUAL 0)
     set(_have_cuda ON)
   else()
-    message(STATUS "${JAX_CONVGRAD_NVCC} cannot compile here:\n${_nvcc_error}")
+    set(_nvcc_trouble "${_named} cannot compile here (${_status}) ${_nvcc_error}")
+    message(STATUS "${_nvcc_trouble}")
   endif()
 endif()
 
 if(_have_cuda)
-  set(ENV{CUDACXX} "${JAX_CONVGRAD_NVCC}")
-  get_filename_component(_root "${JAX_CONVGRAD_NVCC}" REALPATH)
+  set(ENV{CUDACXX} "${_nvcc}")
+  get_filename_component(_root "${_nvcc}" REALPATH)
   get_filename_component(_root "${_root}" DIRECTORY)
   get_filename_component(_root "${_root}" DIRECTORY)
   # The 13.0 wheels keep their libraries in lib, while their nvcc looks in lib64.
@@ -47,5 +54,5 @@ if(_have_cuda)
   enable_language(CUDA)
 elseif(JAX_CONVGRAD_CUDA STREQUAL "ON")
   message(FATAL_ERROR "JAX_CONVGRAD_CUDA=ON but no working CUDA compiler was found: put nvcc on PATH, "
-    "set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,cccl]==13.0.*'")
+    "set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,cccl]==13.0.*'. ${_nvcc_trouble}")
 endif()

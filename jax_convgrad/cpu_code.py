@@ -13,10 +13,10 @@ from . import native
 
 def local_missing_isa() -> str | None:
     """What a rebuild for this process's processor would add, or None."""
-    if native.cpu is None or os.environ.get("JAX_CONVGRAD_CPU_ISA"):  # as asked for
-        return None
+    if native.cpu is None or os.environ.get("JAX_CONVGRAD_CPU_ISA") == native.cpu.isa():
+        return None  # as asked for
     best = native.cpu.best_isa()
-    if native.cpu.isa() == best:
+    if best in native.cpu.isas():
         return None
-    rebuild = "rebuild with JAX_CONVGRAD_CPU_ISAS=all"
+    rebuild = "rebuild with JAX_CONVGRAD_CPU_ISAS=all and a compiler that knows it"
     return f"the cpu module lacks {best} kernels, which this processor runs: {rebuild}"

@@ -145,7 +145,7 @@ def configure_cpu(tmp_path):
     [
         ("", "fpu sse2", "x86_64", "avx2;portable", ""),
         ("", AVX2, "x86_64", "avx2", ""),
-        ("native", AVX512, "x86_64", "avx512;avx2", ""),
+        (" native ", AVX512, "x86_64", "avx512;avx2", ""),
         ("", f"{AVX512} avx512_bf16", "x86_64", "avx512;avx2", "avx512_bf16"),
         ("", AMX, "x86_64", "avx512;avx2", "avx512_bf16;amx"),
         ("all", AVX2, "AMD64", "avx512;avx2;portable", "avx512_bf16;amx"),
@@ -164,4 +164,17 @@ def test_instruction_sets_that_are_compiled(configure_cpu, wish, flags, machine,
 def test_an_unknown_wish_for_instruction_sets_is_refused(configure_cpu):
     status, text = configure_cpu("avx2", AVX2)
     assert status != 0
-    assert "JAX_CONVGRAD_CPU_ISAS must be native or all, got avx2" in " ".join(text.split())
+    assert "JAX_CONVGRAD_CPU_ISAS must be native or all, got 'avx2'" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("wish", ["off", "TRUE", " ON"])
+def test_an_unknown_wish_for_the_cuda_module_is_refused(tmp_path, wish):
+    if (cmake := shutil.which("cmake")) is None:
+        pytest.skip("no cmake")
+    done = subprocess.run(
+        [cmake, "-S", ROOT, "-B", tmp_path, f"-DJAX_CONVGRAD_CUDA={wish}",
+         "-DSKBUILD_PROJECT_VERSION=0.0.0"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert f"JAX_CONVGRAD_CUDA must be AUTO, ON or OFF, got '{wish}'" in done.stderr

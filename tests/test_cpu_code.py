@@ -12,16 +12,21 @@ from jax_convgrad.tools import info
 
 
 def test_missing_isa_names_the_rebuild(monkeypatch):
-    isas = types.SimpleNamespace(isa=lambda: "avx2", best_isa=lambda: "avx512")
-    monkeypatch.setattr(native, "cpu", isas)
+    module = types.SimpleNamespace(
+        isa=lambda: "avx2", best_isa=lambda: "avx512", isas=lambda: ["avx2"]
+    )
+    monkeypatch.setattr(native, "cpu", module)
     monkeypatch.delenv("JAX_CONVGRAD_CPU_ISA", raising=False)
     note = cpu_code.local_missing_isa()
     assert "lacks avx512 kernels" in note
     assert "JAX_CONVGRAD_CPU_ISAS=all" in note
+    for wish in ("avx512", "nonsense"):  # not granted
+        monkeypatch.setenv("JAX_CONVGRAD_CPU_ISA", wish)
+        assert cpu_code.local_missing_isa() == note
     monkeypatch.setenv("JAX_CONVGRAD_CPU_ISA", "avx2")
     assert cpu_code.local_missing_isa() is None
-    monkeypatch.delenv("JAX_CONVGRAD_CPU_ISA")
-    monkeypatch.setattr(isas, "isa", isas.best_isa)
+    monkeypatch.setenv("JAX_CONVGRAD_CPU_ISA", "portable")
+    monkeypatch.setattr(module, "isas", lambda: ["avx512", "avx2"])
     assert cpu_code.local_missing_isa() is None
 
 

@@ -87,14 +87,15 @@ bool HasAvx512Bf16() {
   return HasAvx512() && Has(Leaf(7, 1).a, kBf16);
 }
 
-// AMX needs the processor, the system's support, and leave for this process to use it:
-// Linux grants the 8 KiB of state only to those who ask. There is no taking it back.
-bool MayUseAmx() {
-#if defined(__linux__)
+bool HasAmx() {
   constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22, kTileStates = 3u << 17;
-  if (!HasAvx512Bf16() || !Has(Leaf(7).d, kTile | kBf16) || !SystemSaves(kTileStates)) {
-    return false;
-  }
+  return HasAvx512Bf16() && Has(Leaf(7).d, kTile | kBf16) && SystemSaves(kTileStates);
+}
+
+// Beside the processor and the system, AMX needs leave for this process to use it: Linux
+// grants the 8 KiB of state only to those who ask. There is no taking it back.
+[[maybe_unused]] bool AskForAmx() {
+#if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // asm/prctl.h
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -104,8 +105,9 @@ bool MayUseAmx() {
 #endif
 
 struct Candidate {
-  Isa isa;  // without kernels if the build left them out
-  bool (*runs)();
+  Isa isa;                 // without kernels if the build left them out
+  bool (*has)();           // whether the processor has it
+  bool (*ask)() = Always;  // and this process may use it
 };
 
 // The best first.
@@ -116,9 +118,9 @@ const Candidate kCandidates[] = {
 #else
 #if defined(__x86_64__)
 #if defined(CONVGRAD_AMX)
-    {{"amx", &avx512::kKernels, avx512_bf16::GemmBf16, amx::GemmBf16}, MayUseAmx},
+    {{"amx", &avx512::kKernels, avx512_bf16::GemmBf16, amx::GemmBf16}, HasAmx, AskForAmx},
 #else
-    {{"amx", nullptr}, MayUseAmx},
+    {{"amx", nullptr}, HasAmx},
 #endif
 #if defined(CONVGRAD_AVX512_BF16)
     {{"avx512_bf16", &avx512::kKernels, avx512_bf16::GemmBf16}, HasAvx512Bf16},
@@ -148,7 +150,7 @@ const Candidate kCandidates[] = {
 const Isa* BestIsa(const char* name) {
   for (const Candidate& one : kCandidates) {
     if (name != nullptr && std::strcmp(name, one.isa.name) != 0) continue;
-    if (one.isa.kernels != nullptr && one.runs()) return &one.isa;
+    if (one.isa.kernels != nullptr && one.has() && one.ask()) return &one.isa;
   }
   return nullptr;
 }
@@ -180,7 +182,7 @@ const char* const* BuiltIsaNames() {
 
 const char* BestIsaName() {
   const Candidate* best = std::begin(kCandidates);
-  while (!best->runs()) ++best;  // the last one always does
+  while (!best->has()) ++best;  // the last one always does
   return best->isa.name;
 }
 
