@@ -133,6 +133,21 @@ CONVGRAD_INLINE void AddProducts(Vec<Sum<O>, N>* sum, const Vec<O, N>& column, O
   }
 }
 
+// sum[i][v] += b[v] * a(i): a row of a packed panel times one operand of each row.
+template <typename O, int kRows, int kVecs, typename OperandOfRow>
+CONVGRAD_INLINE void AddOuterProduct(Vec<Sum<O>, kLanes<O>> (&sum)[kRows][kVecs],
+                                     const O* b, const OperandOfRow& a) {
+  constexpr int L = kLanes<O>;
+  Vec<O, L> column[kVecs];
+  CONVGRAD_UNROLL
+  for (int v = 0; v < kVecs; ++v) column[v] = Load<L>(b + v * L);
+  CONVGRAD_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    CONVGRAD_UNROLL
+    for (int v = 0; v < kVecs; ++v) AddProducts<L, O>(&sum[i][v], column[v], a(i));
+  }
+}
+
 // Keeps a sum zero unless an operand holds an Inf or a NaN.
 template <int N, typename O>
 CONVGRAD_INLINE void NoteTaint(Vec<Sum<O>, N>* sum, const Vec<O, N>& operands) {

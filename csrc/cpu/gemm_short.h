@@ -48,14 +48,7 @@ CONVGRAD_NOINLINE void MultiplyPacked(const ShortTile<O>& tile, int64_t k_count,
   for (int t = 0; t < tile.taps; ++t) {
     const O* bk = b + tile.filter[t] * (kVecs * L);
     for (int64_t k = 0; k < k_count; ++k) {
-      Vec<O, L> column[kVecs];
-      CONVGRAD_UNROLL
-      for (int v = 0; v < kVecs; ++v) column[v] = Load<L>(bk + v * L);
-      CONVGRAD_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        CONVGRAD_UNROLL
-        for (int v = 0; v < kVecs; ++v) AddProducts<L, O>(&sum[i][v], column[v], a[i]);
-      }
+      AddOuterProduct<O>(sum, bk, [&](int i) { return a[i]; });
       a += kRows;
       bk += kVecs * L;
     }

@@ -65,15 +65,7 @@ CONVGRAD_NOINLINE void MultiplyStrip(const StripTaps<O>& taps, int64_t at, int64
     for (int i = 0; i < kRows; ++i) row[i] = taps.base + (taps.at[t] + at + i * step);
     const O* bk = b + taps.filter[t] * (kVecs * L);
     for (int64_t k = 0; k < k_count; ++k) {
-      Vec<O, L> column[kVecs];
-      CONVGRAD_UNROLL
-      for (int v = 0; v < kVecs; ++v) column[v] = Load<L>(bk + v * L);
-      CONVGRAD_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        CONVGRAD_UNROLL
-        for (int v = 0; v < kVecs; ++v)
-          AddProducts<L, O>(&sum[i][v], column[v], row[i][k]);
-      }
+      AddOuterProduct<O>(sum, bk, [&](int i) { return row[i][k]; });
       bk += kVecs * L;
     }
   }

@@ -69,16 +69,7 @@ CONVGRAD_NOINLINE void Multiply(int taps, int64_t k_count, const O* const (*rows
         for (int i = 0; i < kRows; ++i) __builtin_prefetch(row[i] + ahead + k0);
       }
       for (int64_t k = k0; k < k1; ++k) {
-        Vec<O, L> column[kVecs];
-        CONVGRAD_UNROLL
-        for (int v = 0; v < kVecs; ++v) column[v] = Load<L>(bk + v * L);
-        CONVGRAD_UNROLL
-        for (int i = 0; i < kRows; ++i) {
-          CONVGRAD_UNROLL
-          for (int v = 0; v < kVecs; ++v) {
-            AddProducts<L, O>(&sum[i][v], column[v], row[i][k]);
-          }
-        }
+        AddOuterProduct<O>(sum, bk, [&](int i) { return row[i][k]; });
         bk += kVecs * L;
       }
     }
