@@ -218,6 +218,9 @@ bool PlanesBeatGemm(const Problem& p) {
   if (!RowsFillVectors(p)) return false;
   // But gemm has bfloat16 arithmetic.
   if (p.dtype == DType::kBF16 && p.in_channels > 4 && p.out_channels > 8) return false;
+  // And it reads channels in place, which is most of the work where they meet one tap.
+  constexpr int64_t kLeastColumns = 6;
+  if (!in_rows && Taps(p) == 1 && p.in_channels >= kLeastColumns) return false;
   return p.in_channels <= (in_rows ? kMaxFewChannels : 12) &&
          p.out_channels <= (in_rows ? kMaxRowChannels : 8);
 }
@@ -392,7 +395,7 @@ const char* const* CpuIsas() { return BuiltIsaNames(); }
 const char* CpuBestIsa() { return BestIsaName(); }
 
 bool IsTooSmallToShare(const Problem& p) {
-  constexpr double kLeastShared = 2e5;  // multiply-adds, and elements that are moved
+  constexpr double kLeastShared = 4e5, kPerElement = 4;  // in multiply-adds
   const auto positions = [&p](auto size) {
     return 1.0 * size(p.axis[0]) * size(p.axis[1]) * size(p.axis[2]);
   };
@@ -401,8 +404,8 @@ bool IsTooSmallToShare(const Problem& p) {
   const double taps = positions([](const Axis& x) { return x.win; });
   const double images = 1.0 * p.batch * p.groups, c = 1.0 * p.in_channels,
                k = 1.0 * p.out_channels;
-  return images * (out * taps * c * k + in * c + out * k) + taps * c * k * p.groups <
-         kLeastShared;
+  const double elements = images * (in * c + out * k) + taps * c * k * p.groups;
+  return images * out * taps * c * k + kPerElement * elements < kLeastShared;
 }
 
 namespace {

@@ -15,6 +15,14 @@
 
 namespace convgrad {
 
+inline void PauseOfSpin() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 // A parallel loop over XLA's own pool. The calling thread takes tasks like every
 // other and never only waits: it may itself be a thread of the pool, and the pool
 // may be busy (a loop body inside lax.scan), so helpers that start late find the
@@ -37,6 +45,13 @@ class PooledLoop {
   }
 
   void Wait() {
+    // A thread that sleeps is back some 50 us after it is woken, and the last task is
+    // often done sooner than that.
+    constexpr int kTurns = 2000;
+    for (int i = 0; i < kTurns; ++i) {
+      if (done_.load(std::memory_order_acquire) == count_) return;
+      PauseOfSpin();
+    }
     std::unique_lock<std::mutex> lock(mutex_);
     all_done_.wait(lock,
                    [this] { return done_.load(std::memory_order_acquire) == count_; });

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import custom_call, gpu_code, native, symbolic
+from . import custom_call, gpu_code, native, preference, symbolic
 from .geometry import ConvGeometry
 from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map
 from .transposed import forward_as_input_grad, is_worth_a_flip
@@ -35,16 +35,13 @@ installed = jax.make_user_context(default_value=False)
 
 _FILTER_WORKSPACE_BYTES = 32 << 20  # or four times the filter
 
-# With a 4x4 filter of 512 and 1024 channels lax was 1.2 times as fast at 170 times.
-_LARGE_FILTER = 4
-
 
 @functools.cache
 def switch() -> Literal["on", "off"] | None:
     """The value of the environment variable JAX_CONVGRAD.
 
     "off" sends everything to lax, "on" runs a kernel wherever one covers the case, also
-    where it is known or feared to be slower; unset, the table of `_slower_than_xla` holds.
+    where it is known or feared to be slower; unset, the rules of `preference` hold.
     Read once: a value that changed later could not reach functions already compiled.
     """
     value = os.environ.get(SWITCH)
@@ -178,11 +175,19 @@ class NativePlan:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What runs: "native", with a plan unless sizes are symbolic, or "xla"; and why."""
+    """What runs: "native", with a plan unless sizes are symbolic, or "xla"; and why.
+
+    Attributes:
+        implementation: "native" or "xla".
+        reason: why, in words.
+        plan: of the kernel; None for "xla" and where sizes are symbolic.
+        kernel_dtype: dtype that operands are widened to for the kernel, None if they are not.
+    """
 
     implementation: Literal["native", "xla"]
     reason: str
     plan: NativePlan | None = None
+    kernel_dtype: str | None = None
 
     @property
     def kernel(self) -> str | None:
@@ -345,17 +350,27 @@ def choose(
     planned = None
     if geometry.is_static:
         planned = plan(geometry, dtype, platform, precision, map_=map_)
-    kernel = "a" if planned is None else f"the {planned.kernel}"
+    kernel_dtype = None
+    if (
+        planned is not None
+        and platform == "cpu"
+        and preference.is_faster_in_float32(geometry, dtype, map_, planned.kernel)
+    ):
+        kernel_dtype = "float32"
+        planned = plan(geometry, kernel_dtype, platform, precision, map_=map_)
+    covers = "a kernel covers it" if planned is None else f"the {planned.kernel} kernel covers it"
+    if kernel_dtype is not None:
+        covers += f", in {kernel_dtype}"
     if implementation == "native":
-        return Choice("native", "implementation='native'", planned)
+        return Choice("native", "implementation='native'", planned, kernel_dtype)
     if switch() == "on":
-        return Choice("native", f"{kernel} kernel covers it, and {SWITCH}=on", planned)
-    slower = _slower_than_xla(geometry, dtype, platform, map_)
+        return Choice("native", f"{covers}, and {SWITCH}=on", planned, kernel_dtype)
+    slower = preference.slower_than_xla(geometry, platform, map_)
     if map_ is FILTER_GRAD and planned is not None:
         slower = slower or _beyond_workspace(geometry, dtype, planned)
     if slower is not None:
         return Choice("xla", slower)
-    return Choice("native", f"{kernel} kernel covers it", planned)
+    return Choice("native", covers, planned, kernel_dtype)
 
 
 def _beyond_workspace(geometry: ConvGeometry, dtype: Any, planned: NativePlan) -> str | None:
@@ -369,43 +384,3 @@ def _beyond_workspace(geometry: ConvGeometry, dtype: Any, planned: NativePlan) -
     if planned.workspace_bytes <= most:
         return None
     return f"a workspace of {planned.workspace_bytes} bytes, of at most {most}"
-
-
-def _is_elementwise(g: ConvGeometry) -> bool:
-    """Whether every output is one input times the filter's one number for its channel."""
-    channels = g.lhs_shape[g.dimension_numbers.lhs_spec[1]]
-    return (
-        math.prod(g.window_sizes) == 1
-        and g.batch_group_count == 1
-        and g.feature_group_count == channels == g.rhs_shape[g.dimension_numbers.rhs_spec[0]]
-        and g.in_sizes == g.out_sizes
-        and max(g.lhs_dilation, default=1) == 1
-    )
-
-
-def _slower_than_xla(geometry: ConvGeometry, dtype: Any, platform: str, map_: Map) -> str | None:
-    """Why lax is preferred where the kernel could run, or None.
-
-    On a CPU a rule belongs here for the rows, widened to their neighbours, that lose to lax
-    in benchmarks/results/.
-    """
-    del dtype
-    if platform == "cuda":
-        # Wrong in some cases, but a promise: never slower than lax without being asked.
-        return f"no GPU measurements yet; {SWITCH}=on or implementation='native' run the kernel"
-    if map_ is not FILTER_GRAD and geometry.is_static and _is_elementwise(geometry):
-        return "of one tap and one channel a group, which XLA computes as a product of elements"
-    # Of a transposed layer. Elsewhere lax is as often far slower: where the window is larger
-    # than the image.
-    if map_ is FORWARD and geometry.is_static and max(geometry.lhs_dilation, default=1) > 1:
-        activations = math.prod(geometry.lhs_shape) + math.prod(geometry.out_shape)
-        if math.prod(geometry.rhs_shape) > _LARGE_FILTER * activations:
-            return f"a transposed layer with a filter over {_LARGE_FILTER} times its activations"
-    if map_ is FORWARD and geometry.is_static and (at := geometry.dimension_numbers.lhs_spec[0]):
-        if at == len(geometry.lhs_shape) - 1:
-            return "images come last in memory, so that channels are gathered one by one"
-        # The filter gradient, written as a convolution whose filter is dY and whose images are
-        # the channels of x. `conv_filter_grad` computes that faster than either.
-        if math.prod(geometry.window_sizes) > math.prod(geometry.out_sizes):
-            return "images do not come first, and the window is larger than the result"
-    return None

@@ -179,6 +179,7 @@ def _lower(
     )
     if (
         choice.implementation == "xla"
+        or choice.kernel_dtype is not None  # the epilogue's arrays are as they are
         or 0 in geometry.lhs_shape
         or compat.partitioned_automatically(ctx)
     ):

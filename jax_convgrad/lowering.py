@@ -6,6 +6,7 @@ the program over devices, the program of one of them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -165,6 +166,19 @@ def call_kernel(
         The lowered result, in a list.
     """
     (out,) = ctx.avals_out
+    if choice.kernel_dtype is not None:
+        assert not arrays
+        return _call_widened(
+            ctx,
+            map_,
+            target,
+            first,
+            second,
+            geometry=geometry,
+            platform=platform,
+            precision=precision,
+            choice=choice,
+        )
     if choice.plan is None:
         shape = symbolic.workspace_shape(geometry, out.dtype, platform, precision, map_)
     else:
@@ -192,6 +206,37 @@ def call_kernel(
         **custom_call.attributes(geometry, platform, precision),
     )
     return [result]
+
+
+def _call_widened(
+    ctx: Any,
+    map_: Map,
+    target: str,
+    first: Any,
+    second: Any,
+    *,
+    choice: dispatch.Choice,
+    **params: Any,
+) -> list[Any]:
+    """`call_kernel` on operands of `choice.kernel_dtype`, the result rounded to its dtype."""
+    wide = np.dtype(choice.kernel_dtype)
+    narrow_avals = [*ctx.avals_in[:2], *ctx.avals_out]
+    wide_avals = [jax.core.ShapedArray(aval.shape, wide) for aval in narrow_avals]
+
+    def convert(value: Any, of: Any, to: Any) -> Any:
+        rule = mlir.lower_fun(lambda x: x.astype(to.dtype), multiple_results=False)
+        return rule(ctx.replace(avals_in=[of], avals_out=[to]), value)[0]
+
+    operands = map(convert, (first, second), narrow_avals[:2], wide_avals[:2])
+    (result,) = call_kernel(
+        ctx.replace(avals_in=wide_avals[:2], avals_out=wide_avals[2:]),
+        map_,
+        target,
+        *operands,
+        choice=dataclasses.replace(choice, kernel_dtype=None),
+        **params,
+    )
+    return [convert(result, wide_avals[2], narrow_avals[2])]
 
 
 def _row_major(aval: Any) -> tuple[int, ...]:

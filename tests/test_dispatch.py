@@ -11,8 +11,10 @@ import pytest
 from jax import lax
 
 import jax_convgrad
-from jax_convgrad import dispatch, native
-from jax_convgrad.maps import FORWARD, INPUT_GRAD
+from jax_convgrad import dispatch, native, preference
+from jax_convgrad.maps import FILTER_GRAD, FORWARD, INPUT_GRAD
+from jax_convgrad.tools import workloads
+from jax_convgrad.tools.geometries import make_geometry
 
 G = oracles.geometry((2, 3, 8, 8), (4, 3, 3, 3), (2, 2), "SAME")
 X, W = jnp.ones(G.lhs_shape), jnp.ones(G.rhs_shape)
@@ -49,12 +51,12 @@ sys.meta_path.insert(0, Hide())
 def test_kernel_is_chosen_where_it_is_no_slower(monkeypatch):
     kernel, workspace_bytes = oracles.plan(G, "float32")
     monkeypatch.setattr(dispatch, "switch", lambda: None)
-    monkeypatch.setattr(dispatch, "_slower_than_xla", lambda *_: None)
+    monkeypatch.setattr(preference, "slower_than_xla", lambda *_: None)
     choice = dispatch.choose(G, "float32", "cpu")
     assert (choice.implementation, choice.kernel) == ("native", kernel)
     assert choice.workspace_bytes == workspace_bytes
     assert kernel in choice.reason
-    monkeypatch.setattr(dispatch, "_slower_than_xla", lambda *_: "slower on snails")
+    monkeypatch.setattr(preference, "slower_than_xla", lambda *_: "slower on snails")
     assert dispatch.choose(G, "float32", "cpu") == dispatch.Choice("xla", "slower on snails")
 
 
@@ -62,7 +64,7 @@ def test_kernel_is_chosen_where_it_is_no_slower(monkeypatch):
 @pytest.mark.parametrize(("switch", "implementation"), [("on", None), (None, "native")])
 def test_kernel_can_be_asked_for_where_it_is_slower(monkeypatch, switch, implementation):
     monkeypatch.setattr(dispatch, "switch", lambda: switch)
-    monkeypatch.setattr(dispatch, "_slower_than_xla", lambda *_: "slower on snails")
+    monkeypatch.setattr(preference, "slower_than_xla", lambda *_: "slower on snails")
     choice = dispatch.choose(G, "float32", "cpu", implementation)
     assert (choice.implementation, choice.kernel) == ("native", oracles.plan(G, "float32")[0])
 
@@ -81,6 +83,60 @@ def test_products_of_elements_are_left_to_lax(monkeypatch, map_):
     assert implementation((2, 6, 8, 8), (6, 1, 1, 1), 6, (2, 2)) == "native"
     assert implementation((2, 6, 8, 8), (6, 1, 3, 1), 6) == "native"
     assert implementation((2, 6, 8, 8), (6, 6, 1, 1), 1) == "native"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD])
+def test_sums_of_few_elements_are_left_to_lax(monkeypatch, map_):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+
+    def implementation(channels, window=1, layout="last", **options):
+        g = make_geometry((64,), (window,), channels, dimension_numbers=layout, **options)
+        return dispatch.choose(g, "float32", "cpu", map_=map_).implementation
+
+    assert implementation((3, 2)) == "xla"
+    assert implementation((4, 2)) == "native"
+    assert implementation((3, 2), layout="first") == "native"
+    assert implementation((3, 2), window=2) == "native"
+    assert implementation((3, 2), stride=2) == "native"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD])
+def test_sixteen_bits_of_few_channels_are_widened(monkeypatch, rng, map_):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+    channels = (3, 33) if map_ is FORWARD else (33, 3)
+    g = make_geometry((9, 10), (3, 3), channels, padding=1)
+    choice = dispatch.choose(g, "float16", "cpu", map_=map_)
+    assert (choice.implementation, choice.kernel_dtype) == ("native", "float32")
+    assert "in float32" in choice.reason
+    first, second = oracles.operands(rng, g, "float16", map_)
+    function = workloads.public_function(map_, g, implementation="native")
+    out = jax.jit(function)(first, second)
+    assert out.dtype == "float16"
+    wide = jax.jit(function)(first.astype("float32"), second.astype("float32"))
+    np.testing.assert_array_equal(out, wide.astype("float16"))
+    deep = make_geometry((9, 10), (3, 3), (33, 33), padding=1)
+    assert dispatch.choose(deep, "float16", "cpu", map_=map_).kernel_dtype is None
+
+
+@pytest.mark.native
+def test_filter_gradients_that_leave_lanes_empty_are_left_to_lax(monkeypatch):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+
+    def implementation(spatial, window, channels=(1, 1), **options):
+        g = make_geometry(spatial, window, channels, **options)
+        return dispatch.choose(g, "float32", "cpu", map_=FILTER_GRAD).implementation
+
+    assert implementation((100,), (3,)) == "xla"
+    assert implementation((1, 100), (1, 60)) == "xla"
+    assert implementation((100,), (3,), (1, 2)) == "native"
+    assert implementation((100,), (60,), (2, 2)) == "xla"
+    assert implementation((100,), (40,), (2, 2)) == "native"
+    assert implementation((100,), (60,), (3, 3)) == "native"
+    assert implementation((20, 20), (3, 3)) == "xla"
+    assert implementation((20, 20), (9, 9)) == "native"
+    assert implementation((100,), (3,), (8, 8), feature_groups=8) == "native"
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu", "rocm"])

@@ -54,6 +54,11 @@ CUTS = {
     "images next to each other": make_geometry(
         (6, 5), (3, 2), (4, 7), batch=19, padding=1, dimension_numbers="odd"
     ),
+    # These write rows in order of memory.
+    "one position": make_geometry((1, 1), (1, 1), (50, 72), batch=7),
+    "few positions": make_geometry((3, 2), (3, 3), (101, 40), padding=1),
+    "few positions of a dilated input": make_geometry((3,), (3,), (7, 40), lhs_dilation=2,
+                                                      padding=1),
     "negative padding": make_geometry((9, 8), (3, 2), (4, 5), padding=((-2, 1), (1, -3))),
     "dilated input of groups": make_geometry((9, 8), (4, 3), (6, 6), lhs_dilation=2, padding=2,
                                              feature_groups=6),
@@ -144,6 +149,7 @@ def test_random_geometry(rng, x64, index, dtype):
         "a window that spans padding",
         "images next to each other",
         "negative padding",
+        "few positions",
         "batch_groups",
     ],
 )

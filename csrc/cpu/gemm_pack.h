@@ -157,17 +157,6 @@ inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& 
   return rest;
 }
 
-// Whether all taps of a column lie side by side, as OIHW has them.
-CONVGRAD_INLINE bool TapsAreContiguous(const Problem& p) {
-  bool contiguous = true;
-  int64_t step = 1;
-  for (int x = kAxes - 1; x >= 0; --x) {
-    contiguous &= p.axis[x].win == 1 || p.w.axis[x] == step;
-    step *= p.axis[x].win;
-  }
-  return contiguous;
-}
-
 // The same for all taps at once, which lie side by side: transposes squares of columns
 // and taps. Near the filter's end, where a whole vector of taps cannot be read, the
 // square starts earlier; a filter of fewer taps than lanes reads those of the next
@@ -218,6 +207,96 @@ inline Sum<Operand<T>> PackTapsTransposed(const T* w, const int64_t* column_w,
     }
   }
   Sum<O> sum = 0;
+  for (int i = 0; i < L; ++i) sum += taint[i];
+  return sum;
+}
+
+// The same for few taps, of which squares would be mostly empty: copies the columns of an
+// out channel, which lie side by side, and picks them from the copy.
+constexpr int64_t kFewTaps = 4;
+
+template <typename T>
+inline Acc<T> PackFewTaps(const T* w, const int64_t* column_w, const Problem& p,
+                          const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t width = panel.vectors * L;
+  const int64_t taps = Taps(p);
+  const int64_t tap_size = PackedDepth<A>(p) * width;
+  Vec<A, L> taint{};
+  A run[kFewTaps * kPanelColumns<A>] = {};  // zeros behind the last column
+  for (int64_t k = k0; k < k1; ++k) {
+    LoadRun(w + column_w[0] + k * p.w.out_channel, panel.columns * taps, run);
+    for (int64_t r = 0; r < taps; ++r) {
+      A* const row = to + r * tap_size + k * width;
+      for (int64_t c = 0; c < width; c += L) {
+        Vec<A, L> values;
+        for (int i = 0; i < L; ++i) values[i] = run[(c + i) * taps + r];
+        NoteTaint<L, A>(&taint, values);
+        Store<L>(row + c, values);
+      }
+    }
+  }
+  A sum = 0;
+  for (int i = 0; i < L; ++i) sum += taint[i];
+  return sum;
+}
+
+// Whether the columns of a panel lie side by side, each with all its taps.
+CONVGRAD_INLINE bool ColumnsAreRuns(const Problem& p, const Panel& panel,
+                                    const int64_t* column_w) {
+  bool are_runs = RunOfTaps(p) == 1;
+  for (int64_t c = 1; c < panel.columns; ++c) {
+    are_runs &= column_w[c] == column_w[0] + c * Taps(p);
+  }
+  return are_runs;
+}
+
+// The same where a column is one run of (out channel, tap), as OIHW has it in the forward
+// pass: transposes squares of columns and elements of their runs.
+template <typename T>
+inline Acc<T> PackRunsTransposed(const T* w, const int64_t* column_w, const Problem& p,
+                                 const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t width = panel.vectors * L;
+  const int64_t taps = Taps(p);
+  const int64_t tap_size = PackedDepth<A>(p) * width;
+  const bool backwards = RunOfTaps(p) < 0;
+  const T* const run = w + k0 * taps - (backwards ? taps - 1 : 0);
+  const int64_t count = (k1 - k0) * taps;
+  Vec<A, L> taint{};
+  for (int v = 0; v < panel.vectors; ++v) {
+    const int64_t c0 = v * L;
+    const int live = panel.columns - c0 < L ? static_cast<int>(panel.columns - c0) : L;
+    // The place of the run's next element.
+    int64_t k = k0, tap = 0;
+    for (int64_t j = 0; j < count; j += L) {
+      Vec<A, L> square[L];
+      const int elements = count - j < L ? static_cast<int>(count - j) : L;
+      for (int i = 0; i < L; ++i) {
+        square[i] = Vec<A, L>{};
+        if (i >= live) continue;
+        const T* const from = run + column_w[c0 + i] + j;
+        if (elements == L) {
+          square[i] = Load<L>(from);
+        } else {
+          for (int e = 0; e < elements; ++e) square[i][e] = LoadOne(from + e);
+        }
+      }
+      Transpose<A, L>(square);
+      for (int e = 0; e < elements; ++e) {
+        NoteTaint<L, A>(&taint, square[e]);
+        const int64_t r = backwards ? taps - 1 - tap : tap;
+        Store<L>(to + r * tap_size + k * width + c0, square[e]);
+        if (++tap == taps) {
+          tap = 0;
+          ++k;
+        }
+      }
+    }
+  }
+  A sum = 0;
   for (int i = 0; i < L; ++i) sum += taint[i];
   return sum;
 }
@@ -310,7 +389,16 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
         }
       }
     }
-  } else if (TapsAreContiguous(p)) {
+  } else if (kPerOperand<O> == 1 && p.w.out_channel == Taps(p) && RunOfTaps(p) != 0) {
+    if constexpr (kPerOperand<O> == 1) {
+      taint = PackRunsTransposed<T>(w, column_w, p, panel, k0, k1, to);
+    }
+  } else if (kPerOperand<O> == 1 && Taps(p) <= kFewTaps &&
+             ColumnsAreRuns(p, panel, column_w)) {
+    if constexpr (kPerOperand<O> == 1) {
+      taint = PackFewTaps<T>(w, column_w, p, panel, k0, k1, to);
+    }
+  } else if (RunOfTaps(p) == 1) {
     taint = PackTapsTransposed<T>(w, column_w, p, panel, k0, k1, to);
   } else {
     taint = PackTapsStrided<T>(w, column_w, p, panel, k0, k1, to);

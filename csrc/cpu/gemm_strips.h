@@ -1,6 +1,6 @@
-// The gemm kernel's way (gemm.h) with short sums along rows that have one tap and no
-// padding: pointwise layers of few channels, and first layers of nets, whose taps along a
-// row are merged into channels (planner/padded_rows.h).
+// The gemm kernel's way (gemm.h) with short sums along rows of which every position has
+// all taps: pointwise layers of few channels, rows without padding, and first layers of
+// nets, whose taps along a row are merged into channels (planner/padded_rows.h).
 //
 // Neighbouring positions of a row then read dY at equal distances, so that a register
 // tile needs no pointer for each of its rows, and no copy of what they read, unless that
@@ -136,20 +136,20 @@ CONVGRAD_INLINE StripMultiply<O> StripMultiplyOf(int vectors) {
   return vectors == 2 ? MultiplyPanels<O, 2> : MultiplyPanels<O, 1>;
 }
 
-// Whether strips serve a problem: one tap along a row, which every position has, rows of
-// a register tile or more, and short sums.
+// Whether strips serve a problem: rows of which every position has all taps, of a
+// register tile or more, and short sums.
 template <typename O>
 inline bool StripsServe(const CpuArgs& a) {
   if (a.row_end > 0) return true;
   if (kHasTiles) return false;
   const Problem& p = a.problem;
   const Phase& along = a.phase[2][0];
-  if (a.phase_count[2] != 1 || along.r_count != 1 || along.h_count < RowsFor(1)) {
+  if (a.phase_count[2] != 1 || along.r_count == 0 || along.h_count < RowsFor(1)) {
     return false;
   }
   for (const int64_t i : {int64_t{0}, along.h_count - 1}) {
     const TapRange taps = ValidTaps(along, p.axis[2].out, i);
-    if (taps.lo != 0 || taps.hi != 1) return false;
+    if (taps.lo != 0 || taps.hi != along.r_count) return false;
   }
   const int64_t taps = MostTaps(a);
   return taps <= kStripTaps && taps * Depth<O>(p) <= kStripSum;
@@ -200,10 +200,14 @@ CONVGRAD_INLINE int64_t PlaceStrip(const CpuArgs& a, const ActivationStrides& dy
     for (int64_t t1 = range[1].lo; t1 < range[1].hi; ++t1) {
       const int64_t r0 = phase[0]->r0 + t0 * phase[0]->r_step;
       const int64_t r1 = phase[1]->r0 + t1 * phase[1]->r_step;
-      taps.at[taps.count] = dy_base - t0 * phase[0]->p_per_r * dy_at.axis[0] -
-                            t1 * phase[1]->p_per_r * dy_at.axis[1];
-      taps.filter[taps.count++] =
-          ((r0 * p.axis[1].win + r1) * p.axis[2].win + along.r0) * PackedDepth<O>(p);
+      const int64_t at = dy_base - t0 * phase[0]->p_per_r * dy_at.axis[0] -
+                         t1 * phase[1]->p_per_r * dy_at.axis[1];
+      const int64_t row_of_filter = (r0 * p.axis[1].win + r1) * p.axis[2].win;
+      for (int64_t t2 = 0; t2 < along.r_count; ++t2) {
+        taps.at[taps.count] = at - t2 * along.p_per_r * dy_at.axis[2];
+        taps.filter[taps.count++] =
+            (row_of_filter + along.r0 + t2 * along.r_step) * PackedDepth<O>(p);
+      }
     }
   }
   return dx_base;

@@ -123,4 +123,19 @@ __attribute__((always_inline)) constexpr int64_t CeilDiv(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// Which way the taps of a filter lie side by side in memory: 1 if forwards, -1 if
+// backwards (the forward pass reads them so), 0 if they do not.
+__attribute__((always_inline)) inline int64_t RunOfTaps(const Problem& p) {
+  for (const int64_t direction : {int64_t{1}, int64_t{-1}}) {
+    bool is_run = true;
+    int64_t step = direction;
+    for (int x = kAxes - 1; x >= 0; --x) {
+      is_run &= p.axis[x].win == 1 || p.w.axis[x] == step;
+      step *= p.axis[x].win;
+    }
+    if (is_run) return direction;
+  }
+  return 0;
+}
+
 }  // namespace convgrad

@@ -11,7 +11,7 @@
 
 #include "../phase.h"
 
-#if defined(__AVX512BF16__)
+#if defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -119,9 +119,21 @@ CONVGRAD_INLINE Vec<float, N> Load(const BF16* p) {
   return (Vec<float, N>)(__builtin_convertvector(LoadRaw<uint16_t, N>(p), U) << 16);
 }
 
-// No step makes a float32 subnormal: XLA runs with those flushed to zero.
+// No step makes a float32 subnormal: XLA runs with those flushed to zero. The processor's
+// own conversions keep subnormal halves whatever it does with those of float32.
 template <int N>
 CONVGRAD_INLINE Vec<float, N> Load(const F16* p) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    return (Vec<float, N>)_mm512_cvtph_ps((__m256i)LoadRaw<uint16_t, N>(p));
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (N == 8) {
+    return (Vec<float, N>)_mm256_cvtph_ps((__m128i)LoadRaw<uint16_t, N>(p));
+  }
+  if constexpr (N == 1) return Vec<float, N>{_cvtsh_ss(p->bits)};
+#endif
   using I = Vec<int32_t, N>;
   using U = Vec<uint32_t, N>;
   using F = Vec<float, N>;
@@ -166,6 +178,20 @@ CONVGRAD_INLINE void Store(BF16* p, const Vec<float, N>& v) {
 
 template <int N>
 CONVGRAD_INLINE void Store(F16* p, const Vec<float, N>& v) {
+#if defined(__AVX512F__)
+  if constexpr (N == 16) {
+    const auto half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    __builtin_memcpy(p, &half, sizeof(half));
+    return;
+  }
+#endif
+#if defined(__F16C__)
+  if constexpr (N == 8) {
+    const auto half = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    __builtin_memcpy(p, &half, sizeof(half));
+    return;
+  }
+#endif
   using I = Vec<int32_t, N>;
   using F = Vec<float, N>;
   const I bits = (I)v;

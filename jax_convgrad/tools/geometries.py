@@ -195,6 +195,42 @@ def make_geometry(
     )
 
 
+# A filter gradient as lax writes it: images and channels change places, dy is the filter.
+_EXCHANGED = {
+    "last": (("CWN", "IWO", "WNC"), ("CHWN", "IHWO", "HWNC"), ("CDHWN", "IDHWO", "DHWNC")),
+    "first": (("CNW", "IOW", "CNW"), ("CNHW", "IOHW", "CNHW"), ("CNDHW", "IODHW", "CNDHW")),
+}
+
+
+def as_filter_gradient(g: ConvGeometry, layout_name: str) -> ConvGeometry:
+    """The convolution by which lax computes the filter gradient of `g`, which has no groups.
+
+    Args:
+        g: a convolution in the layout of that name.
+        layout_name: "last" or "first".
+    """
+    lhs_spec, rhs_spec, _ = g.dimension_numbers
+    in_channels, out_channels = g.lhs_shape[lhs_spec[1]], g.rhs_shape[rhs_spec[0]]
+    # Padding such that the filter comes out as large as it is.
+    padding = []
+    for i in range(g.axes):
+        dilated = (g.in_sizes[i] - 1) * g.lhs_dilation[i] + 1
+        window = (g.out_sizes[i] - 1) * g.window_strides[i] + 1
+        needed = (g.window_sizes[i] - 1) * g.rhs_dilation[i] + window
+        padding.append((g.padding[i][0], needed - dilated - g.padding[i][0]))
+    return make_geometry(
+        g.in_sizes,
+        g.out_sizes,
+        (g.lhs_shape[lhs_spec[0]], out_channels),
+        batch=in_channels,
+        stride=g.rhs_dilation,
+        padding=tuple(padding),
+        lhs_dilation=g.lhs_dilation,
+        rhs_dilation=g.window_strides,
+        dimension_numbers=_EXCHANGED[layout_name][g.axes - 1],
+    )
+
+
 def named_cases() -> list[Case]:
     """The fixed list: every class of layer, and every corner that a kernel can get wrong."""
     g = make_geometry
@@ -232,6 +268,7 @@ def named_cases() -> list[Case]:
         "strips_3d": g((3, 4, 30), (2, 3, 1), (6, 18), batch=1, padding=((1, 1), (1, 0), (0, 0))),
         "strips_of_padding": g((4, 20), (3, 3), (3, 20), padding=((1, 1), (-25, 30))),
         "strips_cropped": g((4, 40), (3, 3), (3, 17), padding=((1, 1), (-7, 2))),
+        "strips_taps": g((3, 61), (2, 3), (3, 20), stride=(1, 2), rhs_dilation=(1, 2)),
         "strips_groups": g((3, 31), (1, 1), (80, 96), feature_groups=2, padding=((1, 0), (0, 0))),
         "gray_5x9_s2": g((9, 51), (5, 9), (1, 37), batch=1, stride=2, padding=((1, 2), (3, 0))),
         "two_channels_dilated": g((5, 23), (2, 3), (2, 19), stride=(1, 2), lhs_dilation=(1, 3),

@@ -4,7 +4,8 @@ A row has `n c h w` (input), `k` (output channels), `r s` (filter height and wid
 `stride`, `dilation` (of the filter), `lhs_dilation` (absent: 1), `groups`, `pad`, `net`,
 `class` and `source`. Strides and dilations are a number or one per axis; `pad` is a number
 for both sides of every axis, or a pair (low, high) per axis. 3-D rows add `d` and `t`,
-input and filter depth. A row with h = r = 1 is one-dimensional and runs as such.
+input and filter depth. A row with h = r = 1 is one-dimensional and runs as such. With
+`exchanged` true it stands for the convolution by which lax computes its filter gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 
 from ..geometry import ConvGeometry
 from . import ToolError, machine, read_json
-from .geometries import make_geometry
+from .geometries import as_filter_gradient, make_geometry
 
 # --batch-budget counts a byte of least traffic as so many FLOP, so that it bounds the
 # time of memory-bound layers too. A convention, near a CPU's ratio of the two rates: the
@@ -26,7 +27,7 @@ FLOP_PER_BYTE = 16
 _ITEMSIZE_BYTES = 4  # that of float32, also for other dtypes: the same shapes for all
 _REQUIRED = ("n", "c", "h", "w", "k", "r", "s", "stride", "pad", "dilation", "groups", "net",
              "class")  # fmt: skip
-_KNOWN = {*_REQUIRED, "lhs_dilation", "source", "d", "t"}
+_KNOWN = {*_REQUIRED, "lhs_dilation", "source", "d", "t", "exchanged"}
 _LAYOUTS = {"NHWC": "last", "NCHW": "first"}
 
 
@@ -168,6 +169,9 @@ def parse(
     dilation = _per_axis(row, "dilation", axes)
     lhs_dilation = _per_axis({"lhs_dilation": 1, **row}, "lhs_dilation", axes)
     padding = _padding(row["pad"], axes)
+    exchanged = row.get("exchanged", False)
+    if not isinstance(exchanged, bool):
+        raise TypeError(f"exchanged must be true or false, got {exchanged!r}")
     if axes == 2 and spatial[0] == window[0] == 1:
         if padding[0] != (0, 0):
             raise ValueError(f"is 1-D (h = r = 1) and must not pad its height, got {row['pad']}")
@@ -175,7 +179,7 @@ def parse(
         stride, dilation, lhs_dilation = stride[1:], dilation[1:], lhs_dilation[1:]
 
     def with_batch(batch: int) -> ConvGeometry:
-        return make_geometry(
+        geometry = make_geometry(
             spatial,
             window,
             (_count(row, "c"), _count(row, "k")),
@@ -187,6 +191,7 @@ def parse(
             feature_groups=_count(row, "groups"),
             dimension_numbers=_LAYOUTS[layout],
         )
+        return as_filter_gradient(geometry, _LAYOUTS[layout]) if exchanged else geometry
 
     batch = _count(row, "n")
     if batch_budget_mflop is not None:

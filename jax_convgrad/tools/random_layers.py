@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from ..geometry import ConvGeometry
 from . import MAPS, layers
-from .geometries import classify, layout, make_geometry
+from .geometries import as_filter_gradient, classify, layout, make_geometry
 from .workloads import Workload, workloads
 
 # A problem of more takes lax seconds where it has no fast route; one of less is all call.
@@ -22,12 +22,6 @@ _FLOPS = (1e5, 4e8)
 _MOST_ELEMENTS = 2**23  # of an operand or the result
 _LONGEST = {1: 100_000, 2: 1000, 3: 100}  # of an axis, by their number
 _DTYPES = ("float32", "float32", "float32", "bfloat16", "float16", "float64")
-
-# A filter gradient as lax writes it: images and channels change places, dy is the filter.
-_EXCHANGED = {
-    "last": (("CWN", "IWO", "WNC"), ("CHWN", "IHWO", "HWNC"), ("CDHWN", "IDHWO", "DHWNC")),
-    "first": (("CNW", "IOW", "CNW"), ("CNHW", "IOHW", "CNHW"), ("CNDHW", "IODHW", "CNDHW")),
-}
 
 
 def random_workload(
@@ -135,7 +129,7 @@ def _draw(rng: random.Random) -> ConvGeometry:
     )
     if kind != "dense" or named == "odd" or rng.random() > 0.15:
         return drawn
-    return _exchanged(drawn, _EXCHANGED[named][axes - 1])
+    return as_filter_gradient(drawn, named)
 
 
 def _draw_size(rng: random.Random, axes: int) -> int:
@@ -149,27 +143,3 @@ def _draw_window(rng: random.Random, size: int) -> int:
     if kind < 0.85:
         return _log_uniform(rng, 1, size)
     return max(1, size - rng.choice((0, 0, 1, 2, size // 10)))
-
-
-def _exchanged(g: ConvGeometry, dimension_numbers: tuple[str, str, str]) -> ConvGeometry:
-    """The convolution by which lax computes the filter gradient of `g`, which has no groups."""
-    lhs_spec, rhs_spec, _ = g.dimension_numbers
-    in_channels, out_channels = g.lhs_shape[lhs_spec[1]], g.rhs_shape[rhs_spec[0]]
-    # Padding such that the filter comes out as large as it is.
-    padding = []
-    for i in range(g.axes):
-        dilated = (g.in_sizes[i] - 1) * g.lhs_dilation[i] + 1
-        window = (g.out_sizes[i] - 1) * g.window_strides[i] + 1
-        needed = (g.window_sizes[i] - 1) * g.rhs_dilation[i] + window
-        padding.append((g.padding[i][0], needed - dilated - g.padding[i][0]))
-    return make_geometry(
-        g.in_sizes,
-        g.out_sizes,
-        (g.lhs_shape[lhs_spec[0]], out_channels),
-        batch=in_channels,
-        stride=g.rhs_dilation,
-        padding=tuple(padding),
-        lhs_dilation=g.lhs_dilation,
-        rhs_dilation=g.window_strides,
-        dimension_numbers=dimension_numbers,
-    )

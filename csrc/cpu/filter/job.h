@@ -66,13 +66,19 @@ struct FilterPlan {
   // The sum is one chunk: a task writes a slice's rows of dW as soon as it has them.
   bool at_once;
 
+  // And of few positions, so that writing dW is what takes the time: a task packs all of
+  // dY and makes some tiles of rows, each for all blocks, in order of memory.
+  bool by_rows;
+  int64_t packed_units;  // blocks of dY that a task has packed at once
+
   int64_t splits;      // private copies of dW, each the sum of some chunks
-  int64_t unit_tasks;  // parts of dW's blocks, each a task of its own
+  int64_t unit_tasks;  // parts of dW's blocks, or by rows of its tiles, each a task
   int64_t tasks;       // splits times unit_tasks
   int64_t run;         // chunks that are added up before their sum joins that of others
 
-  // Elements of the workspace, of the accumulation type: of a task, which packs and keeps
-  // a table of Meets, and of a copy of dW or, at once, a task's slice of one.
+  // Elements of the workspace, of the accumulation type: of a task, which packs (one
+  // block of dY is packed_y) and keeps a table of Meets, and of a copy of dW or, at once,
+  // a task's slice of one.
   int64_t packed_x, packed_y, meets, copy;
   bool two_levels;  // a copy has room for a sum of sums
 };

@@ -28,11 +28,18 @@ int64_t FilterElements(const Problem& p) {
 
 // ---- the problem as the kernel takes it --------------------------------------------
 
-// With the axes first along which nothing moves, since packing goes along the last one.
-// That is the images where these are next to each other in memory: to a sum of products
-// they are an axis like others.
+// With the axes first along which nothing moves, or little, since packing goes along the
+// last one. That is the images where these are next to each other in memory: to a sum of
+// products they are an axis like others.
 Problem WithLongRows(const Problem& given) {
   Problem p = TrivialAxesFirst(given);
+  constexpr int64_t kShortRow = 8, kTimes = 4;
+  if (p.axis[2].out < kShortRow && p.axis[1].out >= kTimes * p.axis[2].out) {
+    Problem swapped = p;
+    CopyAxis(p, 1, &swapped, 2);
+    CopyAxis(p, 2, &swapped, 1);
+    p = swapped;
+  }
   const bool side_by_side = p.batch > 1 && (p.dx.batch == 1 || p.dy.batch == 1);
   if (!side_by_side || !IsTrivial(p.axis[0])) return p;
   constexpr int kRow = kAxes - 1;
@@ -130,15 +137,19 @@ void CutIntoChunks(const Problem& p, FilterPlan* plan) {
 // Tasks for many threads, unless there is too little to do, as private copies of dW as
 // long as these are small, else as parts of it, which pack the same x again.
 void CutIntoTasks(const Problem& p, FilterPlan* plan) {
-  constexpr double kLeastTask = 4e6;  // products
+  constexpr double kLeastTask = 4e6, kLeastTaskAtOnce = 1e6;  // products
+  constexpr double kPerElement = 16, kPacksPerTask = 3;       // and of packing, at most
   constexpr int64_t kMost = 32, kLongRun = 16;
   constexpr int64_t kCopiesBytes = 16 << 20, kPacksBytes = 14 << 20;
   static_assert(kMost <= kMaxSplits, "a sum of the copies would not fit");
   const int64_t acc = AccBytes(p);
   const double products =
       1.0 * p.batch * Positions(p) * plan->units * plan->lanes * plan->rows;
-  const int64_t wanted = std::clamp<int64_t>(
-      static_cast<int64_t>(std::min(products / kLeastTask, 1e6)), 1, kMost);
+  const auto tasks_of = [&](double work, double least) {
+    return std::clamp<int64_t>(static_cast<int64_t>(std::min(work / least, 1e6)), 1,
+                               kMost);
+  };
+  const int64_t wanted = tasks_of(products, kLeastTask);
   const int64_t copy_bytes = plan->copy * acc;
   const int64_t room = std::max(kCopiesBytes, 2 * FilterElements(p) * acc);
   const auto cut = [&](int64_t splits) {
@@ -157,7 +168,17 @@ void CutIntoTasks(const Problem& p, FilterPlan* plan) {
   while (plan->splits > 1 && !fits()) cut(plan->splits - 1);
   const int64_t packs = (plan->packed_x + plan->packed_y + plan->meets) * acc;
   while (plan->splits > 1 && plan->splits * packs > kPacksBytes) cut(plan->splits - 1);
-  plan->unit_tasks = std::min(plan->units, CeilDiv(wanted, plan->splits));
+  // Parts of the blocks pack the same x again. Without copies a task costs little
+  // besides; what it writes counts, too.
+  const double each = static_cast<double>(CeilDiv(plan->chunks, plan->splits));
+  const double packing =
+      kPacksPerTask * kPerElement * each * (plan->packed_x + plan->packed_y);
+  const int64_t wanted_units =
+      plan->chunks == 1
+          ? tasks_of(products + kPerElement * plan->units * plan->lanes * plan->rows,
+                     std::max(kLeastTaskAtOnce, packing))
+          : tasks_of(products / plan->splits, std::max(kLeastTask, packing));
+  plan->unit_tasks = std::min(plan->units, wanted_units);
   while (plan->unit_tasks > 1 && plan->splits * plan->unit_tasks * packs > kPacksBytes) {
     --plan->unit_tasks;
   }
@@ -167,7 +188,7 @@ void CutIntoTasks(const Problem& p, FilterPlan* plan) {
 // Of the workspace.
 int64_t Elements(const FilterPlan& plan) {
   const int64_t copies = plan.at_once ? plan.tasks : plan.splits;
-  return plan.tasks * (plan.packed_x + plan.packed_y + plan.meets) +
+  return plan.tasks * (plan.packed_x + plan.packed_y * plan.packed_units + plan.meets) +
          copies * plan.copy * (plan.two_levels ? 2 : 1);
 }
 
@@ -187,6 +208,15 @@ bool SpansPadding(const Problem& p) {
     inside *= std::min(static_cast<double>(x.in), reach + 1);
   }
   return padded > kTimes * inside + kChunkPositions;
+}
+
+// Whether rows of dW are runs of memory, each a sum of so few products that the order of
+// writing decides.
+bool WritesByRows(const Problem& p, const FilterPlan& plan) {
+  constexpr int64_t kFewPositions = 64, kPackedYBytes = 128 << 10;
+  return !plan.many_groups && plan.groups == 1 && plan.units > 1 &&
+         p.w.out_channel == 1 && p.batch * Positions(p) <= kFewPositions &&
+         plan.packed_y * plan.units * AccBytes(p) <= kPackedYBytes;
 }
 
 FilterPlan PlanOf(const Problem& p, bool many_groups) {
@@ -220,6 +250,8 @@ FilterPlan PlanOf(const Problem& p, bool many_groups) {
   plan.at_once = plan.chunks == 1;
   plan.copy = plan.lanes * plan.rows * plan.units;
   CutIntoTasks(p, &plan);
+  plan.by_rows = plan.at_once && WritesByRows(p, plan);
+  plan.packed_units = plan.by_rows ? plan.units : 1;
   if (plan.at_once) {
     const int64_t slice = plan.many_groups ? p.in_channels : kSliceChannels;
     plan.copy = plan.lanes * plan.taps * std::min(slice, p.in_channels);

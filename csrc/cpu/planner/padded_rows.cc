@@ -1,6 +1,7 @@
 #include "padded_rows.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -57,30 +58,39 @@ void PackRow(const Problem& p, int64_t columns, const T* from, T* to) {
 
 // The filter as [r0][r1][r2 backwards][k][c]. Returns whether all of it is finite.
 template <typename T>
-bool PackFilter(const Problem& p, const T* from, T* to) {
-  T check = 0;
-  for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
-    for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
-      for (int64_t r2 = p.axis[kRow].win - 1; r2 >= 0; --r2) {
-        for (int64_t k = 0; k < p.out_channels; ++k) {
-          const T* tap = from + r0 * p.w.axis[0] + r1 * p.w.axis[1] +
-                         r2 * p.w.axis[kRow] + k * p.w.out_channel;
-          for (int64_t c = 0; c < p.in_channels; ++c) {
-            *to = tap[c * p.w.in_channel];
-            check += *to++ * T{0};
-          }
+bool PackFilter(const Problem& p, const T* from, T* to, const ParallelFor& parallel_for) {
+  constexpr int64_t kElementsOfTask = 1 << 16;
+  const int64_t taps_of_row = p.axis[kRow].win, taps = Taps(p);
+  const int64_t of_tap = p.out_channels * p.in_channels;
+  const int64_t tasks =
+      std::clamp<int64_t>(taps * of_tap / kElementsOfTask, 1, std::max<int64_t>(taps, 1));
+  std::atomic<bool> finite{true};
+  parallel_for(tasks, [&](int64_t task) {
+    T check = 0;
+    for (int64_t tap = taps * task / tasks; tap < taps * (task + 1) / tasks; ++tap) {
+      const int64_t r2 = taps_of_row - 1 - tap % taps_of_row;
+      const int64_t r1 = tap / taps_of_row % p.axis[1].win;
+      const int64_t r0 = tap / taps_of_row / p.axis[1].win;
+      T* out = to + tap * of_tap;
+      for (int64_t k = 0; k < p.out_channels; ++k) {
+        const T* row = from + r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[kRow] +
+                       k * p.w.out_channel;
+        for (int64_t c = 0; c < p.in_channels; ++c) {
+          *out = row[c * p.w.in_channel];
+          check += *out++ * T{0};
         }
       }
     }
-  }
-  return check == 0;
+    if (check != 0) finite.store(false, std::memory_order_relaxed);
+  });
+  return finite.load(std::memory_order_relaxed);
 }
 
 template <typename T>
 bool Pack(const Problem& p, const PaddedRows& padded, const T* dy, const T* w, T* to,
           const ParallelFor& parallel_for) {
   T* const filter = to + padded.dy_bytes / static_cast<int64_t>(sizeof(T));
-  if (!PackFilter(p, w, filter)) return false;
+  if (!PackFilter(p, w, filter, parallel_for)) return false;
   if (padded.in_place) return true;
   constexpr int64_t kRowsOfTask = 16;
   const Axis* const x = p.axis;
