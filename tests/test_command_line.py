@@ -12,7 +12,8 @@ from conftest import SEED
 
 import jax_convgrad
 from jax_convgrad import __main__, dispatch, native
-from jax_convgrad.tools import check, random_layers, results, workloads
+from jax_convgrad.tools import check, machine, random_layers, results, workloads
+from jax_convgrad.tools import layers as layer_lists
 from jax_convgrad.tools.geometries import named_cases
 
 MODULE = ("-m", "jax_convgrad")
@@ -242,3 +243,23 @@ def test_random_problems_are_drawn_one_by_one_and_of_every_kind():
     )
     # Images in the place of filters: their channels are the batch.
     assert len({g.dimension_numbers.lhs_spec for g in geometries}) >= 8
+
+
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_a_row_may_stand_for_its_filter_gradient(layout):
+    """As lax writes it: an image for each channel, and a filter that is dy."""
+    listed = {"n": 2, "c": 3, "h": 9, "w": 8, "k": 5, "stride": 2, "pad": [[1, 0], [2, 1]]}
+    layer = layer_lists.parse(ROWS[0] | listed, 0, layout).geometry
+    exchanged = layer_lists.parse(ROWS[0] | listed | {"exchanged": True}, 0, layout).geometry
+    lhs_spec, rhs_spec, out_spec = exchanged.dimension_numbers
+    assert [exchanged.lhs_shape[d] for d in lhs_spec[:2]] == [3, 2]
+    assert [exchanged.rhs_shape[d] for d in rhs_spec] == [5, 2, *layer.out_sizes]
+    assert [exchanged.out_shape[d] for d in out_spec] == [3, 5, *layer.window_sizes]
+    with pytest.raises(TypeError, match="exchanged must be true or false, got 1"):
+        layer_lists.parse(ROWS[0] | {"exchanged": 1}, 0, layout)
+
+
+def test_rows_of_reports_are_convolutions():
+    for layout in ("NHWC", "NCHW"):
+        rows = layer_lists.load(machine.ROOT / "benchmarks/layers_reports.json", layout)
+        assert len({row.class_name for row in rows}) == 6
