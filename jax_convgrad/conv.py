@@ -11,10 +11,9 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.lax import conv_transpose as lax_conv_transpose
 
-from . import compat, dispatch, lax_lowering, lax_maps
+from . import arguments, compat, dispatch, lax_lowering, lax_maps
 from .dispatch import Implementation
-from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
-from .gradients import as_array
+from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static
 from .primitive import bind, filter_cotangent, input_cotangent
 from .transposed import transposed_map
 
@@ -89,10 +88,10 @@ def conv_general_dilated(
                [1., 2., 1.]], dtype=float32)
     """
     function = "conv_general_dilated"
-    dispatch.check_implementation(implementation, function)
-    dispatch.check_out_sharding(out_sharding, function)
-    lhs_shape = shape_of(lhs, "lhs", function)
-    rhs_shape = shape_of(rhs, "rhs", function)
+    arguments.check_implementation(implementation, function)
+    arguments.check_out_sharding(out_sharding, function)
+    lhs_shape = arguments.shape_of(lhs, "lhs", function)
+    rhs_shape = arguments.shape_of(rhs, "rhs", function)
     geometry = ConvGeometry.parse(
         lhs_shape,
         rhs_shape,
@@ -105,9 +104,9 @@ def conv_general_dilated(
         batch_group_count,
         function=function,
     )
-    lhs, rhs = as_array(lhs, "lhs", function), as_array(rhs, "rhs", function)
-    check_dtypes(lhs.dtype, rhs.dtype, function)
-    dispatch.result_dtype(lhs.dtype, preferred_element_type, function)  # raises if it does not fit
+    lhs, rhs = arguments.as_array(lhs, "lhs", function), arguments.as_array(rhs, "rhs", function)
+    arguments.check_dtypes(lhs.dtype, rhs.dtype, function)
+    arguments.result_dtype(lhs.dtype, preferred_element_type, function)  # raises if it does not fit
     if (reason := dispatch.unsupported(geometry, lhs.dtype)) is not None:
         dispatch.require_not_native(implementation, reason)
     lhs, rhs = compat.match_varying_axes(lhs, rhs)
@@ -121,15 +120,6 @@ def conv_general_dilated(
         rhs_type=jax.typeof(rhs),
     )
     return _conv(lhs, rhs, call)
-
-
-def check_dtypes(lhs: Any, rhs: Any, function: str) -> None:
-    """Raises lax's TypeError unless both operands have one dtype."""
-    if lhs != rhs:
-        raise TypeError(
-            f"{function} requires arguments to have the same dtypes, got {lhs}, "
-            f"{rhs}. (Tip: jnp.convert_element_type may be useful here.)"
-        )
 
 
 def _forward(
@@ -246,9 +236,9 @@ def conv_transpose(
         Array([2., 1., 2., 1., 0.], dtype=float32)
     """
     function = "conv_transpose"
-    dispatch.check_implementation(implementation, function)
-    lhs_shape = shape_of(lhs, "lhs", function)
-    rhs_shape = shape_of(rhs, "rhs", function)
+    arguments.check_implementation(implementation, function)
+    lhs_shape = arguments.shape_of(lhs, "lhs", function)
+    rhs_shape = arguments.shape_of(rhs, "rhs", function)
     if len(lhs_shape) != len(rhs_shape) or len(lhs_shape) < 2:
         raise ValueError(
             f"{function} lhs and rhs must have the same number of dimensions, at least 2, but "
@@ -274,8 +264,8 @@ def conv_transpose(
             preferred_element_type,
             use_consistent_padding,
         )
-    lhs, rhs = as_array(lhs, "lhs", function), as_array(rhs, "rhs", function)
-    check_dtypes(lhs.dtype, rhs.dtype, function)
+    lhs, rhs = arguments.as_array(lhs, "lhs", function), arguments.as_array(rhs, "rhs", function)
+    arguments.check_dtypes(lhs.dtype, rhs.dtype, function)
     map_, geometry = transposed_map(
         lhs_shape,
         rhs_shape,

@@ -13,10 +13,9 @@ import os
 from typing import Any, Literal, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from . import custom_call, gpu_code, native, preference, symbolic
+from . import gpu_code, native, planner, preference, symbolic
 from .geometry import ConvGeometry
 from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map
 from .transposed import forward_as_input_grad, is_worth_a_flip
@@ -24,7 +23,6 @@ from .transposed import forward_as_input_grad, is_worth_a_flip
 Implementation: TypeAlias = Literal["native", "xla"] | None
 
 SWITCH = "JAX_CONVGRAD"
-EXCLUDE = "JAX_CONVGRAD_CUDA_EXCLUDE"
 NATIVE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 MAX_AXES = 3
 MAX_AXIS_SIZE = 2**31  # positions of an image or taps of a filter, along one axis
@@ -55,124 +53,6 @@ def switch() -> Literal["on", "off"] | None:
     raise ValueError(f"{SWITCH} must be 'on' or 'off', got {value!r}.")
 
 
-@functools.cache
-def excluded() -> tuple[str, ...]:
-    """The CUDA kernels that the environment variable JAX_CONVGRAD_CUDA_EXCLUDE leaves out.
-
-    The planner reads the variable too, once: it plans none of them, not even by name. Here
-    its value is checked.
-
-    Raises:
-        ValueError: there is no such kernel, or it is the one that takes what no other does.
-    """
-    assert native.cuda is not None
-    names = tuple(os.environ.get(EXCLUDE, "").replace(",", " ").split())
-    known = [name for name in native.cuda.kernel_names() if name != "direct"]
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{EXCLUDE} must name some of {', '.join(known)}, got {name!r}.")
-    return names
-
-
-def check_implementation(implementation: Any, function: str) -> None:
-    """Raises unless `implementation` is one that the public functions document."""
-    known = implementation is None or (
-        isinstance(implementation, str) and implementation in ("native", "xla")
-    )
-    if not known:
-        raise ValueError(
-            f"{function} implementation must be None, 'native' or 'xla', got {implementation!r}."
-        )
-
-
-def check_out_sharding(out_sharding: Any, function: str) -> None:
-    """Raises unless `out_sharding` is a sharding, a partition specification or None."""
-    kinds = (jax.sharding.Sharding, jax.sharding.PartitionSpec)
-    if out_sharding is not None and not isinstance(out_sharding, kinds):
-        raise TypeError(
-            f"{function} out_sharding must be a jax.sharding.Sharding, a PartitionSpec or None, "
-            f"got {out_sharding!r}."
-        )
-
-
-def _bits(dtype: Any) -> int:
-    if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.finfo(dtype).bits
-    return jnp.iinfo(dtype).bits if jnp.issubdtype(dtype, jnp.integer) else 8 * dtype.itemsize
-
-
-def result_dtype(operand_dtype: Any, preferred_element_type: Any, function: str) -> Any:
-    """The dtype of a result, or a TypeError if the preferred one is narrower or of another kind.
-
-    Args:
-        operand_dtype: dtype of the operands.
-        preferred_element_type: what the user asked for, None for the operands' dtype.
-        function: the public function, for the message.
-
-    Returns:
-        A NumPy dtype.
-    """
-    operand_dtype = jnp.dtype(operand_dtype)
-    if preferred_element_type is None:
-        return operand_dtype
-    try:
-        dtype = jnp.dtype(preferred_element_type)
-    except TypeError:
-        raise TypeError(
-            f"{function} preferred_element_type must be a dtype, got {preferred_element_type!r}."
-        ) from None
-    kinds = (jnp.integer, jnp.floating, jnp.complexfloating)
-    operand_kind, kind = (
-        jnp.integer if d == jnp.bool_ else next((k for k in kinds if jnp.issubdtype(d, k)), None)
-        for d in (operand_dtype, dtype)
-    )
-    if kind is None or (kind != operand_kind and (operand_kind, kind) != kinds[:2]):
-        raise TypeError(
-            f"{function} preferred_element_type must be of the operands' kind, or floating for "
-            f"integers, got {dtype} for operands of dtype {operand_dtype}."
-        )
-    # By width alone, as in lax: promotion may be forbidden, and 8-bit floats have none.
-    if _bits(dtype) < _bits(operand_dtype):
-        raise TypeError(
-            f"{function} preferred_element_type must not be narrower than the operands' dtype "
-            f"{operand_dtype}, got {dtype}."
-        )
-    return dtype
-
-
-@dataclasses.dataclass(frozen=True)
-class NativePlan:
-    """How a kernel will do a problem, in the native planner's words.
-
-    Attributes:
-        kernel: the kernel's name.
-        workspace_bytes: scratch memory that the custom call brings as a result.
-        exchanged: whether dy is taken for the filter and the filter for dy, as the CPU
-            planner does where the window is many times as large as dy.
-        tile: rows, columns and slice of the matrix product that a CUDA block computes;
-            zeros for kernels that are no such product.
-        stages: slices of the operands that a block has in flight.
-        split_k: parts of the sum, if more than one kernel adds it up.
-        blocks: CUDA blocks of the grid.
-        threads: threads of a block.
-        resident: blocks that a multiprocessor holds at once.
-        shared_bytes: shared memory of a block.
-        model_us: the planner's estimate on its reference GPU, 0 on a CPU.
-    """
-
-    kernel: str
-    workspace_bytes: int
-    exchanged: bool
-    tile: tuple[int, int, int]
-    stages: int
-    split_k: int
-    blocks: int
-    threads: int
-    resident: int
-    shared_bytes: int
-    model_us: float
-
-
 @dataclasses.dataclass(frozen=True)
 class Choice:
     """What runs: "native", with a plan unless sizes are symbolic, or "xla"; and why.
@@ -186,7 +66,7 @@ class Choice:
 
     implementation: Literal["native", "xla"]
     reason: str
-    plan: NativePlan | None = None
+    plan: planner.NativePlan | None = None
     kernel_dtype: str | None = None
 
     @property
@@ -237,64 +117,6 @@ def require_not_native(implementation: Implementation, reason: str) -> None:
         )
 
 
-def plan(
-    geometry: ConvGeometry,
-    dtype: Any,
-    platform: str,
-    precision: Any = None,
-    kernel: str = custom_call.AUTO_KERNEL,
-    map_: Map = INPUT_GRAD,
-) -> NativePlan:
-    """The native planner's word.
-
-    Args:
-        geometry: the convolution.
-        dtype: a dtype that the kernels take.
-        platform: "cpu" or "cuda", whose module was built.
-        precision: canonical lax precision.
-        kernel: a kernel by name, or "auto".
-        map_: what is computed.
-
-    Returns:
-        The plan.
-
-    Raises:
-        ValueError: there is no such kernel, or it does not take this geometry.
-    """
-    module = native.module_for(platform)
-    assert module is not None, platform
-    if platform == "cuda":
-        excluded()
-    attributes = custom_call.attributes(geometry, platform, precision, kernel)
-    shapes = (geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape)
-    return NativePlan(**module.plan(np.dtype(dtype).name, *shapes, attributes, map_name=map_.name))
-
-
-@dataclasses.dataclass(frozen=True)
-class ReferenceGpu:
-    """The GPU that CUDA plans are made for, which need not be the one that is there.
-
-    Attributes:
-        name: the product's.
-        multiprocessors: how many it has.
-        flops_per_s: most arithmetic in a dtype and precision, on whatever units are fastest.
-        bytes_per_s: of a large copy, read and written.
-    """
-
-    name: str
-    multiprocessors: int
-    flops_per_s: float
-    bytes_per_s: float
-
-
-def reference_gpu(dtype: Any, precision: Any = None) -> ReferenceGpu | None:
-    """What the CUDA planner's models count with, None if that module was not built."""
-    if native.cuda is None:
-        return None
-    allow_tf32 = custom_call.allows_tf32(precision)
-    return ReferenceGpu(**native.cuda.reference_gpu(np.dtype(dtype).name, allow_tf32))
-
-
 def choose(
     geometry: ConvGeometry,
     dtype: Any,
@@ -340,7 +162,7 @@ def choose(
     if reason is None and map_ is FILTER_GRAD and not geometry.is_static:
         reason = "of symbolic sizes, which the filter gradient's kernels do not take"
     if reason is None and platform == "cuda":
-        excluded()  # also where sizes are symbolic and nothing is planned yet
+        planner.excluded()  # also where sizes are symbolic and nothing is planned yet
         reason = gpu_code.local_obstacle()
     reason = obstacle if reason is None else reason
     if reason is not None:
@@ -349,7 +171,7 @@ def choose(
     # Where sizes are symbolic the handler chooses the kernel.
     planned = None
     if geometry.is_static:
-        planned = plan(geometry, dtype, platform, precision, map_=map_)
+        planned = planner.plan(geometry, dtype, platform, precision, map_=map_)
     kernel_dtype = None
     if (
         planned is not None
@@ -357,7 +179,7 @@ def choose(
         and preference.is_faster_in_float32(geometry, dtype, map_, planned.kernel)
     ):
         kernel_dtype = "float32"
-        planned = plan(geometry, kernel_dtype, platform, precision, map_=map_)
+        planned = planner.plan(geometry, kernel_dtype, platform, precision, map_=map_)
     covers = "a kernel covers it" if planned is None else f"the {planned.kernel} kernel covers it"
     if kernel_dtype is not None:
         covers += f", in {kernel_dtype}"
@@ -373,7 +195,9 @@ def choose(
     return Choice("native", covers, planned, kernel_dtype)
 
 
-def _beyond_workspace(geometry: ConvGeometry, dtype: Any, planned: NativePlan) -> str | None:
+def _beyond_workspace(
+    geometry: ConvGeometry, dtype: Any, planned: planner.NativePlan
+) -> str | None:
     """Why the filter gradient's kernel wants too much memory, or None.
 
     A filter that is much larger than the activations, with few of the channels that are in

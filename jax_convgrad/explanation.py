@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import compat, cpu_code, dispatch, gpu_code, native, roofline
-from .conv import check_dtypes
+from . import arguments, compat, cpu_code, dispatch, gpu_code, native, planner, roofline
 from .dispatch import Implementation
-from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static, shape_of
+from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static
 from .maps import FILTER_GRAD, FORWARD
 
 # JAX has two words for it, of which lowering uses the second.
@@ -50,12 +49,12 @@ class Explanation:
     implementation: str
     kernel: str | None
     reason: str
-    plan: dispatch.NativePlan | None
+    plan: planner.NativePlan | None
     flops: int
     bytes_moved: int
     roofline_us: float | None
     roofs: roofline.Roofs | None
-    reference: dispatch.ReferenceGpu | None
+    reference: planner.ReferenceGpu | None
     forward: dispatch.Choice
     filter_grad: dispatch.Choice
     rebuild: str | None = None
@@ -193,10 +192,13 @@ def explain(
         9048064
     """
     function = "explain"
-    dispatch.check_implementation(implementation, function)
+    arguments.check_implementation(implementation, function)
     if platform is not None and not isinstance(platform, str):
         raise TypeError(f"{function} platform must be a string or None, got {platform!r}.")
-    lhs_shape, rhs_shape = shape_of(lhs, "lhs", function), shape_of(rhs, "rhs", function)
+    lhs_shape, rhs_shape = (
+        arguments.shape_of(lhs, "lhs", function),
+        arguments.shape_of(rhs, "rhs", function),
+    )
     if not is_static((*lhs_shape, *rhs_shape)):
         raise ValueError(
             f"{function} needs shapes without symbolic sizes, got lhs {lhs_shape} and rhs "
@@ -204,8 +206,8 @@ def explain(
         )
     # What the arrays are in JAX: 32 bits wide unless 64-bit types are enabled.
     dtype, rhs_dtype = (jax.dtypes.canonicalize_dtype(x.dtype) for x in (lhs, rhs))
-    check_dtypes(dtype, rhs_dtype, function)
-    dtype = dispatch.result_dtype(dtype, preferred_element_type, function)
+    arguments.check_dtypes(dtype, rhs_dtype, function)
+    dtype = arguments.result_dtype(dtype, preferred_element_type, function)
     geometry = ConvGeometry.parse(
         lhs_shape,
         rhs_shape,
@@ -218,7 +220,7 @@ def explain(
         batch_group_count,
         function=function,
     )
-    dispatch.check_out_sharding(out_sharding, function)
+    arguments.check_out_sharding(out_sharding, function)
     here = _LOWERING_PLATFORM.get(jax.default_backend(), jax.default_backend())
     platform = here if platform is None else _LOWERING_PLATFORM.get(platform, platform)
     precision = compat.canonicalize_precision(precision)
@@ -230,7 +232,7 @@ def explain(
     filter_grad = dispatch.choose(geometry, dtype, platform, asked, precision, map_=FILTER_GRAD)
     reference = None
     if choice.plan is not None and platform == "cuda":
-        reference = dispatch.reference_gpu(dtype, precision)
+        reference = planner.reference_gpu(dtype, precision)
     roofs = None
     if platform == here and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize >= 2:
         roofs = roofline.measure(dtype.name)

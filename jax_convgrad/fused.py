@@ -18,7 +18,7 @@ from jax import lax
 from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
 
-from . import compat, dispatch, lax_maps, lowering, native
+from . import arguments, compat, dispatch, lax_maps, lowering, native
 from .dispatch import Implementation
 from .geometry import ConvGeometry
 from .maps import INPUT_GRAD
@@ -63,7 +63,7 @@ def bind_fused(
         for name, array in (("residual", residual), ("relu_mask", relu_mask))
         if array is not None
     }
-    dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, "conv_input_grad")
+    dtype = arguments.result_dtype(dy.dtype, preferred_element_type, "conv_input_grad")
     written_out = (
         not arrays
         or out_sharding is not None

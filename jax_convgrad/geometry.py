@@ -1,4 +1,4 @@
-"""The geometry of a convolution: parsing, validation, sizes, work.
+"""The geometry of a convolution: what its sizes have to be, and what follows from them.
 
 Pure Python over tuples of integers: no arrays, no tracing, no platform. Everything
 that the package knows about a convolution's shape is derived here once.
@@ -15,18 +15,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
 
+from . import arguments
 from .compat import InconclusiveDimensionOperation
 
 DimensionNumbers: TypeAlias = tuple[str, str, str] | lax.ConvDimensionNumbers | None
 Padding: TypeAlias = str | Sequence[tuple[int, int]]
-
-# A size beyond this cannot be memory, and native arithmetic stays inside 64 bits.
-_MAX_PARAMETER = 2**31
-_STRING_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 
 class _Shaped(Protocol):
@@ -58,132 +54,6 @@ def certainly(compare: Callable[[Any, Any], Any], left: Any, right: Any) -> bool
         return bool(compare(left, right))
     except InconclusiveDimensionOperation:
         return False
-
-
-def shape_of(value: Any, argument: str, function: str) -> tuple[int, ...]:
-    """Returns `value.shape`, or raises a TypeError that names the argument.
-
-    Args:
-        value: what the user passed for an array.
-        argument: the name of the argument.
-        function: the public function it was passed to.
-
-    Returns:
-        The shape as a tuple.
-    """
-    shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-    if shape is None or dtype is None:
-        raise TypeError(f"{function} {argument} must be an array, got {type(value).__name__}.")
-    try:
-        numbers = jnp.issubdtype(dtype, jnp.number) or jnp.issubdtype(dtype, jnp.bool_)
-    except TypeError:  # some other library's dtype
-        numbers = False
-    if not numbers:
-        raise TypeError(f"{function} {argument} must be an array of numbers, got dtype {dtype}.")
-    return tuple(shape)
-
-
-def sequence_of(value: Any, argument: str, function: str, what: str) -> tuple[Any, ...]:
-    """Returns a sequence as a tuple, or raises a TypeError; a string is none.
-
-    Args:
-        value: what the user passed.
-        argument: the name of the argument.
-        function: the public function it was passed to.
-        what: what was expected, for the message.
-
-    Returns:
-        The elements.
-    """
-    try:
-        if not isinstance(value, str):
-            return tuple(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{function} {argument} must be {what}, got {value!r}.")
-
-
-def _int(value: Any, what: str, function: str) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{function} {what} must be an integer, got {value!r}.")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{function} {what} must be an integer, got {value!r}.") from None
-
-
-def _size(value: Any, what: str, function: str) -> Any:
-    """An integer, or a symbolic one as it is."""
-    return value if is_symbolic_dim(value) else _int(value, what, function)
-
-
-def _index(value: Any) -> Any:
-    return value if is_symbolic_dim(value) else operator.index(value)
-
-
-def _ints(value: Any, argument: str, function: str, length: int, low: int) -> tuple[int, ...]:
-    """A sequence of `length` integers, none below `low`."""
-    value = sequence_of(value, argument, function, f"a sequence of {length} integers")
-    if len(value) != length:
-        raise ValueError(
-            f"{function} window and {argument} must have the same number of dimensions, "
-            f"but got {length} and {len(value)} ({argument}={value})."
-        )
-    result = tuple(_int(v, f"{argument}[{i}]", function) for i, v in enumerate(value))
-    if any(v < low or v >= _MAX_PARAMETER for v in result):
-        raise ValueError(
-            f"{function} {argument} must be integers from {low} to 2**31, got {result}."
-        )
-    return result
-
-
-def _dimension_numbers(
-    lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...], value: Any, function: str
-) -> lax.ConvDimensionNumbers:
-    dnums = lax.conv_dimension_numbers(lhs_shape, rhs_shape, value)  # raises lax's own errors
-    specs = []
-    for name, spec in zip(dnums._fields, dnums, strict=True):
-        name = f"dimension_numbers.{name}"
-        spec = sequence_of(spec, name, function, f"{len(lhs_shape)} dimensions")
-        spec = tuple(_int(d, name, function) for d in spec)
-        if sorted(spec) != list(range(len(lhs_shape))):
-            raise ValueError(
-                f"{function} {name} must be a permutation of the "
-                f"{len(lhs_shape)} dimensions, got {spec}."
-            )
-        specs.append(spec)
-    return lax.ConvDimensionNumbers(*specs)
-
-
-def explicit_padding(value: Any, function: str, axes: int) -> tuple[tuple[int, int], ...]:
-    """Returns `axes` pairs (low, high) of integers, static or symbolic, or raises lax's error.
-
-    Args:
-        value: what the user passed.
-        function: the public function it was passed to.
-        axes: the number of spatial axes.
-
-    Returns:
-        The padding as nested tuples.
-    """
-    message = (
-        f"padding argument to {function} should be a string or a sequence of (low, high) "
-        f"pairs, got {value}"
-    )
-    try:
-        pairs = tuple((_index(low), _index(high)) for low, high in value)
-    except (TypeError, ValueError) as e:
-        raise ValueError(message) from e
-    if len(pairs) != axes:
-        raise TypeError(
-            f"Wrong number of explicit pads for convolution: expected {axes}, got {len(pairs)} "
-            f"({function} padding={pairs})."
-        )
-    if any(
-        abs(pad) >= _MAX_PARAMETER for pair in pairs for pad in pair if not is_symbolic_dim(pad)
-    ):
-        raise ValueError(f"{function} padding must lie within 2**31 of zero, got {pairs}.")
-    return pairs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +111,8 @@ class ConvGeometry:
             ValueError: an argument's value is out of range or contradicts another.
             TypeError: an argument is of the wrong kind.
         """
-        lhs_shape = tuple(_size(size, "lhs shape", function) for size in lhs_shape)
-        rhs_shape = tuple(_size(size, "rhs shape", function) for size in rhs_shape)
+        lhs_shape = tuple(arguments.size(size, "lhs shape", function) for size in lhs_shape)
+        rhs_shape = tuple(arguments.size(size, "rhs shape", function) for size in rhs_shape)
         for name, shape in (("lhs", lhs_shape), ("rhs", rhs_shape)):
             if any(size < 0 for size in shape if not is_symbolic_dim(size)):
                 raise ValueError(f"{function} {name} shape must not be negative, got {shape}.")
@@ -257,24 +127,25 @@ class ConvGeometry:
                 f"{function} lhs and rhs must have at least 2 dimensions, but got "
                 f"{lhs_shape} and {rhs_shape}."
             )
-        dnums = _dimension_numbers(lhs_shape, rhs_shape, dimension_numbers, function)
+        dnums = arguments.dimension_numbers(lhs_shape, rhs_shape, dimension_numbers, function)
         ones = (1,) * axes
         window_strides = ones if window_strides is None else window_strides
-        strides = _ints(window_strides, "window_strides", function, axes, 1)
+        strides = arguments.integers(window_strides, "window_strides", function, axes, 1)
         lhs_dilation = ones if lhs_dilation is None else lhs_dilation
         rhs_dilation = ones if rhs_dilation is None else rhs_dilation
-        lhs_dilation = _ints(lhs_dilation, "lhs_dilation", function, axes, 1)
-        rhs_dilation = _ints(rhs_dilation, "rhs_dilation", function, axes, 1)
+        lhs_dilation = arguments.integers(lhs_dilation, "lhs_dilation", function, axes, 1)
+        rhs_dilation = arguments.integers(rhs_dilation, "rhs_dilation", function, axes, 1)
         in_sizes = [lhs_shape[d] for d in dnums.lhs_spec[2:]]
         windows = [
             dilated_size(rhs_shape[d], dilation)
             for d, dilation in zip(dnums.rhs_spec[2:], rhs_dilation, strict=True)
         ]
         if isinstance(padding, str):
-            if padding.upper() not in _STRING_PADDINGS:
+            if padding.upper() not in arguments.STRING_PADDINGS:
+                known = ", ".join(arguments.STRING_PADDINGS)
                 raise ValueError(
-                    f"{function} padding must be one of {', '.join(_STRING_PADDINGS)} or a "
-                    f"sequence of (low, high) pairs, got {padding!r}."
+                    f"{function} padding must be one of {known} or a sequence of (low, high) "
+                    f"pairs, got {padding!r}."
                 )
             if any(d != 1 for d in lhs_dilation):
                 raise ValueError(
@@ -288,12 +159,14 @@ class ConvGeometry:
             lhs_shape=lhs_shape,
             rhs_shape=rhs_shape,
             window_strides=strides,
-            padding=explicit_padding(padding, function, axes),
+            padding=arguments.explicit_padding(padding, function, axes),
             lhs_dilation=lhs_dilation,
             rhs_dilation=rhs_dilation,
             dimension_numbers=dnums,
-            feature_group_count=_int(feature_group_count, "feature_group_count", function),
-            batch_group_count=_int(batch_group_count, "batch_group_count", function),
+            feature_group_count=arguments.integer(
+                feature_group_count, "feature_group_count", function
+            ),
+            batch_group_count=arguments.integer(batch_group_count, "batch_group_count", function),
         )
         geometry._check_groups(function)
         geometry._check_padding(function)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from . import compat, dispatch
+from . import arguments, compat
 from .dispatch import Implementation
 from .fused import bind_fused
-from .geometry import ConvGeometry, DimensionNumbers, Padding, sequence_of, shape_of
+from .geometry import ConvGeometry, DimensionNumbers, Padding
 from .primitive import bind_filter_grad
 
 
@@ -100,12 +100,12 @@ def conv_input_grad(
                 [0., 0., 0.]]], dtype=float32)
     """
     function = "conv_input_grad"
-    dispatch.check_implementation(implementation, function)
-    dispatch.check_out_sharding(out_sharding, function)
-    dy_shape, w_shape = shape_of(dy, "dy", function), shape_of(w, "w", function)
-    lhs_shape = sequence_of(lhs_shape, "lhs_shape", function, "a sequence of integers")
-    dy, w = as_array(dy, "dy", function), as_array(w, "w", function)
-    _check_dtypes({"dy": dy, "w": w}, function)
+    arguments.check_implementation(implementation, function)
+    arguments.check_out_sharding(out_sharding, function)
+    dy_shape, w_shape = arguments.shape_of(dy, "dy", function), arguments.shape_of(w, "w", function)
+    lhs_shape = arguments.sequence_of(lhs_shape, "lhs_shape", function, "a sequence of integers")
+    dy, w = arguments.as_array(dy, "dy", function), arguments.as_array(w, "w", function)
+    arguments.check_dtypes_by_name({"dy": dy, "w": w}, function)
     geometry, batchless = _parse(
         {"lhs_shape": lhs_shape, "w": w_shape},
         dy_shape,
@@ -115,15 +115,15 @@ def conv_input_grad(
         function,
     )
     lhs_shape = geometry.lhs_shape
-    dtype = dispatch.result_dtype(dy.dtype, preferred_element_type, function)
+    dtype = arguments.result_dtype(dy.dtype, preferred_element_type, function)
     arrays = {}
     for name, value in (("residual", residual), ("relu_mask", relu_mask)):
         if value is None:
             continue
-        shape = shape_of(value, name, function)
+        shape = arguments.shape_of(value, name, function)
         if batchless:
             shape = (1, *shape)
-        array = as_array(value, name, function)
+        array = arguments.as_array(value, name, function)
         if shape != lhs_shape:
             raise ValueError(
                 f"{function} {name} must have the shape of the result, "
@@ -212,12 +212,12 @@ def conv_filter_grad(
                  [20., 24.]]]], dtype=float32)
     """
     function = "conv_filter_grad"
-    dispatch.check_implementation(implementation, function)
-    dispatch.check_out_sharding(out_sharding, function)
-    x_shape, dy_shape = shape_of(x, "x", function), shape_of(dy, "dy", function)
-    rhs_shape = sequence_of(rhs_shape, "rhs_shape", function, "a sequence of integers")
-    x, dy = as_array(x, "x", function), as_array(dy, "dy", function)
-    _check_dtypes({"x": x, "dy": dy}, function)
+    arguments.check_implementation(implementation, function)
+    arguments.check_out_sharding(out_sharding, function)
+    x_shape, dy_shape = arguments.shape_of(x, "x", function), arguments.shape_of(dy, "dy", function)
+    rhs_shape = arguments.sequence_of(rhs_shape, "rhs_shape", function, "a sequence of integers")
+    x, dy = arguments.as_array(x, "x", function), arguments.as_array(dy, "dy", function)
+    arguments.check_dtypes_by_name({"x": x, "dy": dy}, function)
     geometry, batchless = _parse(
         {"x": x_shape, "rhs_shape": rhs_shape},
         dy_shape,
@@ -235,15 +235,6 @@ def conv_filter_grad(
         out_sharding=out_sharding,
         implementation=implementation,
     )
-
-
-def _check_dtypes(arrays: dict[str, jax.Array], function: str) -> None:
-    (first, a), (second, b) = arrays.items()
-    if a.dtype != b.dtype:
-        raise TypeError(
-            f"{function} requires arguments to have the same dtypes, got {a.dtype} for {first} "
-            f"and {b.dtype} for {second}."
-        )
 
 
 def _parse(
@@ -269,7 +260,7 @@ def _parse(
     got = dy_shape
     if batchless:
         lhs_shape, dy_shape = (1, *lhs_shape), (1, *dy_shape)
-        dimension_numbers = _with_batch(dimension_numbers, len(dy_shape), function)
+        dimension_numbers = arguments.with_batch(dimension_numbers, len(dy_shape), function)
     geometry = ConvGeometry.parse(
         lhs_shape, rhs_shape, *window, dimension_numbers, *groups, function=function
     )
@@ -280,25 +271,3 @@ def _parse(
             f"{lhs} {shapes[lhs]} and {rhs} {rhs_shape}, got {got}."
         )
     return geometry, batchless
-
-
-def as_array(value: Any, argument: str, function: str) -> jax.Array:
-    """Returns `jnp.asarray(value)`, or raises a TypeError that names the argument."""
-    try:
-        return jnp.asarray(value)
-    except TypeError:
-        raise TypeError(
-            f"{function} {argument} must be an array, got {type(value).__name__}."
-        ) from None
-
-
-def _with_batch(dimension_numbers: Any, rank: int, function: str) -> Any:
-    """Dimension numbers of a single image, with the batch put in front."""
-    if dimension_numbers is None:
-        return None
-    what = "None or three strings such as ('CHW', 'OIHW', 'CHW') for an image without a batch axis"
-    specs = sequence_of(dimension_numbers, "dimension_numbers", function, what)
-    strings = len(specs) == 3 and all(isinstance(spec, str) for spec in specs)
-    if not strings or [len(spec) for spec in specs] != [rank, rank + 1, rank]:
-        raise TypeError(f"{function} dimension_numbers must be {what}, got {dimension_numbers!r}.")
-    return ("N" + specs[0], specs[1], "N" + specs[2])

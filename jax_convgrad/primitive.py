@@ -19,7 +19,7 @@ from jax.extend import core as jex_core
 from jax.interpreters import ad, batching, mlir
 from jax.sharding import NamedSharding, PartitionSpec
 
-from . import compat, dispatch, lax_maps, lowering, partition
+from . import arguments, compat, dispatch, lax_maps, lowering, partition
 from .dispatch import Implementation
 from .folding import fold, folded_sharding, unfold, unmapped
 from .geometry import ConvGeometry
@@ -60,7 +60,7 @@ def bind(
     """
     function = function or f"conv_{map_.name}"
     if preferred_element_type is not None:
-        dtype = dispatch.result_dtype(first.dtype, preferred_element_type, function)
+        dtype = arguments.result_dtype(first.dtype, preferred_element_type, function)
         if dispatch.unsupported_dtype(dtype) is None:
             first, second = lax_maps.convert(first, dtype), lax_maps.convert(second, dtype)
             preferred_element_type = None

@@ -9,14 +9,8 @@ from typing import Any
 import jax
 from jax import lax
 
-from .geometry import (
-    ConvGeometry,
-    DimensionNumbers,
-    Padding,
-    certainly,
-    dilated_size,
-    explicit_padding,
-)
+from . import arguments
+from .geometry import ConvGeometry, DimensionNumbers, Padding, certainly, dilated_size
 from .maps import FORWARD, INPUT_GRAD, Map
 
 _FUNCTION = "conv_transpose"
@@ -179,7 +173,7 @@ def _input_pads(
             return tuple((m - 1, max(m, s) - 1) for m, s in sizes)
         lows = [m - 1 if s > m - 1 else (m + s - 1) // 2 for m, s in sizes]
         return tuple((low, m + s - 2 - low) for low, (m, s) in zip(lows, sizes, strict=True))
-    pairs = explicit_padding(padding, _FUNCTION, len(strides))
+    pairs = arguments.explicit_padding(padding, _FUNCTION, len(strides))
     if not use_consistent_padding:
         return pairs
     return tuple((m - 1 - low, m - 1 - high) for m, (low, high) in zip(windows, pairs, strict=True))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_convgrad import ConvGeometry, custom_call, dispatch, native, partition
+from jax_convgrad import ConvGeometry, custom_call, native, partition, planner
 from jax_convgrad.maps import FILTER_GRAD, INPUT_GRAD, shape_of_role
 from jax_convgrad.tools import references
 from jax_convgrad.tools.geometries import (
@@ -234,7 +234,7 @@ def geometry(*args, **kwargs):
 def plan(g, dtype, kernel="auto", platform="cpu", precision=None, map_=INPUT_GRAD):
     """The native planner's (kernel, workspace bytes), or None if the kernel does not fit."""
     try:
-        planned = dispatch.plan(g, dtype, platform, precision, kernel, map_)
+        planned = planner.plan(g, dtype, platform, precision, kernel, map_)
     except ValueError:
         return None
     return planned.kernel, planned.workspace_bytes

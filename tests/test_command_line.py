@@ -11,7 +11,7 @@ import pytest
 from conftest import SEED
 
 import jax_convgrad
-from jax_convgrad import __main__, dispatch, native
+from jax_convgrad import __main__, dispatch, native, planner
 from jax_convgrad.tools import check, machine, random_layers, results, workloads
 from jax_convgrad.tools import layers as layer_lists
 from jax_convgrad.tools.geometries import named_cases
@@ -84,7 +84,7 @@ def kernels(geometry):
     found = []
     for name in native.cpu.kernel_names():
         try:
-            dispatch.plan(geometry, "bfloat16", "cpu", None, name)
+            planner.plan(geometry, "bfloat16", "cpu", None, name)
         except ValueError:
             continue
         found.append(name)

@@ -11,7 +11,7 @@ import pytest
 from jax import lax
 
 import jax_convgrad
-from jax_convgrad import dispatch, native, preference
+from jax_convgrad import dispatch, native, planner, preference
 from jax_convgrad.maps import FILTER_GRAD, FORWARD, INPUT_GRAD
 from jax_convgrad.tools import workloads
 from jax_convgrad.tools.geometries import make_geometry
@@ -303,24 +303,24 @@ def test_explanation_for_another_platform_has_no_roofline():
 def test_cuda_kernels_that_are_left_out(monkeypatch, value, names):
     module = types.SimpleNamespace(kernel_names=lambda: ["direct", "mma", "wgmma"])
     monkeypatch.setattr(native, "cuda", module)
-    monkeypatch.setenv(dispatch.EXCLUDE, value)
-    assert dispatch.excluded.__wrapped__() == names
+    monkeypatch.setenv(planner.EXCLUDE, value)
+    assert planner.excluded.__wrapped__() == names
 
 
 @pytest.mark.parametrize("value", ["wgmm", "mma wgmma;", "direct"])
 def test_only_cuda_kernels_that_are_there_can_be_left_out(monkeypatch, value):
     module = types.SimpleNamespace(kernel_names=lambda: ["direct", "mma", "wgmma"])
     monkeypatch.setattr(native, "cuda", module)
-    monkeypatch.setenv(dispatch.EXCLUDE, value)
-    message = f"{dispatch.EXCLUDE} must name some of mma, wgmma, got '{value.split()[-1]}'."
+    monkeypatch.setenv(planner.EXCLUDE, value)
+    message = f"{planner.EXCLUDE} must name some of mma, wgmma, got '{value.split()[-1]}'."
     with pytest.raises(ValueError, match=re.escape(message)):
-        dispatch.excluded.__wrapped__()
+        planner.excluded.__wrapped__()
     # Each way to a plan asks, on any value that was not read yet.
-    dispatch.excluded.cache_clear()
-    for ask in (dispatch.plan, dispatch.choose):
+    planner.excluded.cache_clear()
+    for ask in (planner.plan, dispatch.choose):
         with pytest.raises(ValueError, match="must name some of"):
             ask(G, "float32", "cuda")
-    dispatch.excluded.cache_clear()
+    planner.excluded.cache_clear()
 
 
 def test_kill_switch(run_python):

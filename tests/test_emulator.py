@@ -19,7 +19,7 @@ from jax import lax
 from jax.interpreters import mlir
 
 import jax_convgrad
-from jax_convgrad import __main__, custom_call, dispatch, native, primitive
+from jax_convgrad import __main__, custom_call, dispatch, native, planner, primitive
 from jax_convgrad.maps import INPUT_GRAD
 from jax_convgrad.tools import calibrate, layers, rate_fit, rate_problems, rates
 from jax_convgrad.tools.geometries import (
@@ -319,11 +319,11 @@ def test_calibrate_measures_fits_and_writes(lowered_for_cuda, emulated, monkeypa
         assert row["time_us"]["median"] > 0
         g = geometries[problem["name"]]
         precision = (lax.Precision.HIGHEST,) * 2 if problem["precision"] == "highest" else None
-        plan = dispatch.plan(g, problem["dtype"], "cuda", precision, row["rung"])
+        plan = planner.plan(g, problem["dtype"], "cuda", precision, row["rung"])
         correction = present.correction(row["rung"], row["operands"])
         model_us = present.model_us(rates.Cost(**row["cost"]), correction)
         assert plan.model_us == pytest.approx(model_us, rel=1e-12)
-        planned = dispatch.plan(g, problem["dtype"], "cuda", precision)
+        planned = planner.plan(g, problem["dtype"], "cuda", precision)
         assert problem["planned"] == planned.kernel
     # The kept measurements give the same table again.
     written = rates.parse(table.read_text())
@@ -402,13 +402,13 @@ def test_planner_names_a_kernel_for_every_layer_of_the_table(emulated, dtype):
 def test_plans_say_how_the_grid_runs(emulated, monkeypatch, dtype):
     """For every rung that takes a layer: explain() prints waves and the roofline from it."""
     monkeypatch.setattr(native, "cuda", emulated)
-    gpu = dispatch.reference_gpu(dtype, None)
-    exact = dispatch.reference_gpu(dtype, (lax.Precision.HIGHEST,) * 2)
+    gpu = planner.reference_gpu(dtype, None)
+    exact = planner.reference_gpu(dtype, (lax.Precision.HIGHEST,) * 2)
     assert exact.flops_per_s == gpu.flops_per_s / (3 if dtype == "float32" else 1)
     for layer in LAYERS[::10]:
         g = layer.geometry
         for name in plans(emulated, g, dtype):
-            plan = dispatch.plan(g, dtype, "cuda", None, name)
+            plan = planner.plan(g, dtype, "cuda", None, name)
             assert min(plan.blocks, plan.threads, plan.resident) > 0, plan
             assert plan.resident * plan.threads <= 2048, plan
             assert plan.resident * plan.shared_bytes <= 227 << 10, plan

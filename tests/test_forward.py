@@ -11,7 +11,7 @@ from conftest import SEED
 from jax import lax
 
 import jax_convgrad
-from jax_convgrad import custom_call, dispatch, native
+from jax_convgrad import custom_call, dispatch, native, planner
 from jax_convgrad.geometry import ConvGeometry
 from jax_convgrad.maps import FORWARD
 from jax_convgrad.primitive import bind_forward
@@ -96,7 +96,7 @@ def test_a_program_with_less_workspace_copies_no_rows(rng):
     """As one does that was stored before rows were copied."""
     g = PADDED["a stem"]
     x, w = operands(rng, g, "float32")
-    wanted = dispatch.plan(g, "float32", "cpu", None, "gemm", map_=FORWARD).workspace_bytes
+    wanted = planner.plan(g, "float32", "cpu", None, "gemm", map_=FORWARD).workspace_bytes
     layouts = custom_call.layouts(g, "cpu")
     call = jax.ffi.ffi_call(
         native.FORWARD_TARGET,
@@ -138,7 +138,7 @@ STRANDS = {
 def test_strands_of_rows(rng, x64, name, dtype):
     g = STRANDS[name]
     check_kernels(rng, g, dtype)
-    taken = dispatch.plan(g, dtype, "cpu", None, "few_channels", map_=FORWARD)
+    taken = planner.plan(g, dtype, "cpu", None, "few_channels", map_=FORWARD)
     assert taken.kernel == "few_channels"
 
 

@@ -10,7 +10,7 @@ from conftest import lacks
 from emulator import build
 from machine_code import Row
 
-from jax_convgrad import dispatch, native
+from jax_convgrad import native, planner
 from jax_convgrad.tools import layers
 
 pytestmark = pytest.mark.static
@@ -136,7 +136,7 @@ def test_plans_agree_with_the_kernels(kernels, dtype, kernel_name):
     planned_for = 0
     for layer in layers.load(build.ROOT / "benchmarks/layers.json", "NHWC"):
         try:
-            planned = dispatch.plan(layer.geometry, dtype, "cuda", None, kernel_name)
+            planned = planner.plan(layer.geometry, dtype, "cuda", None, kernel_name)
         except ValueError:  # the kernel does not take the layer
             continue
         planned_for += 1

@@ -10,7 +10,7 @@ import pytest
 from conftest import SEED
 
 import jax_convgrad
-from jax_convgrad import dispatch, native
+from jax_convgrad import native, planner
 from jax_convgrad.tools.geometries import (
     make_geometry,
     named_cases,
@@ -210,7 +210,7 @@ def test_window_longer_than_the_result_exchanges_the_operands(rng, x64, name, dt
     """It took up to 60 times as long as lax: kernels walked along rows of dY that are short."""
     g = NAMED[name]
     dy, w = oracles.operands(rng, g, dtype)
-    assert dispatch.plan(g, dtype, "cpu").exchanged
+    assert planner.plan(g, dtype, "cpu").exchanged
     (results,) = oracles.call_kernels_of_many([(dy, w, g)], lambda g, dtype: ["auto"])
     bound = tolerance(dtype, reduction_taps(g))
     assert normwise_error(results["auto"], oracles.sliced_input_grad(dy, w, g)) <= bound
@@ -290,7 +290,7 @@ def test_patches_as_a_grouped_convolution_pack_little():
         dimension_numbers="first",
     )  # fmt: skip
     operands = sum(map(math.prod, (g.lhs_shape, g.rhs_shape, g.out_shape)))
-    assert dispatch.plan(g, "float32", "cpu").workspace_bytes <= 4 * 4 * operands
+    assert planner.plan(g, "float32", "cpu").workspace_bytes <= 4 * 4 * operands
 
 
 # Found by the test below: filters that were packed mostly as padding.
@@ -310,7 +310,7 @@ LONG_WINDOWS = {
 
 def check_workspace(g, dtype):
     operands = sum(map(math.prod, (g.lhs_shape, g.rhs_shape, g.out_shape)))
-    planned = dispatch.plan(g, dtype, "cpu")
+    planned = planner.plan(g, dtype, "cpu")
     bound = 4 * operands * np.dtype(dtype).itemsize + (1 << 20)
     assert planned.workspace_bytes <= bound, (g, planned)
 

@@ -13,7 +13,7 @@ from conftest import SEED
 from jax import export, lax
 
 import jax_convgrad
-from jax_convgrad import dispatch, native, symbolic
+from jax_convgrad import dispatch, native, planner, symbolic
 from jax_convgrad.tools import geometries
 
 pytestmark = pytest.mark.native
@@ -375,7 +375,7 @@ def test_workspace_is_enough_for_every_size(dtype):
                 )
             except ValueError:  # padding takes more than there is
                 continue
-            planned = dispatch.plan(known, dtype, "cpu")
+            planned = planner.plan(known, dtype, "cpu")
             enough = fixed + per_position * batch * math.prod(known.out_sizes)
             assert planned.workspace_bytes <= enough, (known, planned)
             checked.add(planned.kernel)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .. import custom_call, dispatch, native
+from .. import custom_call, dispatch, native, planner
 from ..compat import canonicalize_precision
 from ..geometry import ConvGeometry
 from ..maps import INPUT_GRAD, Map, shape_of_role
@@ -74,7 +74,7 @@ def forced_kernel(
         names = ", ".join(known)
         raise ToolError(f"--kernel must be one of {names} on {platform}, got {kernel!r}")
     try:
-        workspace_bytes = dispatch.plan(
+        workspace_bytes = planner.plan(
             geometry, dtype, platform, precision, kernel, map_
         ).workspace_bytes
     except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from .. import cpu_code, dispatch, gpu_code, native
+from .. import cpu_code, dispatch, gpu_code, native, planner
 from ..geometry import ConvGeometry
 from . import machine
 from .geometries import make_geometry
@@ -40,10 +40,10 @@ def _module_line(platform: str) -> str:
     isa = ""
     if platform == "cpu":
         isa = f", {module.isa()} instructions (of {' '.join(module.isas())})"
-    left_out = dispatch.excluded() if platform == "cuda" else ()
+    left_out = planner.excluded() if platform == "cuda" else ()
     kernels = ", ".join(name for name in module.kernel_names() if name not in left_out)
     if left_out:
-        kernels += f"; left out by {dispatch.EXCLUDE}: {', '.join(left_out)}"
+        kernels += f"; left out by {planner.EXCLUDE}: {', '.join(left_out)}"
     code = f" for {module.code}" if platform == "cuda" else ""
     built = f"built with XLA FFI {ffi}{isa}{code}; kernels: {kernels}"
     return f"{platform} module".ljust(14) + built
