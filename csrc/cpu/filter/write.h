@@ -34,38 +34,40 @@ CONVGRAD_INLINE void SumCopies(const A* from, int64_t copies, int64_t apart,
   for (int v = 0; v < V; ++v) total[v] = sum[0][v];
 }
 
-// WriteSlice where a lane's rows, channel by channel and tap by tap, lie side by side, as
-// in OIHW: transposes squares of rows and lanes.
+// WriteSlice where rows lie side by side for a lane, in runs of `length` that are `step`
+// apart: transposes squares of rows and lanes. A run is a channel's taps or, as OIHW has
+// them one after the other, those of all channels.
 template <typename T>
 CONVGRAD_NOINLINE void WriteRuns(const Acc<T>* from, int64_t channels, int64_t taps,
                                  int64_t copies, int64_t apart, const int64_t* of_lane,
-                                 int64_t lanes, T* to) {
+                                 int64_t lanes, int64_t length, int64_t step, T* to) {
   using A = Acc<T>;
   constexpr int N = kLanes<A>, B = kBlock<A>, V = kBlockVectors;
-  const int64_t rows = channels * taps;
-  int64_t c = 0, t = 0;
-  for (int64_t first = 0; first < rows; first += N) {
-    const int64_t count = Min(N, rows - first);
-    Vec<A, N> square[V][N];
-    for (int i = 0; i < N; ++i) {
-      Vec<A, N> row[V] = {};
-      if (i < count) SumCopies<A>(from + (t * channels + c) * B, copies, apart, row);
-      CONVGRAD_UNROLL
-      for (int v = 0; v < V; ++v) square[v][i] = row[v];
-      if (++t == taps) {
-        t = 0;
-        ++c;
+  for (int64_t run = 0; run < channels * taps / length; ++run, to += step) {
+    int64_t c = run, t = 0;
+    for (int64_t first = 0; first < length; first += N) {
+      const int64_t count = Min(N, length - first);
+      Vec<A, N> square[V][N];
+      for (int i = 0; i < N; ++i) {
+        Vec<A, N> row[V] = {};
+        if (i < count) SumCopies<A>(from + (t * channels + c) * B, copies, apart, row);
+        CONVGRAD_UNROLL
+        for (int v = 0; v < V; ++v) square[v][i] = row[v];
+        if (++t == taps) {
+          t = 0;
+          ++c;
+        }
       }
-    }
-    CONVGRAD_UNROLL
-    for (int v = 0; v < V; ++v) Transpose<A, N>(square[v]);
-    for (int64_t l = 0; l < lanes; ++l) {
-      T* const of = to + of_lane[l] + first;
-      const Vec<A, N> values = square[l / N][l % N];
-      if (count == N) {
-        Store<N>(of, values);
-      } else {
-        for (int64_t i = 0; i < count; ++i) StoreOne(of + i, values[i]);
+      CONVGRAD_UNROLL
+      for (int v = 0; v < V; ++v) Transpose<A, N>(square[v]);
+      for (int64_t l = 0; l < lanes; ++l) {
+        T* const of = to + of_lane[l] + first;
+        const Vec<A, N> values = square[l / N][l % N];
+        if (count == N) {
+          Store<N>(of, values);
+        } else {
+          for (int64_t i = 0; i < count; ++i) StoreOne(of + i, values[i]);
+        }
       }
     }
   }
@@ -123,9 +125,11 @@ CONVGRAD_NOINLINE void WriteSlice(const FilterArgs& a, int64_t unit, const Slice
   const bool is_run = lanes_are_apart(1);
   if (const int64_t direction = is_run ? 0 : RunOfTaps(p); direction != 0) {
     T* const to = dw + slice.first * p.w.in_channel;
-    if (direction == 1 && (p.in_channels == 1 || p.w.in_channel == plan.taps)) {
+    const bool is_one_run = p.in_channels == 1 || p.w.in_channel == plan.taps;
+    if (direction == 1 && (is_one_run || plan.taps >= kLanes<A>)) {
+      const int64_t length = is_one_run ? slice.channels * plan.taps : plan.taps;
       return WriteRuns(from, slice.channels, plan.taps, copies, apart, of_lane, lanes,
-                       to);
+                       length, p.w.in_channel, to);
     }
     if (plan.taps <= kRunTaps && lanes_are_apart(plan.taps)) {
       return WriteLaneRuns(from, slice.channels, plan.taps, direction < 0, copies, apart,
