@@ -125,7 +125,8 @@ template <int N>
 CONVGRAD_INLINE Vec<float, N> Load(const F16* p) {
 #if defined(__AVX512F__)
   if constexpr (N == 16) {
-    return (Vec<float, N>)_mm512_cvtph_ps((__m256i)LoadRaw<uint16_t, N>(p));
+    // Masked by ones: GCC 12 takes the plain intrinsic's undefined source for a mistake.
+    return (Vec<float, N>)_mm512_maskz_cvtph_ps(-1, (__m256i)LoadRaw<uint16_t, N>(p));
   }
 #endif
 #if defined(__F16C__)
@@ -180,7 +181,7 @@ template <int N>
 CONVGRAD_INLINE void Store(F16* p, const Vec<float, N>& v) {
 #if defined(__AVX512F__)
   if constexpr (N == 16) {
-    const auto half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+    const auto half = _mm512_maskz_cvtps_ph(-1, (__m512)v, _MM_FROUND_TO_NEAREST_INT);
     __builtin_memcpy(p, &half, sizeof(half));
     return;
   }
