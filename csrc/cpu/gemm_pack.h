@@ -230,7 +230,7 @@ inline Acc<T> PackFewTaps(const T* w, const int64_t* column_w, const Problem& p,
     for (int64_t r = 0; r < taps; ++r) {
       A* const row = to + r * tap_size + k * width;
       for (int64_t c = 0; c < width; c += L) {
-        Vec<A, L> values;
+        Vec<A, L> values{};
         for (int i = 0; i < L; ++i) values[i] = run[(c + i) * taps + r];
         NoteTaint<L, A>(&taint, values);
         Store<L>(row + c, values);
