@@ -218,7 +218,8 @@ bool PlanesBeatGemm(const Problem& p) {
   if (!RowsFillVectors(p)) return false;
   // But gemm has bfloat16 arithmetic.
   if (p.dtype == DType::kBF16 && p.in_channels > 4 && p.out_channels > 8) return false;
-  // And it reads channels in place, which is most of the work where they meet one tap.
+  // And where there is one tap, reading channels is most of the work: gemm does so in
+  // place.
   constexpr int64_t kLeastColumns = 6;
   if (!in_rows && Taps(p) == 1 && p.in_channels >= kLeastColumns) return false;
   return p.in_channels <= (in_rows ? kMaxFewChannels : 12) &&

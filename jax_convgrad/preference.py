@@ -19,17 +19,6 @@ from .maps import FILTER_GRAD, FORWARD, Map
 # With a 4x4 filter of 512 and 1024 channels lax was 1.2 times as fast at 170 times.
 _LARGE_FILTER = 4
 
-# Channels of a pointwise layer that XLA computes as a loop over elements: 2 to 5 times as fast.
-_FEW_TERMS = 3
-
-# Channels that are summed over, and taps, of `is_faster_in_float32`.
-_FEW_SUMMED = 4
-_MANY_TAPS = 9
-
-# Pairs of an input and an output channel, and taps, of `_leaves_lanes_empty`.
-_FEW_PAIRS = 8
-_FEW_TAPS = 32
-
 
 def _is_elementwise(g: ConvGeometry) -> bool:
     """Whether every output is one input times the filter's one number for its channel."""
@@ -41,6 +30,10 @@ def _is_elementwise(g: ConvGeometry) -> bool:
         and g.in_sizes == g.out_sizes
         and max(g.lhs_dilation, default=1) == 1
     )
+
+
+# Channels of a pointwise layer that XLA computes as a loop over elements: 2 to 5 times as fast.
+_FEW_TERMS = 3
 
 
 def _is_sum_of_elements(g: ConvGeometry) -> bool:
@@ -55,6 +48,10 @@ def _is_sum_of_elements(g: ConvGeometry) -> bool:
         and g.in_sizes == g.out_sizes
         and max(g.lhs_dilation, default=1) == 1
     )
+
+
+_FEW_PAIRS = 8  # of an input and an output channel
+_FEW_TAPS = 32
 
 
 def _leaves_lanes_empty(g: ConvGeometry) -> bool:
@@ -114,6 +111,10 @@ def _slower_forward(geometry: ConvGeometry) -> str | None:
         if math.prod(geometry.window_sizes) > math.prod(geometry.out_sizes):
             return "images do not come first, and the window is larger than the result"
     return None
+
+
+_FEW_SUMMED = 4  # channels
+_MANY_TAPS = 9
 
 
 def is_faster_in_float32(geometry: ConvGeometry, dtype: Any, map_: Map, kernel: str) -> bool:

@@ -255,6 +255,8 @@ def test_a_row_may_stand_for_its_filter_gradient(layout):
     assert [exchanged.lhs_shape[d] for d in lhs_spec[:2]] == [3, 2]
     assert [exchanged.rhs_shape[d] for d in rhs_spec] == [5, 2, *layer.out_sizes]
     assert [exchanged.out_shape[d] for d in out_spec] == [3, 5, *layer.window_sizes]
+    with pytest.raises(ValueError, match="must have one group, got 2"):
+        layer_lists.parse(ROWS[0] | {"exchanged": True, "groups": 2}, 0, layout)
     with pytest.raises(TypeError, match="exchanged must be true or false, got 1"):
         layer_lists.parse(ROWS[0] | {"exchanged": 1}, 0, layout)
 

@@ -187,6 +187,22 @@ def test_workspace_is_bounded(name):
         assert workspace_bytes <= max(32 << 20, 4 * size * math.prod(g.rhs_shape))
 
 
+@pytest.mark.parametrize("name", ["by rows", "swapped axes"])
+def test_stored_programs_that_bring_less_workspace_run(rng, name):
+    """As versions planned them whose tasks were fewer, or did not swap axes."""
+    g, workspace_bytes = {
+        "by rows": (make_geometry((10, 10), (3, 3), (64, 256), batch=1), 115_328),
+        "swapped axes": (make_geometry((400, 3), (3, 3), (60, 40), batch=1, padding=1), 700_000),
+    }[name]
+    _, wanted = oracles.plan(g, "float32", map_=FILTER_GRAD)
+    assert wanted > workspace_bytes
+    x, dy = operands(rng, g, "float32")
+    call = functools.partial(oracles._call, platform="cpu", precision=None, map_=FILTER_GRAD)
+    dw, _ = jax.jit(lambda x, dy: call(x, dy, g, ("auto", workspace_bytes)))(x, dy)
+    error = normwise_error(dw, references.filter_grad(x, dy, g))
+    assert error <= tolerance("float32", reduction_taps(g, FILTER_GRAD))
+
+
 def test_what_wants_more_workspace_is_left_to_lax(monkeypatch):
     monkeypatch.setattr(dispatch, "switch", lambda: None)
     g = make_geometry((60354,), (60352,), (23, 3), batch=5)

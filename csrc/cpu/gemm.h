@@ -395,7 +395,11 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
     s->task_rows = rows;
     s->task_panels = 1;
   }
-  if (!narrow && !s->local_filter && StripsServe<O>(a)) {
+  // Tasks that pack for themselves add long taps in parts, strips whole: not both, since
+  // the threads decide about the former.
+  const bool adds_in_parts = s->small_blocks && MostTaps(a) > 1 &&
+                             Depth<O>(p) > BlockRows(kPanelVectors<O>, kTileBytes);
+  if (!narrow && !s->local_filter && !adds_in_parts && StripsServe<O>(a)) {
     // Whole strips, of all panels: as many as make a task worth its start.
     const int64_t strips = rows / a.phase[2][0].h_count * StripsOfRow(a);
     const int64_t tasks = s->phases * p.groups * strips;

@@ -47,7 +47,9 @@ struct Strip {
   int64_t step;     // from one to the next
   int64_t k_count;  // of a tap
 
-  // Where in its row the strip begins, and the part of the row that is in memory.
+  // Whether its row has padding that is not in memory; where in the row the strip begins,
+  // and the part of the row that is in memory.
+  bool padded;
   int64_t from, row_first, row_end;
 };
 
@@ -109,7 +111,8 @@ CONVGRAD_NOINLINE void MultiplyPanels(const Strip<O>& strip, int64_t panels, con
     int64_t at = first * strip.step;
     StripTaps<O> padded_taps;
     O padded[kStripTileElements];
-    if (strip.from + at < strip.row_first || strip.from + at + length > strip.row_end) {
+    if (strip.padded &&
+        (strip.from + at < strip.row_first || strip.from + at + length > strip.row_end)) {
       PadTile(strip, at, length, padded, &padded_taps);
       taps = &padded_taps;
       at = 0;
@@ -235,8 +238,9 @@ CONVGRAD_NOINLINE void MultiplyStrips(const CpuArgs& a, const Operand<T>* dy,
   strip.taps.base = dy;
   strip.step = phase[2]->p_per_h * dy_at.axis[2];
   strip.k_count = Depth<O>(p);
+  strip.padded = a.row_end > 0;
   strip.row_first = a.row_first;
-  strip.row_end = a.row_end > 0 ? a.row_end : INT64_MAX;
+  strip.row_end = a.row_end;
   for (int64_t index = first; index < end; ++index) {
     const int64_t dx_base = PlaceStrip(a, dy_at, phase, index, &strip);
     GemmRows stored;  // of it only what is needed to store a tile

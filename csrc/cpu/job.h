@@ -48,9 +48,10 @@ struct CpuArgs {
   const int64_t* column_w;
   const int64_t* column_dx;
 
-  // And, if row_end > 0, to be computed by its strips (gemm_strips.h): a row of dY is as
-  // long as the problem says, but its elements before row_first and from row_end on are
-  // padding that is not in memory. `dy` is where element row_first of the first row lies.
+  // And, if row_end > 0 (else there is no such padding), to be computed by its strips
+  // (gemm_strips.h): a row of dY is as long as the problem says, but its elements before
+  // row_first and from row_end on are padding that is not in memory. `dy` is where
+  // element row_first of the first row lies.
   int64_t row_first, row_end;
 };
 

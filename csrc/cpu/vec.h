@@ -125,7 +125,7 @@ template <int N>
 CONVGRAD_INLINE Vec<float, N> Load(const F16* p) {
 #if defined(__AVX512F__)
   if constexpr (N == 16) {
-    // Masked by ones: GCC 12 takes the plain intrinsic's undefined source for a mistake.
+    // Masked by ones: GCC 12 warns that the plain intrinsic's source is uninitialised.
     return (Vec<float, N>)_mm512_maskz_cvtph_ps(-1, (__m256i)LoadRaw<uint16_t, N>(p));
   }
 #endif

@@ -268,6 +268,13 @@ def named_cases() -> list[Case]:
         "strips_3d": g((3, 4, 30), (2, 3, 1), (6, 18), batch=1, padding=((1, 1), (1, 0), (0, 0))),
         "strips_of_padding": g((4, 20), (3, 3), (3, 20), padding=((1, 1), (-25, 30))),
         "strips_cropped": g((4, 40), (3, 3), (3, 17), padding=((1, 1), (-7, 2))),
+        # The window is longer than x, which is taken for the filter and read backwards.
+        "strips_backwards": g((3,), (100,), (1, 8), batch=14, padding=97,
+                              dimension_numbers="first"),
+        "strips_backwards_one_tap": g((1,), (100,), (1, 8), batch=20, padding=99,
+                                      dimension_numbers="first"),
+        # Tasks pack their own blocks of the filter on some numbers of threads alone.
+        "strips_or_parts": g((24,), (2,), (112, 176), batch=8, padding=1),
         "strips_taps": g((3, 61), (2, 3), (3, 20), stride=(1, 2), rhs_dilation=(1, 2)),
         "strips_groups": g((3, 31), (1, 1), (80, 96), feature_groups=2, padding=((1, 0), (0, 0))),
         "gray_5x9_s2": g((9, 51), (5, 9), (1, 37), batch=1, stride=2, padding=((1, 2), (3, 0))),

@@ -172,6 +172,8 @@ def parse(
     exchanged = row.get("exchanged", False)
     if not isinstance(exchanged, bool):
         raise TypeError(f"exchanged must be true or false, got {exchanged!r}")
+    if exchanged and row["groups"] != 1:
+        raise ValueError(f"is exchanged and must have one group, got {row['groups']}")
     if axes == 2 and spatial[0] == window[0] == 1:
         if padding[0] != (0, 0):
             raise ValueError(f"is 1-D (h = r = 1) and must not pad its height, got {row['pad']}")

@@ -72,7 +72,7 @@ struct FilterPlan {
   int64_t packed_units;  // blocks of dY that a task has packed at once
 
   int64_t splits;      // private copies of dW, each the sum of some chunks
-  int64_t unit_tasks;  // parts of dW's blocks, or by rows of its tiles, each a task
+  int64_t unit_tasks;  // tasks of a split: parts of dW's blocks or, by rows, of its tiles
   int64_t tasks;       // splits times unit_tasks
   int64_t run;         // chunks that are added up before their sum joins that of others
 

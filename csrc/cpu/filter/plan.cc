@@ -31,10 +31,11 @@ int64_t FilterElements(const Problem& p) {
 // With the axes first along which nothing moves, or little, since packing goes along the
 // last one. That is the images where these are next to each other in memory: to a sum of
 // products they are an axis like others.
-Problem WithLongRows(const Problem& given) {
+Problem WithLongRows(const Problem& given, bool swaps_axes) {
   Problem p = TrivialAxesFirst(given);
   constexpr int64_t kShortRow = 8, kTimes = 4;
-  if (p.axis[2].out < kShortRow && p.axis[1].out >= kTimes * p.axis[2].out) {
+  if (swaps_axes && p.axis[2].out < kShortRow &&
+      p.axis[1].out >= kTimes * p.axis[2].out) {
     Problem swapped = p;
     CopyAxis(p, 1, &swapped, 2);
     CopyAxis(p, 2, &swapped, 1);
@@ -137,8 +138,11 @@ void CutIntoChunks(const Problem& p, FilterPlan* plan) {
 // Tasks for many threads, unless there is too little to do, as private copies of dW as
 // long as these are small, else as parts of it, which pack the same x again.
 void CutIntoTasks(const Problem& p, FilterPlan* plan) {
-  constexpr double kLeastTask = 4e6, kLeastTaskAtOnce = 1e6;  // products
-  constexpr double kPerElement = 16, kPacksPerTask = 3;       // and of packing, at most
+  constexpr int64_t kTileRowsAbout = 6;
+  // Work is counted in products; an element that is packed or written costs kPerElement
+  // of them, and packing is at most the kPacksPerTask-th part of a task.
+  constexpr double kLeastTask = 4e6, kLeastTaskAtOnce = 1e6;
+  constexpr double kPerElement = 16, kPacksPerTask = 3;
   constexpr int64_t kMost = 32, kLongRun = 16;
   constexpr int64_t kCopiesBytes = 16 << 20, kPacksBytes = 14 << 20;
   static_assert(kMost <= kMaxSplits, "a sum of the copies would not fit");
@@ -166,19 +170,20 @@ void CutIntoTasks(const Problem& p, FilterPlan* plan) {
   };
   cut(std::min(wanted, plan->chunks));
   while (plan->splits > 1 && !fits()) cut(plan->splits - 1);
-  const int64_t packs = (plan->packed_x + plan->packed_y + plan->meets) * acc;
+  const int64_t packed = plan->packed_x + plan->packed_y * plan->packed_units;
+  const int64_t packs = (packed + plan->meets) * acc;
   while (plan->splits > 1 && plan->splits * packs > kPacksBytes) cut(plan->splits - 1);
-  // Parts of the blocks pack the same x again. Without copies a task costs little
-  // besides; what it writes counts, too.
+  // Tasks of the same chunks pack the same x again, hence few of them. Where there is one
+  // chunk, tasks need no copies of dW and may be small; writing dW is part of their work.
   const double each = static_cast<double>(CeilDiv(plan->chunks, plan->splits));
-  const double packing =
-      kPacksPerTask * kPerElement * each * (plan->packed_x + plan->packed_y);
+  const double packing = kPacksPerTask * kPerElement * each * packed;
   const int64_t wanted_units =
       plan->chunks == 1
           ? tasks_of(products + kPerElement * plan->units * plan->lanes * plan->rows,
                      std::max(kLeastTaskAtOnce, packing))
           : tasks_of(products / plan->splits, std::max(kLeastTask, packing));
-  plan->unit_tasks = std::min(plan->units, wanted_units);
+  const int64_t parts = plan->by_rows ? CeilDiv(plan->rows, kTileRowsAbout) : plan->units;
+  plan->unit_tasks = std::min(parts, wanted_units);
   while (plan->unit_tasks > 1 && plan->splits * plan->unit_tasks * packs > kPacksBytes) {
     --plan->unit_tasks;
   }
@@ -248,13 +253,24 @@ FilterPlan PlanOf(const Problem& p, bool many_groups) {
       CeilDiv(windows * static_cast<int64_t>(sizeof(Meets)), kBlockBytes) * plan.lanes;
   CutIntoChunks(p, &plan);
   plan.at_once = plan.chunks == 1;
-  plan.copy = plan.lanes * plan.rows * plan.units;
-  CutIntoTasks(p, &plan);
-  plan.by_rows = plan.at_once && WritesByRows(p, plan);
-  plan.packed_units = plan.by_rows ? plan.units : 1;
-  if (plan.at_once) {
-    const int64_t slice = plan.many_groups ? p.in_channels : kSliceChannels;
-    plan.copy = plan.lanes * plan.taps * std::min(slice, p.in_channels);
+  const auto cut = [&](bool by_rows) {
+    plan.by_rows = by_rows;
+    plan.packed_units = by_rows ? plan.units : 1;
+    plan.copy = plan.lanes * plan.rows * plan.units;
+    CutIntoTasks(p, &plan);
+    if (plan.at_once) {
+      const int64_t slice = plan.many_groups ? p.in_channels : kSliceChannels;
+      plan.copy = plan.lanes * plan.taps * std::min(slice, p.in_channels);
+    }
+  };
+  cut(plan.at_once && WritesByRows(p, plan));
+  // A stored program brings the workspace that it was planned with, maybe by an older
+  // version that wanted less.
+  const auto fits = [&] { return Elements(plan) * AccBytes(p) <= p.workspace_limit; };
+  if (plan.by_rows && !fits()) cut(false);
+  while (!fits() && plan.unit_tasks > 1) {
+    --plan.unit_tasks;
+    plan.tasks = plan.splits * plan.unit_tasks;
   }
   return plan;
 }
@@ -288,14 +304,13 @@ double CostOf(const Way& way) {
          packed;
 }
 
-// Returns false if no way is of that name.
-bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
+bool ChooseWay(const Problem& given, const char* kernel, bool swaps_axes, Way* chosen) {
   const bool any = std::strcmp(kernel, "auto") == 0;
   double least = -1;
   for (const bool exchanged : {false, true}) {
     Way way{given, exchanged, false, 0, {}};
     if (exchanged) way.problem = ForwardAsInputGrad(given, &way.w_at);
-    way.problem = WithLongRows(way.problem);
+    way.problem = WithLongRows(way.problem, swaps_axes);
     const Problem& p = way.problem;
     for (const bool many_groups : {false, true}) {
       way.many_groups = many_groups;
@@ -315,6 +330,15 @@ bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
     }
   }
   return least >= 0;
+}
+
+// Returns false if no way is of that name.
+bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
+  if (!ChooseWay(given, kernel, true, chosen)) return false;
+  const bool fits =
+      IsEmpty(given) || Elements(chosen->plan) * AccBytes(given) <= given.workspace_limit;
+  // Stored programs may be older than the swap.
+  return fits || ChooseWay(given, kernel, false, chosen);
 }
 
 // ---- tables for the kernel --------------------------------------------------------
