@@ -79,8 +79,18 @@ CONVGRAD_INLINE bool PanelIsTainted(const CpuArgs& a, int64_t group, int64_t pan
   return tainted;
 }
 
-// Packs operands [k0, k1) of one tap by transposing squares: for filters whose out
-// channels are contiguous (HWIO). Returns what NoteTaint made of them.
+// A filter is packed by one of these, which differ in what lies side by side in memory.
+// All note whether it is finite, and return what NoteTaint made of it.
+//
+//   columns                      PackTapCopied       forward, HWIO
+//   out channels                 PackTapTransposed   dX, HWIO
+//   (out channel, tap)           PackRunsTransposed  forward, OIHW
+//   (column, tap), of few taps   PackFewTaps         dX, OIHW
+//   taps                         PackTapsTransposed  dX, OIHW
+//   nothing                      PackTapsStrided
+
+// Packs operands [k0, k1) of one tap, whose out channels are contiguous: transposes
+// squares of them and columns.
 template <typename T>
 inline Sum<Operand<T>> PackTapTransposed(const T* w, const int64_t* column_w,
                                          const Problem& p, const Panel& panel, int64_t k0,
@@ -125,8 +135,8 @@ inline Sum<Operand<T>> PackTapTransposed(const T* w, const int64_t* column_w,
   return rest;
 }
 
-// The same by copying rows: for filters whose columns are contiguous, such as that of a
-// transposed convolution in HWIO. `w` is at the panel's first column.
+// Packs operands [k0, k1) of one tap, whose columns are contiguous: copies rows. `w` is
+// at the panel's first column.
 template <typename T>
 inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& panel,
                                      int64_t k0, int64_t k1, Operand<T>* to) {
@@ -157,9 +167,9 @@ inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& 
   return rest;
 }
 
-// The same for all taps at once, which lie side by side: transposes squares of columns
-// and taps. Near the filter's end, where a whole vector of taps cannot be read, the
-// square starts earlier; a filter of fewer taps than lanes reads those of the next
+// Packs out channels [k0, k1) of all taps, which lie side by side: transposes squares of
+// columns and taps. Near the filter's end, where a whole vector of taps cannot be read,
+// the square starts earlier; a filter of fewer taps than lanes reads those of the next
 // column too, where there is one, and drops them.
 template <typename T>
 inline Sum<Operand<T>> PackTapsTransposed(const T* w, const int64_t* column_w,
@@ -211,8 +221,9 @@ inline Sum<Operand<T>> PackTapsTransposed(const T* w, const int64_t* column_w,
   return sum;
 }
 
-// The same for few taps, of which squares would be mostly empty: copies the columns of an
-// out channel, which lie side by side, and picks them from the copy.
+// Packs out channels [k0, k1) of taps so few that squares of them would be mostly empty:
+// copies the columns of an out channel, which lie side by side, and picks them from the
+// copy.
 constexpr int64_t kFewTaps = 4;
 
 template <typename T>
@@ -252,8 +263,8 @@ CONVGRAD_INLINE bool ColumnsAreRuns(const Problem& p, const Panel& panel,
   return are_runs;
 }
 
-// The same where a column is one run of (out channel, tap), as OIHW has it in the forward
-// pass: transposes squares of columns and elements of their runs.
+// Packs out channels [k0, k1) of columns that are runs of (out channel, tap): transposes
+// squares of columns and elements of their runs.
 template <typename T>
 inline Acc<T> PackRunsTransposed(const T* w, const int64_t* column_w, const Problem& p,
                                  const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to) {
@@ -301,7 +312,7 @@ inline Acc<T> PackRunsTransposed(const T* w, const int64_t* column_w, const Prob
   return sum;
 }
 
-// The same for any strides, one by one.
+// Packs out channels [k0, k1) of any filter, element by element.
 template <typename T>
 inline Sum<Operand<T>> PackTapsStrided(const T* w, const int64_t* column_w,
                                        const Problem& p, const Panel& panel, int64_t k0,
