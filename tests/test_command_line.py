@@ -5,6 +5,7 @@ imported again.
 """
 
 import json
+import pathlib
 
 import jax
 import pytest
@@ -12,11 +13,12 @@ from conftest import SEED
 
 import jax_convgrad
 from jax_convgrad import __main__, dispatch, native, planner
-from jax_convgrad.tools import check, machine, random_layers, results, workloads
+from jax_convgrad.tools import check, random_layers, results, workloads
 from jax_convgrad.tools import layers as layer_lists
 from jax_convgrad.tools.geometries import named_cases
 
 MODULE = ("-m", "jax_convgrad")
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 ROWS = [
     {"net": "tiny", "n": 2, "c": 8, "h": 9, "w": 9, "k": 8, "r": 3, "s": 3, "stride": 2,
@@ -263,5 +265,5 @@ def test_a_row_may_stand_for_its_filter_gradient(layout):
 
 def test_rows_of_reports_are_convolutions():
     for layout in ("NHWC", "NCHW"):
-        rows = layer_lists.load(machine.ROOT / "benchmarks/layers_reports.json", layout)
+        rows = layer_lists.load(ROOT / "benchmarks/layers_reports.json", layout)
         assert len({row.class_name for row in rows}) == 6

@@ -13,7 +13,9 @@ from jax_convgrad.tools.geometries import Case, make_geometry
 if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-_KERNEL, _PLAN = "csrc/cpu/filter/outer.h", "csrc/cpu/filter/plan.cc"
+_CHUNK, _KERNEL, _PACK, _PLAN, _WRITE = (
+    f"csrc/cpu/filter/{name}" for name in ("chunk.h", "outer.h", "pack.h", "plan.cc", "write.h")
+)
 
 
 def _mutation(name: str, file: str, old: str, new: str, count: int = 1) -> mutations.Mutation:
@@ -26,29 +28,37 @@ MUTATIONS = (
               "const bool add = i % plan.run != 0", "const bool add = i != 0"),
     _mutation("a row of the total is left out", _KERNEL,
               "(end - 1) / slice.channels", "(end - 1) / slice.channels - 1"),
-    _mutation("copies are not all added", _KERNEL,
+    _mutation("copies are not all added", _WRITE,
               "step = 1; step < copies", "step = 1; 2 * step < copies"),
     _mutation("tiles of a tap take the next tap's positions", _KERNEL,
               "if (each_tap) end = Min", "if (false) end = Min"),
-    _mutation("the low end of padding is off by one", _KERNEL,
+    _mutation("the low end of padding is off by one", _CHUNK,
               "Max(0, Ceil(-at, axis.stride))", "Max(0, Ceil(1 - at, axis.stride))"),
-    _mutation("the high end of padding is off by one", _KERNEL,
+    _mutation("the high end of padding is off by one", _CHUNK,
               "last / axis.stride + 1", "last / axis.stride"),
-    _mutation("padding is not cleared", _KERNEL, "Clear(to, before * width);", ""),
-    _mutation("what lies behind x is not cleared", _KERNEL,
+    _mutation("padding is not cleared", _PACK, "Clear(to, before * width);", ""),
+    _mutation("what lies behind x is not cleared", _PACK,
               "Clear(to + end * width, (side.x_count - end) * width);", ""),
-    _mutation("rows outside x are not cleared", _KERNEL,
+    _mutation("rows outside x are not cleared", _PACK,
               "            Clear(to, side.x_count * width);\n            continue;",
               "            continue;"),
-    _mutation("NaN and Inf of dY are not noticed", _KERNEL,
+    _mutation("NaN and Inf of dY are not noticed", _PACK,
               "return IsTainted(total);", "return false;"),
-    _mutation("a step between positions that a tap meets", _KERNEL,
+    _mutation("a step between positions that a tap meets", _CHUNK,
               "m.x_step = m.step * axis.stride / axis.lhs_dilation", "m.x_step = m.step"),
-    _mutation("the last channels of a slice", _KERNEL,
+    _mutation("the last channels of a slice", _CHUNK,
               "Min(kSliceChannels, a.problem.in_channels - first)", "kSliceChannels"),
-    _mutation("lanes of the wrong group", _KERNEL,
+    _mutation("lanes of the wrong group", _WRITE,
               "of_lane[l] = g * p.w.group +", "of_lane[l] ="),
-    _mutation("permuted lanes of the wrong channel", _KERNEL, "i / k * k + c)", "i / k * k)"),
+    _mutation("permuted lanes of the wrong channel", _PACK, "i / k * k + c)", "i / k * k)"),
+    _mutation("by rows, every block takes the first one's dY", _KERNEL,
+              "y + u * plan.packed_y + y_first", "y + y_first"),
+    _mutation("by rows, a tile is written where the slice begins", _KERNEL,
+              "PlaceRows(a, slice, row, end)", "PlaceRows(a, slice, 0, end - row)"),
+    _mutation("squares of the first channel alone", _WRITE,
+              "int64_t c = run, t = 0;", "int64_t c = 0, t = 0;"),
+    _mutation("taps of a lane that lie backwards are written forwards", _WRITE,
+              "backwards ? taps - 1 - t : t", "t"),
     _mutation("an empty position counts", _PLAN,
               "const int64_t dilation = x.win == 1 ? 0 : x.rhs_dilation;",
               "const int64_t dilation = x.win == 1 ? 0 : 1;"),
