@@ -45,8 +45,7 @@ class PooledLoop {
   }
 
   void Wait() {
-    // A thread that sleeps is back some 50 us after it is woken, and the last task is
-    // often done sooner than that.
+    // The last task is often done sooner than a thread that sleeps would be awake again.
     constexpr int kTurns = 2000;
     for (int i = 0; i < kTurns; ++i) {
       if (done_.load(std::memory_order_acquire) == count_) return;

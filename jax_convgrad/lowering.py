@@ -6,7 +6,6 @@ the program over devices, the program of one of them.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -123,7 +122,8 @@ def _lower(
         text = f"{geometry} precision={precision} implementation={implementation}"
         compat.annotate(result[0], map_.target, text)
         return result
-    return call_kernel(
+    call = call_kernel if choice.kernel_dtype is None else _call_widened
+    return call(
         ctx,
         map_,
         native.TARGETS[map_],
@@ -160,25 +160,12 @@ def call_kernel(
         geometry: of the convolution.
         platform: "cpu" or "cuda".
         precision: a canonical precision.
-        choice: what dispatch says about it.
+        choice: what dispatch says about it; operands have the dtype that it is planned for.
 
     Returns:
         The lowered result, in a list.
     """
     (out,) = ctx.avals_out
-    if choice.kernel_dtype is not None:
-        assert not arrays
-        return _call_widened(
-            ctx,
-            map_,
-            target,
-            first,
-            second,
-            geometry=geometry,
-            platform=platform,
-            precision=precision,
-            choice=choice,
-        )
     if choice.plan is None:
         shape = symbolic.workspace_shape(geometry, out.dtype, platform, precision, map_)
     else:
@@ -233,7 +220,7 @@ def _call_widened(
         map_,
         target,
         *operands,
-        choice=dataclasses.replace(choice, kernel_dtype=None),
+        choice=choice,
         **params,
     )
     return [convert(result, wide_avals[2], narrow_avals[2])]

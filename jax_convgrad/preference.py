@@ -1,8 +1,8 @@
 """Which kinds of convolution XLA computes faster than the kernels on a CPU, and which of 16
 bits the kernels compute faster in float32.
 
-A rule belongs here for the rows, widened to their neighbours, that lose to lax in
-benchmarks/results/. `dispatch.choose` asks; `explain` prints the reason.
+A rule belongs here for convolutions that were measured to lose to lax, widened to their
+neighbours. `dispatch.choose` asks; `explain` prints the reason.
 """
 
 from __future__ import annotations
@@ -16,23 +16,27 @@ from . import native
 from .geometry import ConvGeometry
 from .maps import FILTER_GRAD, FORWARD, Map
 
-# With a 4x4 filter of 512 and 1024 channels lax was 1.2 times as fast at 170 times.
-_LARGE_FILTER = 4
+
+def _meets_its_position_alone(g: ConvGeometry) -> bool:
+    """Whether an output position sees the input of its number, by one tap, and no other."""
+    return (
+        math.prod(g.window_sizes) == 1
+        and g.in_sizes == g.out_sizes
+        and max(g.lhs_dilation, default=1) == 1
+    )
 
 
 def _is_elementwise(g: ConvGeometry) -> bool:
     """Whether every output is one input times the filter's one number for its channel."""
     channels = g.lhs_shape[g.dimension_numbers.lhs_spec[1]]
     return (
-        math.prod(g.window_sizes) == 1
+        _meets_its_position_alone(g)
         and g.batch_group_count == 1
         and g.feature_group_count == channels == g.rhs_shape[g.dimension_numbers.rhs_spec[0]]
-        and g.in_sizes == g.out_sizes
-        and max(g.lhs_dilation, default=1) == 1
     )
 
 
-# Channels of a pointwise layer that XLA computes as a loop over elements: 2 to 5 times as fast.
+# Channels of a pointwise layer that XLA computes as a loop over elements.
 _FEW_TERMS = 3
 
 
@@ -41,12 +45,10 @@ def _is_sum_of_elements(g: ConvGeometry) -> bool:
     lhs_spec, rhs_spec, out_spec = g.dimension_numbers
     last = len(g.lhs_shape) - 1
     return (
-        math.prod(g.window_sizes) == 1
+        _meets_its_position_alone(g)
         and g.groups == 1
         and max(g.rhs_shape[rhs_spec[0]], g.rhs_shape[rhs_spec[1]]) <= _FEW_TERMS
         and lhs_spec[1] == out_spec[1] == last
-        and g.in_sizes == g.out_sizes
-        and max(g.lhs_dilation, default=1) == 1
     )
 
 
@@ -57,8 +59,8 @@ _FEW_TAPS = 32
 def _leaves_lanes_empty(g: ConvGeometry) -> bool:
     """Whether a filter gradient has so few pairs of channels that XLA's sums are faster.
 
-    The kernels keep channels in vector lanes. XLA is 2 to 8 times as fast with one pair along
-    one axis or with few taps, up to 2.5 times with eight and a window longer than the result.
+    The kernels keep channels in vector lanes. XLA is faster with one pair along one axis or
+    with few taps, and with up to eight where a window along one axis is longer than the result.
     """
     _, rhs_spec, _ = g.dimension_numbers
     pairs = g.rhs_shape[rhs_spec[0]] * g.rhs_shape[rhs_spec[1]]
@@ -95,8 +97,12 @@ def slower_than_xla(geometry: ConvGeometry, platform: str, map_: Map) -> str | N
     return _slower_forward(geometry) if map_ is FORWARD else None
 
 
+# With a 4x4 filter of 512 and 1024 channels lax was 1.2 times as fast at 170 times.
+_LARGE_FILTER = 4
+
+
 def _slower_forward(geometry: ConvGeometry) -> str | None:
-    """The same for the forward pass alone."""
+    """Why lax is preferred for a forward pass, beyond what holds for gradients too, or None."""
     # Of a transposed layer. Elsewhere lax is as often far slower: where the window is larger
     # than the image.
     if max(geometry.lhs_dilation, default=1) > 1:
@@ -121,8 +127,7 @@ def is_faster_in_float32(geometry: ConvGeometry, dtype: Any, map_: Map, kernel: 
     """Whether operands of 16 bits are worth widening before the kernel.
 
     Taps of few channels are merged into one sum where rows are read in place (csrc/cpu/planner),
-    which 16-bit types are not: on AVX2 3x3 layers of 3 channels take 0.6 of the time so. Not
-    where the processor has bfloat16 products.
+    which 16-bit types are not. Not where the processor has bfloat16 products.
 
     Args:
         geometry: the convolution, of static sizes.

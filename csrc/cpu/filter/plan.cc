@@ -36,10 +36,7 @@ Problem WithLongRows(const Problem& given, bool swaps_axes) {
   constexpr int64_t kShortRow = 8, kTimes = 4;
   if (swaps_axes && p.axis[2].out < kShortRow &&
       p.axis[1].out >= kTimes * p.axis[2].out) {
-    Problem swapped = p;
-    CopyAxis(p, 1, &swapped, 2);
-    CopyAxis(p, 2, &swapped, 1);
-    p = swapped;
+    SwapAxes(1, 2, &p);
   }
   const bool side_by_side = p.batch > 1 && (p.dx.batch == 1 || p.dy.batch == 1);
   if (!side_by_side || !IsTrivial(p.axis[0])) return p;

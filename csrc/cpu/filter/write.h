@@ -99,6 +99,13 @@ CONVGRAD_NOINLINE void WriteLaneRuns(const Acc<T>* from, int64_t channels, int64
   }
 }
 
+// Where a tap of the filter lies in dW.
+CONVGRAD_INLINE int64_t TapPlace(const FilterArgs& a, int64_t tap) {
+  const int64_t* const r = a.tap[tap].r;
+  const int64_t* const step = a.problem.w.axis;
+  return r[0] * step[0] + r[1] * step[1] + r[2] * step[2];
+}
+
 // A slice's rows of one block, the sum of the private copies, to dW.
 template <typename T>
 CONVGRAD_NOINLINE void WriteSlice(const FilterArgs& a, int64_t unit, const Slice& slice,
@@ -137,8 +144,7 @@ CONVGRAD_NOINLINE void WriteSlice(const FilterArgs& a, int64_t unit, const Slice
     }
   }
   for (int64_t t = 0; t < plan.taps; ++t) {
-    const int64_t* const r = a.tap[t].r;
-    const int64_t at = r[0] * p.w.axis[0] + r[1] * p.w.axis[1] + r[2] * p.w.axis[2];
+    const int64_t at = TapPlace(a, t);
     for (int64_t c = 0; c < slice.channels; ++c, from += B) {
       T* const to = dw + at + (slice.first + c) * p.w.in_channel;
       if (is_run && copies == 1) {
@@ -166,14 +172,11 @@ struct RowPlaces {
 
 CONVGRAD_INLINE RowPlaces PlaceRows(const FilterArgs& a, const Slice& slice,
                                     int64_t first, int64_t end) {
-  const Problem& p = a.problem;
   RowPlaces places;
   int64_t tap = first / slice.channels, channel = first % slice.channels;
   for (int64_t row = first; row < end; ++row) {
-    const int64_t* const r = a.tap[tap].r;
-    places.at[row - first] = r[0] * p.w.axis[0] + r[1] * p.w.axis[1] +
-                             r[2] * p.w.axis[2] +
-                             (slice.first + channel) * p.w.in_channel;
+    places.at[row - first] =
+        TapPlace(a, tap) + (slice.first + channel) * a.problem.w.in_channel;
     if (++channel == slice.channels) {
       channel = 0;
       ++tap;

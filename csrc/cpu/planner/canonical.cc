@@ -21,6 +21,13 @@ void CopyAxis(const Problem& from, int from_axis, Problem* to, int to_axis) {
   to->w.axis[to_axis] = from.w.axis[from_axis];
 }
 
+void SwapAxes(int a, int b, Problem* p) {
+  std::swap(p->axis[a], p->axis[b]);
+  std::swap(p->dx.axis[a], p->dx.axis[b]);
+  std::swap(p->dy.axis[a], p->dy.axis[b]);
+  std::swap(p->w.axis[a], p->w.axis[b]);
+}
+
 Problem TrivialAxesFirst(const Problem& given) {
   Problem p = given;
   int to = kAxes;
@@ -51,13 +58,6 @@ int ChooseRowAxis(const Problem& p) {
     if (for_planes && PhasePositions(axis) >= most) best = x;
   }
   return positions < enough ? best : 2;
-}
-
-void SwapAxes(int a, int b, Problem* p) {
-  std::swap(p->axis[a], p->axis[b]);
-  std::swap(p->dx.axis[a], p->dx.axis[b]);
-  std::swap(p->dy.axis[a], p->dy.axis[b]);
-  std::swap(p->w.axis[a], p->w.axis[b]);
 }
 
 // Leaves out the leading and trailing taps that meet padding alone, as most of a window

@@ -23,6 +23,8 @@ bool IsTrivial(const Axis& x);
 // Makes an axis of one problem, with its strides, that of another.
 void CopyAxis(const Problem& from, int from_axis, Problem* to, int to_axis);
 
+void SwapAxes(int a, int b, Problem* p);
+
 // With such axes before all others, which keep their order.
 Problem TrivialAxesFirst(const Problem& given);
 
