@@ -12,8 +12,8 @@ import pkgutil
 __path__ = pkgutil.extend_path(__path__, __name__)
 
 from .conv import conv_general_dilated, conv_transpose
+from .custom_call import export_checks
 from .explanation import Explanation, explain
-from .exporting import export_checks
 from .geometry import ConvGeometry
 from .gradients import conv_filter_grad, conv_input_grad
 from .integration import install, installed, uninstall

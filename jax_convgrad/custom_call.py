@@ -1,4 +1,6 @@
-"""What the custom call carries: its attributes, by platform, and its operands' layouts."""
+"""The custom call: its attributes and its operands' layouts by platform, and what `jax.export`
+has to be told about it.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jax.export import is_symbolic_dim
 
+from . import native
 from .geometry import ConvGeometry, is_static
 
 AUTO_KERNEL = "auto"
@@ -94,3 +97,27 @@ def attributes(
         "allow_tf32": np.bool_(allows_tf32(precision)),
         "kernel": kernel,
     }
+
+
+def export_checks() -> list[export.DisabledSafetyCheck]:
+    """The safety checks that `jax.export` has to leave out for programs with the kernels.
+
+    `jax.export` refuses custom calls whose stability it cannot vouch for. This package
+    vouches for its own (docs/export.md); the process that runs the exported program has
+    to import `jax_convgrad`, which registers the handler.
+
+    Returns:
+        The value for `disabled_checks` of `jax.export.export`, to which others may be added.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jax_convgrad
+        >>> from jax import export
+        >>> w = jnp.ones((4, 3, 3, 3))
+        >>> loss = lambda x: jax_convgrad.conv_general_dilated(x, w, (2, 2), "SAME").sum()
+        >>> x = jax.ShapeDtypeStruct((8, 3, 32, 32), "float32")
+        >>> checks = jax_convgrad.export_checks()
+        >>> export.export(jax.jit(jax.grad(loss)), disabled_checks=checks)(x).out_avals
+        (ShapedArray(float32[8,3,32,32]),)
+    """
+    targets = (native.FUSED_TARGET, *native.TARGETS.values())
+    return [export.DisabledSafetyCheck.custom_call(target) for target in targets]

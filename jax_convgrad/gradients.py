@@ -11,7 +11,7 @@ from jax import lax
 
 from . import arguments, compat
 from .dispatch import Implementation
-from .fused import bind_fused
+from .epilogue import bind_fused
 from .geometry import ConvGeometry, DimensionNumbers, Padding
 from .primitive import bind_filter_grad
 

@@ -12,18 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import lax
-from jax.export import is_symbolic_dim
 from jax.extend import core as jex_core
-from jax.interpreters import ad, batching, mlir
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.interpreters import ad, mlir
+from jax.sharding import NamedSharding
 
-from . import arguments, compat, dispatch, lax_maps, lowering, partition
+from . import arguments, batching, compat, dispatch, lax_maps, lowering, sharding
 from .dispatch import Implementation
-from .folding import fold, folded_sharding, unfold, unmapped
 from .geometry import ConvGeometry
-from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, Role, indices, shape_of_role
+from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, Role, shape_of_role
 from .transposed import forward_as_input_grad, is_worth_a_flip
 
 
@@ -159,7 +155,7 @@ def result_type(
 ) -> Any:
     """The type of a map's result for those of the operands."""
     if out_sharding is None:
-        out_sharding = _sharding_in_type(map_, first, second, geometry)
+        out_sharding = sharding.of_result_type(map_, first, second, geometry)
     return jax.core.ShapedArray(
         shape_of_role(geometry, map_.result),
         first.dtype,
@@ -167,25 +163,6 @@ def result_type(
         sharding=out_sharding,
         manual_axis_type=first.manual_axis_type,
     )
-
-
-def _sharding_in_type(map_: Map, first: Any, second: Any, geometry: ConvGeometry) -> NamedSharding:
-    """The sharding in the result's type. Without explicit axes it says nothing but its mesh."""
-    mesh = second.sharding.mesh if first.sharding.mesh.empty else first.sharding.mesh
-    spec: PartitionSpec | None = PartitionSpec()
-    if compat.has_explicit_sharding(first, second):
-        spec = partition.inferred(geometry, (first, second), mesh.shape, map_)
-    if spec is None:
-        names = {Role.LHS: "x", Role.RHS: "w", Role.OUT: "dy"}
-        got = " and ".join(
-            f"{names[role]} {aval.str_short(True)}"
-            for role, aval in zip(map_.operands, (first, second), strict=True)
-        )
-        raise compat.ShardingTypeError(
-            "Please specify the output sharding via `out_sharding` parameter of "
-            f"`conv_{map_.name}`: got {got}."
-        )
-    return NamedSharding(mesh, spec)
 
 
 # --- the primitives' rules. Each takes the two operands and the same four parameters.
@@ -233,70 +210,6 @@ def _transpose(
     )
 
 
-def _batch(
-    map_: Map,
-    operands: tuple[jax.Array, jax.Array],
-    dims: tuple[int | None, int | None],
-    *,
-    geometry: ConvGeometry,
-    out_sharding: Any,
-    **params: Any,
-) -> tuple[jax.Array, int]:
-    """One call for all examples. A mapped operand's axis joins an index that it shares with
-    the result, images or channels; both together join the groups.
-    """
-    mapped = {
-        role: (x, dim)
-        for role, x, dim in zip(map_.operands, operands, dims, strict=True)
-        if dim is not None
-    }
-    size = next(x.shape[dim] for x, dim in mapped.values())
-    if len(mapped) == 2 and is_symbolic_dim(size):
-        # As many groups as that, which neither a custom call nor lax can say.
-        pair = tuple(jnp.moveaxis(x, dim, 0) for x, dim in mapped.values())
-        one = functools.partial(_bind, map_, geometry=geometry, out_sharding=out_sharding, **params)
-        return lax.map(lambda both: one(*both), pair), 0
-    if size == 0:
-        shape = (0, *shape_of_role(geometry, map_.result))
-        return jnp.zeros_like(operands[0], shape=shape), 0
-
-    every = indices(geometry)
-    name = (
-        "g"
-        if len(mapped) == 2
-        else next(n for n in "nck" if {*mapped, map_.result} <= every[n].dims.keys())
-    )
-    index = every[name]
-    folded = [
-        x if dim is None else fold(x, dim, index.dims[role], index.groups[role])
-        for role, x, dim in zip(map_.operands, operands, dims, strict=True)
-    ]
-    dim, groups = index.dims[map_.result], index.groups[map_.result]
-    by_size: tuple[str, ...] = ()
-    if compat.has_explicit_sharding(*map(jax.typeof, operands)):
-        # That of the mapped function's result; in the folded one it need not be inferable.
-        types = [unmapped(jax.typeof(x), d) for x, d in zip(operands, dims, strict=True)]
-        by_size = types[1 if dims[0] is None else 0][1]
-        if out_sharding is None:
-            out_sharding = _sharding_in_type(map_, types[0][0], types[1][0], geometry)
-        out_sharding = folded_sharding(out_sharding, dim, by_size)
-    shapes = {role: list(shape_of_role(geometry, role)) for role in (Role.LHS, Role.RHS)}
-    for role, sizes in shapes.items():
-        if role in index.dims:
-            sizes[index.dims[role]] *= size
-    changes: dict[str, Any] = {
-        "lhs_shape": tuple(shapes[Role.LHS]),
-        "rhs_shape": tuple(shapes[Role.RHS]),
-    }
-    if name == "g":
-        kind = "batch_group_count" if geometry.batch_group_count > 1 else "feature_group_count"
-        changes[kind] = getattr(geometry, kind) * size
-    out = _bind(
-        map_, *folded, geometry=geometry.replace(**changes), out_sharding=out_sharding, **params
-    )
-    return unfold(out, size, dim, groups, by_size), 0
-
-
 def _bind_shard(
     map_: Map, first: jax.Array, second: jax.Array, geometry: ConvGeometry, **params: Any
 ) -> jax.Array:
@@ -326,7 +239,7 @@ def _make(map_: Map) -> jex_core.Primitive:
     transposes = (functools.partial(_transpose, map_, role) for role in map_.operands)
     ad.defbilinear(primitive, *transposes)
     compat.set_bilinear_jet_rule(primitive)
-    batching.primitive_batchers[primitive] = functools.partial(_batch, map_)
+    batching.register(primitive, map_, functools.partial(_bind, map_))
     lowering.register(primitive, functools.partial(_lower, map_))
     return primitive
 

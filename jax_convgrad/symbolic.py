@@ -34,15 +34,8 @@ def workspace_bound(
 ) -> tuple[int, int]:
     """Workspace that is enough whatever the symbolic sizes, by the native planner.
 
-    Args:
-        geometry: the convolution, with symbolic sizes.
-        dtype: a dtype that the kernels take.
-        platform: "cpu" or "cuda", whose module was built.
-        precision: canonical lax precision.
-        map_: what is computed.
-
-    Returns:
-        Bytes, and bytes for each position of each image of the map's first operand.
+    The arguments are those of `planner.plan`. In bytes, and bytes for each position of each
+    image of the map's first operand.
     """
     module = native.module_for(platform)
     assert module is not None, platform

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jax_convgrad import ConvGeometry, custom_call, native, partition, planner
+from jax_convgrad import ConvGeometry, custom_call, native, planner, sharding
 from jax_convgrad.maps import FILTER_GRAD, INPUT_GRAD, shape_of_role
 from jax_convgrad.tools import references
 from jax_convgrad.tools.geometries import (
@@ -216,13 +216,13 @@ def cut_in_step(index):
 def parts_of_x(x, g, map_):
     """For each number of parts that have a halo: (parts, their geometry, rows of x with halos)."""
     for parts in (2, 4, 8):
-        edges = partition.halo(g, 0, parts, map_)
+        edges = sharding.halo(g, 0, parts, map_)
         if edges is None:
             continue
         padded = np.pad(x, ((0, 0), (0, 0), (edges.before, edges.after), (0, 0)))
         rows = edges.before + edges.rows + edges.after
         starts = range(0, parts * edges.rows, edges.rows)
-        local = partition.local_geometry(g, {"s0": parts}, map_)
+        local = sharding.local_geometry(g, {"s0": parts}, map_)
         yield parts, local, [padded[:, :, at : at + rows] for at in starts]
 
 

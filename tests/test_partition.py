@@ -18,7 +18,7 @@ import pytest
 from conftest import SEED
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_convgrad import conv_input_grad, partition
+from jax_convgrad import conv_input_grad, sharding
 from jax_convgrad.maps import FILTER_GRAD
 from jax_convgrad.primitive import bind_filter_grad, bind_forward
 from jax_convgrad.tools import references
@@ -348,7 +348,7 @@ def test_communication_of_the_filter_gradient(rng, name):
 def test_a_halo_is_no_more_than_its_share_of_dy(name):
     g, axes, _, _, dx_cut, expected = CASES[name]
     cut = dx_cut["0"] if isinstance(dx_cut["0"], tuple) else (dx_cut["0"],)
-    edges = partition.halo(g, 0, math.prod(axes[axis] for axis in cut))
+    edges = sharding.halo(g, 0, math.prod(axes[axis] for axis in cut))
     moved = sum(size for kind, size in expected if kind == "collective-permute")
     if "1" not in dx_cut:
         everything = ITEM * math.prod(g.out_shape)
@@ -364,7 +364,7 @@ def test_documented_halos_are_what_the_formula_says():
         g = oracles.geometry(
             x_shape, w_shape, (stride,) * 2, "SAME", None, None, ("NHWC", "HWIO", "NHWC"), groups
         )
-        edges = partition.halo(g, 0, 8)
+        edges = sharding.halo(g, 0, 8)
         size = rows_of_dy(g, edges.before + edges.after)
         number = (edges.before > 0) + (edges.after > 0)
         assert row["dX, ours"] == f"{number} collective-permute {size:,} B"
@@ -463,11 +463,11 @@ def test_parts_put_together_are_the_whole(rng):
         dy, rhs = oracles.operands(rng, g)
         whole = None
         for axis, parts in itertools.product(range(g.axes), (2, 4, 8)):
-            edges = partition.halo(g, axis, parts)
+            edges = sharding.halo(g, axis, parts)
             if edges is None:
                 continue
             whole = oracles.sliced_input_grad(dy, rhs, g) if whole is None else whole
-            local = partition.local_geometry(g, {f"s{axis}": parts})
+            local = sharding.local_geometry(g, {f"s{axis}": parts})
             dim = g.dimension_numbers.out_spec[2 + axis]
             around = [(0, 0)] * dy.ndim
             around[dim] = (edges.before, edges.after)

@@ -19,7 +19,7 @@ from . import compat
 Spec: TypeAlias = tuple[tuple[str, ...], ...]
 
 
-def spec_of(partition_spec: Iterable[Any], rank: int) -> Spec:
+def axes_by_dimension(partition_spec: Iterable[Any], rank: int) -> Spec:
     """A `PartitionSpec` with a tuple of axes for each dimension."""
     entries = (*partition_spec, *(None,) * rank)
     return tuple(
@@ -52,7 +52,7 @@ def located(mesh: Mesh, arrays: Sequence[Any]) -> tuple[Mesh, list[Spec]]:
 
 def _spec_on(mesh: Mesh, array: Any) -> Spec | None:
     partition_spec = compat.partition_spec(array.sharding, mesh)
-    return None if partition_spec is None else spec_of(partition_spec, len(array.shape))
+    return None if partition_spec is None else axes_by_dimension(partition_spec, len(array.shape))
 
 
 def _finer(mesh: Mesh) -> Iterator[Mesh]:
