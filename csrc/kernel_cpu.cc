@@ -1,13 +1,7 @@
-// The CPU planner and entry points: which kernel takes a problem (planner/canonical.h),
-// how much workspace it wants, and its run by one instruction set (planner/isa.h).
-// Compiled for the baseline processor; the kernels themselves are in cpu/.
-//
-//   direct        any problem, by the definition                       cpu/direct.h
-//   gemm          dense, and groups with enough channels               cpu/gemm.h
-//   depthwise     few channels a group: channels-last with channels    cpu/channels.h
-//                 in lanes, channels-first with pixels in lanes        cpu/planes.h
-//   few_channels  few input channels, any layout: pixels in lanes      cpu/planes.h
-//   few_channels_dot  few input channels, many out channels, in lanes  cpu/dots.h
+// The CPU planner and entry points for y and dX: a problem is brought into one form
+// (planner/canonical.h), a kernel is chosen for it (planner/choose.h) from the table
+// (planner/kernel_table.h) and run by one instruction set (planner/isa.h). Compiled for
+// the baseline processor; the kernels themselves are in cpu/.
 
 #include <algorithm>
 #include <cstdlib>
@@ -19,29 +13,13 @@
 #endif
 
 #include "cpu/job.h"
-#include "cpu/planner/canonical.h"
-#include "cpu/planner/isa.h"
+#include "cpu/planner/choose.h"
 #include "cpu/planner/padded_rows.h"
 #include "kernel.h"
 #include "phase.h"
 
 namespace convgrad {
 namespace {
-
-// ---- positions that no tap reaches -------------------------------------------------
-
-// Stores between which others lie, as along rows of a channels-first dX: each costs as
-// much as one of a whole cache line.
-bool StoresApart(const Problem& p) { return p.dx.axis[2] == 1 && p.in_channels > 1; }
-
-// Whether taps reach so little of dX that the gemm kernel, which visits live phases alone
-// once dX is cleared as a whole, is the fastest.
-bool IsMostlyZeros(const Problem& p) {
-  return LivePart(p) <= (StoresApart(p) ? 0.25 : 0.125);
-}
-
-// Whether the gemm kernel clears dX first.
-bool ClearsFirst(const Problem& p) { return LivePart(p) <= (StoresApart(p) ? 0.6 : 0.3); }
 
 // The elements of dX if it has no gaps, else 0.
 int64_t DenseElements(const Problem& p) {
@@ -55,109 +33,6 @@ int64_t DenseElements(const Problem& p) {
   add(p.in_channels, p.dx.channel);
   for (int x = 0; x < kAxes; ++x) add(p.axis[x].in, p.dx.axis[x]);
   return furthest + 1 == elements ? elements : 0;
-}
-
-// ---- planning ---------------------------------------------------------------------
-
-enum class Kernel { kDirect, kGemm, kChannels, kPlanes, kDots };
-
-constexpr const char* kNames[] = {"direct",           "gemm", "depthwise", "few_channels",
-                                  "few_channels_dot", nullptr};
-constexpr int kKernelCount = sizeof(kNames) / sizeof(kNames[0]) - 1;
-
-bool IsEmpty(const Problem& p) {
-  return p.batch * p.groups * p.out_channels * Taps(p) == 0 ||
-         p.axis[0].out * p.axis[1].out * p.axis[2].out == 0;
-}
-
-bool GemmTakes(const Problem& p) { return !IsEmpty(p); }
-
-// Channels of the groups side by side, and vectors that whole groups can fill.
-bool ChannelsTakes(const Problem& p) {
-  const int64_t k = p.out_channels, c = p.in_channels;
-  if (IsEmpty(p) || p.axis[0].win * p.axis[1].win > kMaxFilterRows) return false;
-  if ((k > 1 && p.dy.channel != 1) || (c > 1 && p.dx.channel != 1)) return false;
-  if (p.groups > 1 && (p.dy.group != k || p.dx.group != c)) return false;
-  if (k == 1 && c == 1) return true;
-  const int64_t largest = std::max(k, c);
-  return largest <= kMaxSharedGroup &&
-         (p.groups * k >= kMaxLanes || (largest <= 4 && p.groups * k >= 4));
-}
-
-// Positions of dY that `inputs` neighbouring positions of dX can reach.
-int64_t ReachedBy(const Axis& x, int64_t inputs) {
-  return ((inputs - 1) * x.lhs_dilation + (x.win - 1) * x.rhs_dilation) / x.stride + 1;
-}
-
-PlaneTile ChoosePlaneTile(const Problem& p, int64_t window_bytes) {
-  const PlaneTile none = {0, 0, 0};
-  const Axis& row = p.axis[2];
-  const int64_t phases = PhaseCount(row);
-  const int64_t strands = row.lhs_dilation / Gcd(row.stride, row.lhs_dilation);
-  if (IsEmpty(p) || phases > kMaxRowPhases || strands > kMaxStrands) return none;
-  // What is not a run of memory is copied one by one into strands: too slow.
-  if (strands > 1 && p.dy.axis[2] != 1) return none;
-  const int64_t lanes = 64 / AccBytes(p);  // of the widest vectors
-  const int64_t budget = window_bytes / AccBytes(p);
-  const int64_t box0 = std::min(ReachedBy(p.axis[0], 1), p.axis[0].out);
-  const int64_t step = lanes * phases;  // a vector of every phase
-  const int64_t most = std::min(kRowBytes / AccBytes(p) / step, CeilDiv(row.in, step));
-  for (int64_t vectors = most; vectors > 0; --vectors) {
-    PlaneTile tile;
-    tile.width = vectors * step;
-    tile.cols = CeilDiv(ReachedBy(row, tile.width), strands) * strands;
-    const auto fits = [&](int64_t rows) {
-      const int64_t box1 = std::min(ReachedBy(p.axis[1], rows), p.axis[1].out);
-      return p.out_channels * box0 * box1 * tile.cols <= budget;
-    };
-    if (!fits(1)) continue;
-    tile.rows = 1;
-    while (tile.rows < p.axis[1].in && fits(tile.rows + 1)) ++tile.rows;
-    return tile;
-  }
-  return none;
-}
-
-PlaneTile ChoosePlaneTile(const Problem& p) {
-  const PlaneTile tile = ChoosePlaneTile(p, kWindowBytes);
-  return tile.rows > 0 ? tile : ChoosePlaneTile(p, kLargeWindowBytes);
-}
-
-bool PlanesTakes(const Problem& p) { return ChoosePlaneTile(p).rows > 0; }
-
-bool DotsTakes(const Problem& p) {
-  return !IsEmpty(p) && p.in_channels <= kMaxFewChannels && p.out_channels >= kMaxLanes;
-}
-
-// A patch embedding, where every input sees exactly one tap, is a matrix product whose
-// columns are the pairs (tap, input channel):
-//   dX[p*stride + r, c] = sum over k  dY[p, k] * W[k, (r, c)].
-// Its folded problem is a 1x1 convolution of that many channels over the positions p.
-bool IsFoldable(const Problem& p) {
-  bool strided = false;
-  for (const Axis& x : p.axis) {
-    if (x.lhs_dilation != 1 || (x.rhs_dilation != 1 && x.win > 1)) return false;
-    if (x.win != x.stride || x.pad_lo != 0 || x.in != x.out * x.stride) return false;
-    strided |= x.stride > 1;
-  }
-  return strided;
-}
-
-int64_t GemmWorkspaceBytes(const Problem& p);
-
-// As given if the workspace is that of a program that was stored before such problems
-// were folded, and too small.
-Problem Folded(const Problem& given) {
-  if (!IsFoldable(given)) return given;
-  Problem p = given;
-  for (int x = 0; x < kAxes; ++x) {
-    Axis& axis = p.axis[x];
-    p.in_channels *= axis.win;
-    p.dx.axis[x] *= axis.stride;
-    axis.in = axis.out;
-    axis.win = axis.stride = axis.rhs_dilation = 1;
-  }
-  return GemmWorkspaceBytes(p) <= given.workspace_limit ? p : given;
 }
 
 struct Column {
@@ -188,162 +63,6 @@ std::vector<Column> Columns(const Problem& p) {
   }
   return out;
 }
-
-constexpr int64_t kFewChannels = 4;  // fewer than that waste a gemm's lanes
-
-// Whether few_channels_dot beats gemm, whose vectors hold `columns` of dX. Counted in
-// vectors for each position of dX, folded or not: multiply-adds, and for each sum of the
-// former four more to add it up across lanes and store it, while the latter's loads,
-// one for each multiply-add, cost it a quarter more. But gemm has bfloat16 arithmetic.
-bool DotsAreFaster(const Problem& p, int64_t columns) {
-  if (columns <= kFewChannels) return true;
-  if (p.dtype == DType::kBF16) return false;
-  double products = 1.0 * p.out_channels * Taps(p);
-  for (const Axis& x : p.axis) products /= static_cast<double>(PhaseCount(x));
-  const int64_t lanes = 64 / AccBytes(p);
-  return columns <= kMaxFewChannels &&
-         static_cast<double>(columns) * (products / lanes + 4) <=
-             1.25 * products * CeilDiv(columns, lanes);
-}
-
-// Channels-first: copying a window of dY is cheap.
-bool LiesInRows(const Problem& p) { return p.dx.axis[2] == 1 && p.dy.axis[2] == 1; }
-
-bool RowsFillVectors(const Problem& p) { return PhasePositions(p.axis[2]) >= kLongRow; }
-
-// Whether pixels in lanes beat channels in lanes, for up to kMaxFewChannels of them: on
-// rows that fill vectors, if dY has so few channels that a gemm's sums are short.
-bool PlanesBeatGemm(const Problem& p) {
-  const bool in_rows = LiesInRows(p);
-  if (!RowsFillVectors(p)) return false;
-  // But gemm has bfloat16 arithmetic.
-  if (p.dtype == DType::kBF16 && p.in_channels > 4 && p.out_channels > 8) return false;
-  // And where there is one tap, reading channels is most of the work: gemm does so in
-  // place.
-  constexpr int64_t kLeastColumns = 6;
-  if (!in_rows && Taps(p) == 1 && p.in_channels >= kLeastColumns) return false;
-  return p.in_channels <= (in_rows ? kMaxFewChannels : 12) &&
-         p.out_channels <= (in_rows ? kMaxRowChannels : 8);
-}
-
-// Whether the channels kernel's permutations, where groups have several channels, cost
-// more than they save.
-bool PermutesTooMuch(const Problem& p) {
-  constexpr int64_t kLargeGroup = 6;
-  if (p.in_channels <= 2 && p.out_channels >= kLargeGroup) return true;
-  return p.dtype == DType::kF64 && std::max(p.in_channels, p.out_channels) >= 4;
-}
-
-// Or whether its vectors would be nearly empty.
-bool ChannelsAreSlow(const Problem& p) {
-  constexpr int64_t kFewGroups = 10;
-  if (p.in_channels == 1 && p.out_channels == 1) return p.groups < 4;
-  return p.groups <= kFewGroups || PermutesTooMuch(p);
-}
-
-bool Choose(const Problem& p, const char* name, const char** chosen, Kernel* kernel) {
-  const auto pick = [&](int index, Kernel k) {
-    *chosen = kNames[index];
-    *kernel = k;
-    return true;
-  };
-  const bool any = std::strcmp(name, "auto") == 0;
-  const auto asked = [&](int index) { return std::strcmp(name, kNames[index]) == 0; };
-  if (asked(0) || (any && IsEmpty(p))) return pick(0, Kernel::kDirect);
-  if (asked(2) || (any && p.groups > 1)) {
-    const int64_t largest = std::max(p.in_channels, p.out_channels);
-    const bool small = largest <= kMaxFewChannels;
-    if (any && small && ChannelsAreSlow(p)) {
-      const bool planes = LiesInRows(p) || p.dtype != DType::kF64;
-      if (planes && RowsFillVectors(p) && PlanesTakes(p)) return pick(3, Kernel::kPlanes);
-      if (ChannelsTakes(p) && PermutesTooMuch(p)) return pick(1, Kernel::kGemm);
-    }
-    if (ChannelsTakes(p)) return pick(2, Kernel::kChannels);
-    if (small && (LiesInRows(p) || asked(2)) && PlanesTakes(p)) {
-      return pick(2, Kernel::kPlanes);
-    }
-  }
-  if (any && p.groups == 1 && IsMostlyZeros(p)) return pick(1, Kernel::kGemm);
-  const int64_t columns = Folded(p).in_channels;
-  if (any && p.groups == 1 && columns == p.in_channels && PlanesBeatGemm(p) &&
-      PlanesTakes(p)) {
-    return pick(3, Kernel::kPlanes);
-  }
-  if (asked(4) || (any && p.groups == 1 && DotsAreFaster(p, columns))) {
-    if (DotsTakes(p)) return pick(4, Kernel::kDots);
-  }
-  if (asked(3) || (any && columns <= kFewChannels)) {
-    if (p.in_channels <= kMaxFewChannels && PlanesTakes(p)) {
-      return pick(3, Kernel::kPlanes);
-    }
-  }
-  if ((asked(1) || any) && GemmTakes(p)) return pick(1, Kernel::kGemm);
-  return false;
-}
-
-// ---- the workspace ----------------------------------------------------------------
-
-// Offsets in bytes; sizes are bounds over all instruction sets.
-struct Workspace {
-  int64_t filter, taint, zeros, packed_dy;
-  bool pack_dy;
-  int64_t bytes;
-};
-
-// `p` is folded already if it is to be.
-Workspace LayOut(const Problem& p, Kernel kernel) {
-  Workspace out{};
-  const int64_t acc = AccBytes(p);
-  const auto take = [&out](int64_t bytes) {
-    const int64_t at = out.bytes;
-    out.bytes += CeilDiv(bytes, 64) * 64;
-    return at;
-  };
-  const auto take_packed_dy = [&] {
-    out.pack_dy = p.dtype == DType::kBF16 || p.dtype == DType::kF16 ||
-                  (p.dy.channel != 1 && p.out_channels != 1);
-    if (!out.pack_dy) return;
-    out.packed_dy = take(p.batch * p.groups * p.axis[0].out * p.axis[1].out *
-                         p.axis[2].out * p.out_channels * acc);
-  };
-  const int64_t filter = p.out_channels * Taps(p) * acc;  // of one input channel
-  if (kernel == Kernel::kGemm) {
-    const int64_t columns = CeilDiv(p.in_channels, kMaxLanes) * kMaxLanes;
-    const int64_t tiles =  // bfloat16 in whole tiles, where GemmOf may fill them
-        p.out_channels >= kLeastTileChannels || kEmulatesTiles
-            ? CeilDiv(p.out_channels, kTileChannels) * kTileChannels * Taps(p) * 2
-            : 0;
-    out.filter = take(p.groups * columns *
-                      (p.dtype == DType::kBF16 ? std::max(filter, tiles) : filter));
-    out.taint = take(p.groups * CeilDiv(p.in_channels, kMinPanelColumns) *
-                     CeilDiv(p.out_channels, kFilterPackChannels));
-    out.zeros = take(p.groups * p.out_channels * acc);
-    take_packed_dy();
-  } else if (kernel == Kernel::kChannels) {
-    const int64_t largest = std::max(p.in_channels, p.out_channels);
-    int64_t lanes = 0, blocks = 0;
-    for (const int64_t n : {1, 2, 4, 8, 16}) {
-      if (n < largest) continue;
-      const int64_t in_block = std::min(n / largest, p.groups);
-      lanes = std::max(lanes, CeilDiv(p.groups, in_block) * n);
-      blocks = std::max(blocks, CeilDiv(p.groups, in_block));
-    }
-    out.filter = take(lanes * filter);
-    out.taint = take(blocks);
-  } else if (kernel == Kernel::kPlanes) {
-    out.filter = take(p.groups * p.in_channels * filter);
-    out.taint = take(p.groups);
-  } else if (kernel == Kernel::kDots) {
-    const int64_t k = CeilDiv(p.out_channels, kMaxLanes) * kMaxLanes;
-    out.filter = take(p.groups * p.in_channels * Taps(p) * k * acc);
-    out.taint = take(p.groups);
-    out.zeros = take(p.out_channels * acc);
-    take_packed_dy();
-  }
-  return out;
-}
-
-int64_t GemmWorkspaceBytes(const Problem& p) { return LayOut(p, Kernel::kGemm).bytes; }
 
 // Whether the packed filter is not many times as large as the filter, as where its few
 // columns are filled up to whole vectors. A small one may be. Images do not count, since
@@ -389,7 +108,7 @@ void AskForLargePages(void* base, int64_t bytes) {
 
 // ---- entry points -----------------------------------------------------------------
 
-const char* const* CpuKernelNames() { return kNames; }
+const char* const* CpuKernelNames() { return KernelNames(); }
 
 const char* CpuIsa() { return ChosenIsa().name; }
 const char* const* CpuIsas() { return BuiltIsaNames(); }
@@ -431,12 +150,14 @@ bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
   Problem problem = Canonical(given, &w_at);
   bool packs_little = true;
   const auto make = [&](const char* wanted) {
-    Kernel chosen;
-    if (!Choose(problem, wanted, &plan->kernel, &chosen)) return false;
-    const Problem run = chosen == Kernel::kGemm ? Folded(problem) : problem;
-    plan->workspace_bytes = LayOut(run, chosen).bytes;
-    packs_little = PacksLittle(run, chosen);
-    if (int64_t bytes; chosen == Kernel::kGemm && PadRowsWithin(problem, &bytes).serves) {
+    Chosen chosen;
+    if (!Choose(problem, wanted, &chosen)) return false;
+    const bool is_gemm = chosen.kernel == Kernel::kGemm;
+    const Problem run = is_gemm ? Folded(problem) : problem;
+    plan->kernel = chosen.name;
+    plan->workspace_bytes = LayOut(run, chosen.kernel).bytes;
+    packs_little = PacksLittle(run, chosen.kernel);
+    if (int64_t bytes; is_gemm && PadRowsWithin(problem, &bytes).serves) {
       plan->workspace_bytes = bytes;
     }
     return true;
@@ -457,13 +178,15 @@ bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
   if (!any || (fits() && packs_little)) return true;
   // The most special first, then what the workspace holds at any cost: `direct`, which
   // takes everything and wants next to nothing, is the slowest.
-  for (int i = kKernelCount; i-- > 1;) {
-    if (make(kNames[i]) && fits() && packs_little) return true;
+  const auto make_fitting = [&](Kernel k) { return make(RowOf(k).name) && fits(); };
+  constexpr int kCount = sizeof(kKernels) / sizeof(kKernels[0]);
+  for (int i = kCount; i-- > 1;) {
+    if (make_fitting(kKernels[i]) && packs_little) return true;
   }
-  if (IsLight(problem)) return make(kNames[0]);
+  if (IsLight(problem)) return make(RowOf(Kernel::kDirect).name);
   if (make(kernel) && fits()) return true;
-  for (int i = kKernelCount; i-- > 0;) {
-    if (make(kNames[i]) && fits()) return true;
+  for (int i = kCount; i-- > 0;) {
+    if (make_fitting(kKernels[i])) return true;
   }
   return make(kernel);
 }
@@ -510,9 +233,9 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
     problem = Exchanged(problem);
     std::swap(dy, w);
   }
-  const char* name;
-  Kernel kernel;
-  if (!Choose(problem, plan.kernel, &name, &kernel)) return;
+  Chosen chosen;
+  if (!Choose(problem, plan.kernel, &chosen)) return;
+  const Kernel kernel = chosen.kernel;
 
   unsigned char* base = static_cast<unsigned char*>(workspace);
   AskForLargePages(base, plan.workspace_bytes);
@@ -575,16 +298,8 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
   }
   if (kernel == Kernel::kPlanes) args.plane_tile = ChoosePlaneTile(problem);
 
-  const Isa& isa = ChosenIsa();
-  const CpuKernels& kernels = *isa.kernels;
   CpuJob job;
-  switch (kernel) {
-    case Kernel::kDirect: kernels.direct(args, &job); break;
-    case Kernel::kGemm: GemmOf(isa, args.problem)(args, &job); break;
-    case Kernel::kChannels: kernels.channels(args, &job); break;
-    case Kernel::kPlanes: kernels.planes(args, &job); break;
-    case Kernel::kDots: kernels.dots(args, &job); break;
-  }
+  RowOf(kernel).prepare(ChosenIsa(), args.problem)(args, &job);
   for (int i = 0; i < job.stages; ++i) {
     const CpuStage& stage = job.stage[i];
     parallel_for(stage.count, [&](int64_t index) { stage.task(job.state, index); });

@@ -1,0 +1,134 @@
+#include "choose.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "../../phase.h"
+
+namespace convgrad {
+namespace {
+
+// Stores between which others lie, as along rows of a channels-first dX: each costs as
+// much as one of a whole cache line.
+bool StoresApart(const Problem& p) { return p.dx.axis[2] == 1 && p.in_channels > 1; }
+
+// Whether taps reach so little of dX that the gemm kernel, which visits live phases alone
+// once dX is cleared as a whole, is the fastest.
+bool IsMostlyZeros(const Problem& p) {
+  return LivePart(p) <= (StoresApart(p) ? 0.25 : 0.125);
+}
+
+constexpr int64_t kFewChannels = 4;  // fewer than that waste a gemm's lanes
+
+// Whether few_channels_dot beats gemm, whose vectors hold `columns` of dX. Counted in
+// vectors for each position of dX, folded or not: multiply-adds, and for each sum of the
+// former four more to add it up across lanes and store it, while the latter's loads,
+// one for each multiply-add, cost it a quarter more. But gemm has bfloat16 arithmetic.
+bool DotsAreFaster(const Problem& p, int64_t columns) {
+  if (columns <= kFewChannels) return true;
+  if (p.dtype == DType::kBF16) return false;
+  double products = 1.0 * p.out_channels * Taps(p);
+  for (const Axis& x : p.axis) products /= static_cast<double>(PhaseCount(x));
+  const int64_t lanes = 64 / AccBytes(p);
+  return columns <= kMaxFewChannels &&
+         static_cast<double>(columns) * (products / lanes + 4) <=
+             1.25 * products * CeilDiv(columns, lanes);
+}
+
+// Channels-first: copying a window of dY is cheap.
+bool LiesInRows(const Problem& p) { return p.dx.axis[2] == 1 && p.dy.axis[2] == 1; }
+
+bool RowsFillVectors(const Problem& p) { return PhasePositions(p.axis[2]) >= kLongRow; }
+
+// Whether pixels in lanes beat channels in lanes, for up to kMaxFewChannels of them: on
+// rows that fill vectors, if dY has so few channels that a gemm's sums are short.
+bool PlanesBeatGemm(const Problem& p) {
+  const bool in_rows = LiesInRows(p);
+  if (!RowsFillVectors(p)) return false;
+  // But gemm has bfloat16 arithmetic.
+  if (p.dtype == DType::kBF16 && p.in_channels > 4 && p.out_channels > 8) return false;
+  // And where there is one tap, reading channels is most of the work: gemm does so in
+  // place.
+  constexpr int64_t kLeastColumns = 6;
+  if (!in_rows && Taps(p) == 1 && p.in_channels >= kLeastColumns) return false;
+  return p.in_channels <= (in_rows ? kMaxFewChannels : 12) &&
+         p.out_channels <= (in_rows ? kMaxRowChannels : 8);
+}
+
+// Whether the channels kernel's permutations, where groups have several channels, cost
+// more than they save.
+bool PermutesTooMuch(const Problem& p) {
+  constexpr int64_t kLargeGroup = 6;
+  if (p.in_channels <= 2 && p.out_channels >= kLargeGroup) return true;
+  return p.dtype == DType::kF64 && std::max(p.in_channels, p.out_channels) >= 4;
+}
+
+// Or whether its vectors would be nearly empty.
+bool ChannelsAreSlow(const Problem& p) {
+  constexpr int64_t kFewGroups = 10;
+  if (p.in_channels == 1 && p.out_channels == 1) return p.groups < 4;
+  return p.groups <= kFewGroups || PermutesTooMuch(p);
+}
+
+bool Takes(Kernel kernel, const Problem& p) { return RowOf(kernel).takes(p); }
+
+// Groups so small that pixels may be in lanes as well as channels.
+bool HasSmallGroups(const Problem& p) {
+  return std::max(p.in_channels, p.out_channels) <= kMaxFewChannels;
+}
+
+Chosen Named(Kernel kernel) { return {kernel, RowOf(kernel).name}; }
+
+// The kernel for planes, by the name of the one for channels, whose place it takes.
+Chosen DepthwisePlanes() { return {Kernel::kPlanes, RowOf(Kernel::kChannels).name}; }
+
+bool ChooseByName(const Problem& p, const char* name, Chosen* chosen) {
+  for (const Kernel kernel : kKernels) {
+    if (std::strcmp(name, RowOf(kernel).name) != 0) continue;
+    *chosen = Named(kernel);
+    if (Takes(kernel, p)) return true;
+    if (kernel != Kernel::kChannels || !HasSmallGroups(p)) return false;
+    *chosen = DepthwisePlanes();
+    return Takes(Kernel::kPlanes, p);
+  }
+  return false;
+}
+
+Chosen ChooseForGroups(const Problem& p) {
+  const bool channels = Takes(Kernel::kChannels, p);
+  const bool planes = HasSmallGroups(p) && Takes(Kernel::kPlanes, p);
+  if (HasSmallGroups(p) && ChannelsAreSlow(p)) {
+    const bool cheap = LiesInRows(p) || p.dtype != DType::kF64;
+    if (cheap && RowsFillVectors(p) && planes) return Named(Kernel::kPlanes);
+    if (channels && PermutesTooMuch(p)) return Named(Kernel::kGemm);
+  }
+  if (channels) return Named(Kernel::kChannels);
+  if (planes && LiesInRows(p)) return DepthwisePlanes();
+  const bool few = Folded(p).in_channels <= kFewChannels;
+  return Named(few && Takes(Kernel::kPlanes, p) ? Kernel::kPlanes : Kernel::kGemm);
+}
+
+Chosen ChooseDense(const Problem& p) {
+  if (IsMostlyZeros(p)) return Named(Kernel::kGemm);
+  const int64_t columns = Folded(p).in_channels;
+  const bool planes = Takes(Kernel::kPlanes, p);
+  if (planes && columns == p.in_channels && PlanesBeatGemm(p)) {
+    return Named(Kernel::kPlanes);
+  }
+  if (DotsAreFaster(p, columns) && Takes(Kernel::kDots, p)) return Named(Kernel::kDots);
+  return Named(planes && columns <= kFewChannels ? Kernel::kPlanes : Kernel::kGemm);
+}
+
+}  // namespace
+
+bool Choose(const Problem& p, const char* name, Chosen* chosen) {
+  if (std::strcmp(name, "auto") != 0) return ChooseByName(p, name, chosen);
+  *chosen = IsEmpty(p)     ? Named(Kernel::kDirect)
+            : p.groups > 1 ? ChooseForGroups(p)
+                           : ChooseDense(p);
+  return true;
+}
+
+bool ClearsFirst(const Problem& p) { return LivePart(p) <= (StoresApart(p) ? 0.6 : 0.3); }
+
+}  // namespace convgrad
