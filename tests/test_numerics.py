@@ -11,6 +11,7 @@ from conftest import SEED
 
 import jax_convgrad
 from jax_convgrad import native, planner
+from jax_convgrad.maps import FORWARD, INPUT_GRAD
 from jax_convgrad.tools.geometries import (
     make_geometry,
     named_cases,
@@ -258,18 +259,44 @@ def test_short_sums_keep_what_is_not_finite_in_its_place(rng, name, value):
     np.testing.assert_array_equal(np.isfinite(dx), np.isfinite(expected))
 
 
+# Of one image each, of every way to add up a sum.
+IMAGES = {
+    f"pointwise {layout} {size} {channels}": make_geometry(
+        (size,), (1,), channels, batch=1, dimension_numbers=layout
+    )
+    for channels in ((8, 40), (3, 5), (20, 33), (1, 1))
+    for layout in ("first", "last")
+    for size in (5, 40)
+} | {
+    # Blocks of the filter are packed by tasks, or beforehand, in parts of a tap.
+    "parts of a tap": make_geometry((14, 14), (5, 5), (256, 256), batch=1, padding=2),
+    "parts of a tap, nchw": make_geometry((7, 7), (3, 3), (512, 256), batch=1, padding=1,
+                                          dimension_numbers="first"),
+    "strips or parts": make_geometry((24,), (2,), (176, 176), batch=1, padding=1),
+    "stem": make_geometry((20, 40), (3, 3), (3, 32), batch=1, stride=2, padding=1),
+    "depthwise": make_geometry((9, 9), (3, 3), (32, 32), batch=1, padding=1, feature_groups=32),
+}  # fmt: skip
+
+
 @pytest.mark.native
-@pytest.mark.parametrize("channels", [(8, 40), (3, 5), (20, 33), (1, 1)])
-@pytest.mark.parametrize("layout", ["first", "last"])
-@pytest.mark.parametrize("size", [5, 40])
-def test_bits_of_a_pointwise_image_do_not_depend_on_its_batch(rng, size, layout, channels):
-    """Images may be taken for one long row, by a kernel that one of them would get too."""
-    many = make_geometry((size,), (1,), channels, batch=9, dimension_numbers=layout)
-    dy, w = oracles.operands(rng, many, "float32")
-    dx = np.asarray(oracles.call_kernel(dy, w, many))
-    one = make_geometry((size,), (1,), channels, batch=1, dimension_numbers=layout)
-    first = np.asarray(oracles.call_kernel(dy[:1], w, one))
-    assert dx[:1].tobytes() == first.tobytes()
+@pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD], ids=["y", "dx"])
+@pytest.mark.parametrize("name", IMAGES)
+def test_bits_of_an_image_do_not_depend_on_its_batch(rng, name, map_):
+    """How many rows there are to share decided about the parts of a sum; and images may be
+    taken for one long row, by a kernel that one of them would get too.
+    """
+    one = IMAGES[name]
+    at = one.dimension_numbers.lhs_spec[0]
+    shape = tuple(9 if dim == at else size for dim, size in enumerate(one.lhs_shape))
+    arrays = oracles.operands(rng, one.replace(lhs_shape=shape), "float32", map_)
+
+    def call(first, g):
+        problem = (first, arrays[1], g)
+        (results,) = oracles.call_kernels_of_many([problem], lambda *_: ["auto"], map_)
+        return results["auto"]
+
+    images = call(arrays[0], one.replace(lhs_shape=shape))
+    assert images[:1].tobytes() == call(arrays[0][:1], one).tobytes()
 
 
 @pytest.mark.native

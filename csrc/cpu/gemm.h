@@ -44,8 +44,8 @@ struct GemmState {
   int64_t task_rows, row_groups, phases;
   int64_t task_groups, group_parts;  // of narrow groups
   bool pack_dy, rows_first;
-  bool small_blocks;  // that would fit the stack
-  bool local_filter;  // and are packed there, each by the task that multiplies it
+  bool small_parts;   // of a tap, as of blocks that fit the stack
+  bool local_filter;  // blocks fit the stack, each packed by the task that multiplies it
   bool short_sums;    // the way of gemm_short.h
   bool strips;        // the way of gemm_strips.h, of whose strips a task takes task_rows
 };
@@ -78,20 +78,22 @@ CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<O>& filter,
   return IsTainted(taint);
 }
 
-// Walks the blocks of B. Whole taps while they fit, else equal parts of one tap. Returns
-// whether a block packed on the way turned out to hold an Inf or a NaN though `exact` was
-// false: the sums are to be made anew then.
+// Walks the blocks of B. Whole taps while they fit, else equal parts of one tap. The
+// order of a sum follows from the parts alone, not from how many taps a block holds.
+// Returns whether a block packed on the way turned out to hold an Inf or a NaN though
+// `exact` was false: the sums are to be made anew then.
 template <typename O, int kVecs>
 inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const* phase,
                     const O* dy, const GemmFilter<O>& filter,
                     const GemmSums<Sum<O>>& sums) {
   const Problem& p = s.args.problem;
   constexpr int64_t kWidth = kVecs * kLanes<O>;
-  const int64_t block_rows = BlockRows(kVecs, s.small_blocks ? kTileBytes : kBlockBytes);
+  const int64_t most_rows = BlockRows(kVecs, s.small_parts ? kTileBytes : kBlockBytes);
   const int64_t depth = Depth<O>(p);
-  const int64_t k_parts = CeilDiv(depth, block_rows);
+  const int64_t k_parts = CeilDiv(depth, most_rows);
   const int64_t k_step = CeilDiv(CeilDiv(depth, k_parts), kDepthStep) * kDepthStep;
-  int64_t taps_in_block = block_rows / k_step;
+  int64_t taps_in_block =
+      BlockRows(kVecs, s.local_filter ? kTileBytes : kBlockBytes) / k_step;
   if (taps_in_block > kBlockTaps) taps_in_block = kBlockTaps;
 
   const O* zeros = static_cast<const O*>(s.args.zeros);
@@ -362,8 +364,9 @@ inline bool CanPackLocally(const CpuArgs& a) {
 //
 // But if the rows of a phase are few, a packed filter would be used once, and sending it
 // to memory and back costs more than the products: tasks that take all rows of a panel
-// pack their own blocks, if there are enough panels to keep the threads busy. The blocks
-// are as small whether or not there are, so that the bits are the same.
+// pack their own blocks, if there are enough panels to keep the threads busy. Where
+// images have so few rows the parts of a tap are as small whether or not tasks do so: the
+// bits depend neither on the threads nor on the number of images.
 template <typename T>
 inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   using O = Operand<T>;
@@ -384,9 +387,9 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   s->task_groups = narrow ? p.groups : 1;
   s->task_rows = kMaxTileRows;
   const bool strips_alone = a.row_end > 0;
-  s->small_blocks =
-      !strips_alone && !narrow && rows <= kMaxTaskRows && CanPackLocally<T>(a);
-  if (s->small_blocks) {
+  const bool has_few_rows =
+      !strips_alone && !narrow && rows / p.batch <= kMaxTaskRows && CanPackLocally<T>(a);
+  if (has_few_rows && rows <= kMaxTaskRows) {
     const int64_t tasks = s->phases * p.groups * s->panels;
     const int64_t turns = CeilDiv(tasks, a.threads);
     s->local_filter = 5 * tasks >= 4 * turns * a.threads;
@@ -395,9 +398,11 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
     s->task_rows = rows;
     s->task_panels = 1;
   }
+  // The parts of a single tap follow one another whatever their size.
+  s->small_parts = has_few_rows && (s->local_filter || MostTaps(a) > 1);
   // Tasks that pack for themselves add long taps in parts, strips whole: not both, since
   // the threads decide about the former.
-  const bool adds_in_parts = s->small_blocks && MostTaps(a) > 1 &&
+  const bool adds_in_parts = s->small_parts && MostTaps(a) > 1 &&
                              Depth<O>(p) > BlockRows(kPanelVectors<O>, kTileBytes);
   if (!narrow && !s->local_filter && !adds_in_parts && StripsServe<O>(a)) {
     // Whole strips, of all panels: as many as make a task worth its start.
