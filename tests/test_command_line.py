@@ -13,9 +13,9 @@ from conftest import SEED
 
 import jax_convgrad
 from jax_convgrad import __main__, dispatch, native, planner
-from jax_convgrad.tools import check, random_layers, results, workloads
+from jax_convgrad.tools import check, random_layers, references, results, workloads
 from jax_convgrad.tools import layers as layer_lists
-from jax_convgrad.tools.geometries import named_cases
+from jax_convgrad.tools.geometries import make_geometry, named_cases
 
 MODULE = ("-m", "jax_convgrad")
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -210,6 +210,17 @@ def test_bench_runs_inside_a_scan(layers, tmp_path, layout):
         assert row["failures"] == []
         assert row["implementation"] == "native"
         assert {time["instances"] for time in row["times_us"].values()} == {3}
+
+
+@pytest.mark.parametrize("direction", ["y", "dx", "dw"])
+def test_bench_has_a_reference_with_batch_groups(direction):
+    """Of a forward pass it was asked for as many images as x has."""
+    g = make_geometry((9,), (2,), (3, 6), batch=6, batch_groups=3)
+    layer = layer_lists.Layer(0, "batch groups", "test", "test", g, batch=6, batch_in_file=6)
+    (workload,) = workloads.workloads(layer, "float32", "default", [direction])
+    arrays = workloads.make_pool(workload, SEED, 1)[0]
+    expected = references.by_definition(workload.map_, *arrays, g)
+    assert references.reference(workload, arrays).error(expected) <= workload.bound
 
 
 @pytest.mark.native

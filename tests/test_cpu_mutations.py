@@ -13,8 +13,9 @@ from jax_convgrad.tools.geometries import Case, make_geometry
 if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
-_CHUNK, _KERNEL, _PACK, _PLAN, _WRITE = (
-    f"csrc/cpu/filter/{name}" for name in ("chunk.h", "outer.h", "pack.h", "plan.cc", "write.h")
+_CHUNK, _DOTS, _KERNEL, _PACK, _PLAN, _WRITE = (
+    f"csrc/cpu/filter/{name}"
+    for name in ("chunk.h", "dots.h", "outer.h", "pack.h", "plan.cc", "write.h")
 )
 
 
@@ -59,6 +60,14 @@ MUTATIONS = (
               "int64_t c = run, t = 0;", "int64_t c = 0, t = 0;"),
     _mutation("taps of a lane that lie backwards are written forwards", _WRITE,
               "backwards ? taps - 1 - t : t", "t"),
+    _mutation("positions that the last vector has had count again", _DOTS,
+              "(N - rest)", "(N - rest - 1)"),
+    _mutation("all out channels of a block in the place of the first", _DOTS,
+              "row * kBlock<A> + k;", "row * kBlock<A>;"),
+    _mutation("at once, a slice is written where dW begins", _DOTS,
+              "slice.first * p.w.in_channel;", "0;"),
+    _mutation("rows of x are a row of dY apart", _DOTS,
+              "p.axis[i].stride * p.dx.axis[i]", "p.dx.axis[i]"),
     _mutation("an empty position counts", _PLAN,
               "const int64_t dilation = x.win == 1 ? 0 : x.rhs_dilation;",
               "const int64_t dilation = x.win == 1 ? 0 : 1;"),

@@ -151,12 +151,13 @@ def test_random_geometry(rng, x64, index, dtype):
         "negative padding",
         "few positions",
         "batch_groups",
+        "dots_images",
     ],
 )
 def test_what_is_not_finite_reaches_what_the_definition_connects(rng, name, where, value):
-    """At a corner too, where most taps meet padding."""
+    """At a corner too, where most taps meet padding, and where two vectors overlap (-5)."""
     g = CUTS.get(name) or NAMED[name]
-    for at in (0, -1, None):
+    for at in (0, -1, -5, None):
         arrays = list(operands(rng, g, "float32"))
         values = np.array(arrays[where])
         index = rng.integers(values.size) if at is None else at

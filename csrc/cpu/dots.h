@@ -106,40 +106,6 @@ void DotsPackTask(const void* state, int64_t index) {
   PackDyTask<T>(s.args, index - p.groups);
 }
 
-// ---- sums across lanes ------------------------------------------------------------
-
-// Lane l holds two lanes' sum, l and l^kStep: of a where kStep is not in l, else of b.
-template <typename A, int kStep>
-CONVGRAD_INLINE Vec<A, kLanes<A>> AddPair(const Vec<A, kLanes<A>>& a,
-                                          const Vec<A, kLanes<A>>& b) {
-  constexpr int L = kLanes<A>;
-  Vec<typename IntOf<A>::type, L> kept, moved;
-  for (int l = 0; l < L; ++l) {
-    kept[l] = (l & kStep) != 0 ? L + l : l;
-    moved[l] = (l & kStep) != 0 ? L + (l ^ kStep) : l ^ kStep;
-  }
-  return Pick<A, L>(a, b, kept) + Pick<A, L>(a, b, moved);
-}
-
-// The sums of kCount vectors, a power of two and at most L, in the leading lanes.
-template <typename A, int kCount, int kStep = 1>
-CONVGRAD_INLINE Vec<A, kLanes<A>> AddLanes(const Vec<A, kLanes<A>>* sum) {
-  using V = Vec<A, kLanes<A>>;
-  if constexpr (kCount > 1) {
-    V half[kCount / 2];
-    CONVGRAD_UNROLL
-    for (int i = 0; i < kCount / 2; ++i) {
-      half[i] = AddPair<A, kStep>(sum[2 * i], sum[2 * i + 1]);
-    }
-    return AddLanes<A, kCount / 2, 2 * kStep>(half);
-  } else if constexpr (kStep < kLanes<A>) {
-    const V both = AddPair<A, kStep>(sum[0], sum[0]);
-    return AddLanes<A, 1, 2 * kStep>(&both);
-  } else {
-    return sum[0];
-  }
-}
-
 // The sum of each of kCount vectors, to neighbouring elements.
 template <typename A, int kCount>
 CONVGRAD_INLINE void StoreSums(const Vec<A, kLanes<A>>* sum, A* to) {

@@ -277,6 +277,11 @@ def named_cases() -> list[Case]:
         "strips_or_parts": g((24,), (2,), (112, 176), batch=8, padding=1),
         "strips_taps": g((3, 61), (2, 3), (3, 20), stride=(1, 2), rhs_dilation=(1, 2)),
         "strips_groups": g((3, 31), (1, 1), (80, 96), feature_groups=2, padding=((1, 0), (0, 0))),
+        # Runs of positions that end within a vector, also after the first slice of channels.
+        "dots_images": g((5, 7), (1, 1), (7, 9), batch=3, dimension_numbers="first"),
+        "dots_rows": g((6, 19), (1, 1), (106, 12), stride=(2, 1), feature_groups=2,
+                       padding=((0, 0), (-1, 0)), dimension_numbers="first"),
+        "dots_chunks": g((50, 43), (1, 1), (4, 6), dimension_numbers="first"),
         "gray_5x9_s2": g((9, 51), (5, 9), (1, 37), batch=1, stride=2, padding=((1, 2), (3, 0))),
         "two_channels_dilated": g((5, 23), (2, 3), (2, 19), stride=(1, 2), lhs_dilation=(1, 3),
                                   rhs_dilation=2, padding=2),

@@ -28,7 +28,8 @@ class Reference:
     """Trusted values of a result, or of some images of it, and the error allowed against them.
 
     Attributes:
-        images: those images; None for a filter gradient, which has none.
+        images: those images; None where the values are those of the whole result: of a filter
+            gradient, and with batch groups, where images of x and of y are not the same ones.
         batch_dimension: of the result.
         values: the trusted ones.
         bound: on the normwise error.
@@ -143,20 +144,22 @@ def reference(workload: Workload, operands: Operands) -> Reference:
     batch = workload.layer.batch
     flops_per_image = g.flops / batch
     many = max(1, min(_REFERENCE_IMAGES, int(_REFERENCE_FLOPS // max(1.0, flops_per_image))))
-    images = tuple(sorted({0, batch // 2, batch - 1}, key=(0, batch - 1, batch // 2).index)[:many])
-    if g.batch_group_count > 1:  # images of dX and of dy are not the same ones
-        images = tuple(range(batch))
+    images = None
+    if g.batch_group_count == 1:
+        order = (0, batch - 1, batch // 2)
+        images = tuple(sorted({*order}, key=order.index)[:many])
     exact = workload.dtype == "float64" or flops_per_image <= _REFERENCE_FLOPS
     dtype = "float64" if exact else "float32"
     bound = workload.bound
     if not exact:
         bound += tolerance("float32", reduction_taps(g))
-    shape = list(g.lhs_shape)
-    shape[lhs_spec[0]] = len(images)
-    part = dataclasses.replace(
-        workload, layer=dataclasses.replace(workload.layer, geometry=g.replace(lhs_shape=(*shape,)))
-    )
-    data = operands[0] if g.batch_group_count > 1 else np.take(operands[0], images, batch_in)
+    part, data = workload, operands[0]
+    if images is not None:
+        shape = list(g.lhs_shape)
+        shape[lhs_spec[0]] = len(images)
+        layer = dataclasses.replace(workload.layer, geometry=g.replace(lhs_shape=(*shape,)))
+        part = dataclasses.replace(workload, layer=layer)
+        data = np.take(operands[0], images, batch_in)
     with jax.enable_x64(True):
         function = jax.jit(part.lax_function(lax.Precision.HIGHEST))
         values = np.asarray(function(data.astype(dtype), operands[1].astype(dtype)))

@@ -26,6 +26,9 @@ constexpr int64_t kSliceChannels = 48;
 // Private copies of dW are added up in registers.
 constexpr int64_t kMaxSplits = 32;
 
+// Positions that lie side by side in memory, at least, where lanes hold positions.
+constexpr int64_t kLeastDotRun = 16;
+
 struct FilterTap {
   int64_t r[kAxes];
 };
@@ -40,8 +43,10 @@ struct Meets {
 struct FilterPlan {
   // Lanes hold out channels of one group, and rows of dW are pairs of a tap and a
   // channel; or, where groups are narrow, out channels of several groups, and x is packed
-  // once for each channel of a group, in the lanes of the out channels that meet it.
-  bool many_groups;
+  // once for each channel of a group, in the lanes of the out channels that meet it. With
+  // `dots` the layout of the sums is the former, but vectors hold positions (dots.h), and
+  // nothing is packed.
+  bool many_groups, dots;
 
   int64_t lanes;       // of a block, valid ones or not
   int64_t lane_count;  // out channels that share x: of a group, or all

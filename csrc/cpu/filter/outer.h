@@ -26,6 +26,8 @@
 #pragma once
 
 #include "chunk.h"
+#include "dots.h"
+#include "loop.h"
 #include "pack.h"
 #include "write.h"
 
@@ -34,29 +36,6 @@ namespace CONVGRAD_ISA {
 namespace {
 
 // ---- the product --------------------------------------------------------------------
-
-// Nested loops over images and positions, and how far apart both operands' are.
-struct Loop {
-  int64_t count[1 + kAxes], x_step[1 + kAxes], y_step[1 + kAxes];
-};
-
-// Makes long inner loops of those that walk memory as one would.
-CONVGRAD_INLINE void Flatten(Loop* loop) {
-  int to = kAxes;
-  for (int from = kAxes - 1; from >= 0; --from) {
-    if (loop->count[from] == 1) continue;
-    if (loop->x_step[from] == loop->count[to] * loop->x_step[to] &&
-        loop->y_step[from] == loop->count[to] * loop->y_step[to]) {
-      loop->count[to] *= loop->count[from];
-      continue;
-    }
-    if (loop->count[to] > 1) --to;
-    loop->count[to] = loop->count[from];
-    loop->x_step[to] = loop->x_step[from];
-    loop->y_step[to] = loop->y_step[from];
-  }
-  while (to-- > 0) loop->count[to] = 1;
-}
 
 // R rows of sums, each a block. kVectors: x has a number for each lane.
 template <typename A, int R, bool kVectors>
@@ -232,6 +211,49 @@ CONVGRAD_INLINE int64_t TaskElements(const FilterPlan& plan) {
   return plan.packed_x + plan.packed_y * plan.packed_units + plan.meets;
 }
 
+// Adds one chunk to some units of dW, which begin at `sums`; or, at once, writes them.
+template <typename T>
+CONVGRAD_NOINLINE void MultiplyUnits(const FilterArgs& a, const Chunk& chunk,
+                                     int64_t first_unit, int64_t end_unit, Acc<T>* x,
+                                     Acc<T>* y, const Meets* meets, bool add,
+                                     Acc<T>* sums) {
+  using A = Acc<T>;
+  const FilterPlan& plan = a.plan;
+  int64_t packed_group = -1;
+  for (int64_t unit = first_unit; unit < end_unit; ++unit) {
+    const int64_t group = unit / plan.blocks;
+    const int64_t lane = unit % plan.blocks * kBlock<A>;
+    const int64_t lanes = Min(kBlock<A>, plan.lane_count - lane);
+    if (plan.many_groups || group != packed_group) {
+      PackX<T>(a, chunk, group, lane, lanes, x);
+      packed_group = group;
+    }
+    const bool each_tap = PackY<T>(a, chunk, group, lane, lanes, y) || plan.each_tap;
+    A* const of_unit = plan.at_once ? sums : sums + unit * plan.rows * kBlock<A>;
+    if (plan.many_groups) {
+      MultiplyChunk<T, true>(a, chunk, unit, x, y, meets, each_tap, add, 0, of_unit);
+    } else {
+      MultiplyChunk<T, false>(a, chunk, unit, x, y, meets, each_tap, add, 0, of_unit);
+    }
+  }
+}
+
+// Writes part `part` of the rows of dW, for all units.
+template <typename T>
+CONVGRAD_NOINLINE void MultiplyRows(const FilterArgs& a, const Chunk& chunk, int64_t part,
+                                    Acc<T>* x, Acc<T>* y, const Meets* meets,
+                                    Acc<T>* sums) {
+  constexpr int64_t B = kBlock<Acc<T>>;
+  const FilterPlan& plan = a.plan;
+  PackX<T>(a, chunk, 0, 0, 0, x);
+  bool each_tap = plan.each_tap;
+  for (int64_t unit = 0; unit < plan.units; ++unit) {
+    each_tap |= PackY<T>(a, chunk, 0, unit * B, Min(B, plan.lane_count - unit * B),
+                         y + unit * plan.packed_y);
+  }
+  MultiplyChunk<T, false>(a, chunk, 0, x, y, meets, each_tap, false, part, sums);
+}
+
 // A part of dW's blocks, summed over a part of the chunks.
 template <typename T>
 void MultiplyTask(const void* state, int64_t index) {
@@ -250,41 +272,22 @@ void MultiplyTask(const void* state, int64_t index) {
   const int64_t chunks = plan.chunks * (split + 1) / plan.splits - first_chunk;
   const int64_t first_unit = plan.units * part / plan.unit_tasks;
   const int64_t end_unit = plan.units * (part + 1) / plan.unit_tasks;
-  const int64_t unit_elements = plan.rows * kBlock<A>;
   for (int64_t i = 0; i < chunks; ++i) {
     const Chunk chunk = ChunkAt(a.problem, plan, first_chunk + i);
-    FillMeets(a.problem, plan, chunk, meets);
-    if (plan.by_rows) {
-      PackX<T>(a, chunk, 0, 0, 0, x);
-      bool each_tap = plan.each_tap;
-      for (int64_t unit = 0; unit < plan.units; ++unit) {
-        const int64_t lane = unit * kBlock<A>;
-        each_tap |= PackY<T>(a, chunk, 0, lane, Min(kBlock<A>, plan.lane_count - lane),
-                             y + unit * plan.packed_y);
-      }
-      MultiplyChunk<T, false>(a, chunk, 0, x, y, meets, each_tap, false, part, sums);
-      continue;
-    }
-    int64_t packed_group = -1;
-    for (int64_t unit = first_unit; unit < end_unit; ++unit) {
-      const int64_t group = unit / plan.blocks;
-      const int64_t lane = unit % plan.blocks * kBlock<A>;
-      const int64_t lanes = Min(kBlock<A>, plan.lane_count - lane);
-      if (plan.many_groups || group != packed_group) {
-        PackX<T>(a, chunk, group, lane, lanes, x);
-        packed_group = group;
-      }
-      const bool each_tap = PackY<T>(a, chunk, group, lane, lanes, y) || plan.each_tap;
-      const bool add = i % plan.run != 0;
-      A* const of_unit = plan.at_once ? sums : sums + unit * unit_elements;
-      if (plan.many_groups) {
-        MultiplyChunk<T, true>(a, chunk, unit, x, y, meets, each_tap, add, 0, of_unit);
+    const bool add = i % plan.run != 0;
+    if (plan.dots) {
+      DotChunk<T>(a, chunk, first_unit, end_unit, add, sums);
+    } else {
+      FillMeets(a.problem, plan, chunk, meets);
+      if (plan.by_rows) {
+        MultiplyRows<T>(a, chunk, part, x, y, meets, sums);
       } else {
-        MultiplyChunk<T, false>(a, chunk, unit, x, y, meets, each_tap, add, 0, of_unit);
+        MultiplyUnits<T>(a, chunk, first_unit, end_unit, x, y, meets, add, sums);
       }
     }
     if (!plan.two_levels || ((i + 1) % plan.run != 0 && i + 1 < chunks)) continue;
     constexpr int N = kLanes<A>;
+    const int64_t unit_elements = plan.rows * kBlock<A>;
     for (int64_t at = first_unit * unit_elements; at < end_unit * unit_elements;
          at += N) {
       const Vec<A, N> run = Load<N>(sums + at);

@@ -14,9 +14,11 @@
 namespace convgrad {
 namespace {
 
-// By whether lanes hold several groups, and whether x and dY are exchanged.
-constexpr const char* kNames[] = {"outer", "outer_lanes", "outer_exchanged",
-                                  "outer_lanes_exchanged", nullptr};
+// By whether lanes hold several groups, and whether x and dY are exchanged; and where
+// lanes hold positions, which makes no difference to either.
+constexpr const char* kNames[] = {
+    "outer", "outer_lanes", "outer_exchanged", "outer_lanes_exchanged", "dots", nullptr};
+constexpr int kDotsName = 4;
 
 int64_t Positions(const Problem& p) {
   return p.axis[0].out * p.axis[1].out * p.axis[2].out;
@@ -55,12 +57,13 @@ Problem WithLongRows(const Problem& given, bool swaps_axes) {
 // then.
 struct Way {
   Problem problem;
-  bool exchanged, many_groups;
+  bool exchanged, many_groups, dots;
   int64_t w_at;  // where dW begins
   FilterPlan plan;
 };
 
 const char* NameOf(const Way& way) {
+  if (way.dots) return kNames[kDotsName];
   return kNames[(way.many_groups ? 1 : 0) + (way.exchanged ? 2 : 0)];
 }
 
@@ -72,6 +75,9 @@ bool HasLhsDilation(const Problem& p) {
 // The positions of a chunk: as many as keep a block of dY in a first-level cache, and
 // whose sums one register may hold in float32 before rounding shows.
 constexpr int64_t kChunkPositions = 512;
+
+// And where lanes hold positions: as many as outweigh the sums across lanes.
+constexpr int64_t kDotPositions = 1024;
 
 bool IsEmpty(const Problem& p) {
   return p.batch == 0 || FilterElements(p) == 0 ||
@@ -104,13 +110,13 @@ int64_t EvenPart(int64_t size, int64_t most) {
 }
 
 void CutIntoChunks(const Problem& p, FilterPlan* plan) {
-  int64_t room = kChunkPositions;
+  int64_t room = plan->dots ? kDotPositions : kChunkPositions;
   const int64_t sizes[] = {p.batch, p.axis[0].out, p.axis[1].out, p.axis[2].out};
   for (int i = kAxes; i >= 0; --i) {
     plan->chunk[i] = EvenPart(sizes[i], room);
     room = plan->chunk[i] == sizes[i] ? room / sizes[i] : 1;
   }
-  SetExtents(p, plan);
+  if (!plan->dots) SetExtents(p, plan);
   for (int i = 0; i <= kAxes; ++i) {
     while (plan->packed_x * AccBytes(p) > kPackedXBytes && plan->chunk[i] > 1) {
       const int64_t chunk = plan->chunk[i], packed = plan->packed_x;
@@ -124,7 +130,7 @@ void CutIntoChunks(const Problem& p, FilterPlan* plan) {
     }
   }
   plan->chunks = 1;
-  plan->packed_y = plan->lanes;
+  plan->packed_y = plan->dots ? 0 : plan->lanes;
   for (int i = 0; i <= kAxes; ++i) {
     plan->grid[i] = CeilDiv(sizes[i], plan->chunk[i]);
     plan->chunks *= plan->grid[i];
@@ -221,9 +227,20 @@ bool WritesByRows(const Problem& p, const FilterPlan& plan) {
          plan.packed_y * plan.units * AccBytes(p) <= kPackedYBytes;
 }
 
-FilterPlan PlanOf(const Problem& p, bool many_groups) {
+// Whether rows of positions are runs of memory, of one tap that is inside x everywhere.
+bool DotsTake(const Problem& p) {
+  if (Taps(p) != 1 || p.axis[2].out < kLeastDotRun) return false;
+  if (p.axis[2].stride != 1 || p.dx.axis[2] != 1 || p.dy.axis[2] != 1) return false;
+  return std::all_of(p.axis, p.axis + kAxes, [](const Axis& x) {
+    return x.lhs_dilation == 1 && x.pad_lo <= 0 &&
+           (x.out - 1) * x.stride - x.pad_lo < x.in;
+  });
+}
+
+FilterPlan PlanOf(const Problem& p, bool many_groups, bool dots) {
   FilterPlan plan{};
   plan.many_groups = many_groups;
+  plan.dots = dots;
   plan.lanes = kBlockBytes / AccBytes(p);
   plan.lane_count = many_groups ? p.groups * p.out_channels : p.out_channels;
   plan.groups = many_groups ? 1 : p.groups;
@@ -246,8 +263,10 @@ FilterPlan PlanOf(const Problem& p, bool many_groups) {
     plan.pads |= x.pad_lo > 0 || last >= x.in;
   }
   const int64_t windows = p.axis[0].win + p.axis[1].win + p.axis[2].win;
-  plan.meets =
-      CeilDiv(windows * static_cast<int64_t>(sizeof(Meets)), kBlockBytes) * plan.lanes;
+  if (!dots) {
+    plan.meets =
+        CeilDiv(windows * static_cast<int64_t>(sizeof(Meets)), kBlockBytes) * plan.lanes;
+  }
   CutIntoChunks(p, &plan);
   plan.at_once = plan.chunks == 1;
   const auto cut = [&](bool by_rows) {
@@ -255,12 +274,14 @@ FilterPlan PlanOf(const Problem& p, bool many_groups) {
     plan.packed_units = by_rows ? plan.units : 1;
     plan.copy = plan.lanes * plan.rows * plan.units;
     CutIntoTasks(p, &plan);
-    if (plan.at_once) {
+    if (plan.at_once && dots) {
+      plan.copy = 0;
+    } else if (plan.at_once) {
       const int64_t slice = plan.many_groups ? p.in_channels : kSliceChannels;
       plan.copy = plan.lanes * plan.taps * std::min(slice, p.in_channels);
     }
   };
-  cut(plan.at_once && WritesByRows(p, plan));
+  cut(plan.at_once && !dots && WritesByRows(p, plan));
   // A stored program brings the workspace that it was planned with, maybe by an older
   // version that wanted less.
   const auto fits = [&] { return Elements(plan) * AccBytes(p) <= p.workspace_limit; };
@@ -273,6 +294,20 @@ FilterPlan PlanOf(const Problem& p, bool many_groups) {
 }
 
 // ---- the choice of a way ----------------------------------------------------------
+
+// As CostOf, where lanes hold positions: products of whole vectors and tiles, and for
+// each tile of a chunk the sums across lanes.
+double CostOfDots(const Problem& p, const FilterPlan& plan) {
+  constexpr double kPerTile = 300;
+  constexpr int64_t kTileChannels = 3, kTileLanes = 4;
+  const double tiles = 1.0 * p.groups * CeilDiv(p.in_channels, kTileChannels) *
+                       CeilDiv(p.out_channels, kTileLanes);
+  const int64_t vector = plan.lanes / 2;
+  const double positions = 1.0 * p.batch * p.axis[0].out * p.axis[1].out *
+                           CeilDiv(p.axis[2].out, vector) * vector;
+  return tiles *
+         (1.0 * kTileChannels * kTileLanes * positions + 1.0 * plan.chunks * kPerTile);
+}
 
 // Time, in products of a lane, about: those that are computed; what a tile costs besides;
 // and for each element that is packed what a scalar copy costs or, in the lanes of narrow
@@ -293,33 +328,43 @@ double CostOf(const Way& way) {
   const bool by_vectors =
       way.many_groups &&
       (p.out_channels == 1 || (p.out_channels == c && plan.lanes % p.out_channels == 0));
-  const double packed = 1.0 * plan.chunks * plan.packed_x *
-                        (by_vectors ? kPerLane : kPerCopy) *
-                        (way.many_groups ? plan.units : plan.groups);
+  // For each unit or group; of one group by all tasks that share a chunk.
+  const int64_t packs = way.many_groups    ? plan.units
+                        : plan.groups == 1 ? plan.unit_tasks
+                                           : plan.groups;
+  const double packed =
+      1.0 * plan.chunks * plan.packed_x * (by_vectors ? kPerLane : kPerCopy) * packs;
   return plan.units * (plan.lanes * positions * (rows + kPerLane) +
                        1.0 * plan.chunks * tiles * kPerTile) +
          packed;
 }
 
+// What vectors hold: out channels of one group, or of several, or positions.
+enum class Lanes { kOneGroup, kManyGroups, kPositions };
+
 bool ChooseWay(const Problem& given, const char* kernel, bool swaps_axes, Way* chosen) {
   const bool any = std::strcmp(kernel, "auto") == 0;
   double least = -1;
   for (const bool exchanged : {false, true}) {
-    Way way{given, exchanged, false, 0, {}};
+    Way way{given, exchanged, false, false, 0, {}};
     if (exchanged) way.problem = ForwardAsInputGrad(given, &way.w_at);
     way.problem = WithLongRows(way.problem, swaps_axes);
     const Problem& p = way.problem;
-    for (const bool many_groups : {false, true}) {
+    for (const Lanes lanes : {Lanes::kOneGroup, Lanes::kManyGroups, Lanes::kPositions}) {
+      if (lanes == Lanes::kPositions) MergePointwiseAxes(&way.problem);
+      const bool many_groups = lanes == Lanes::kManyGroups;
       way.many_groups = many_groups;
+      way.dots = lanes == Lanes::kPositions;
       if (!any && std::strcmp(kernel, NameOf(way)) != 0) continue;
+      if (way.dots && (exchanged || !DotsTake(p))) continue;
       // Out channels of several groups have to lie evenly.
       const bool even = p.out_channels == 1 || p.groups == 1 ||
                         p.dy.group == p.out_channels * p.dy.channel;
       if (many_groups && (!even || (any && p.groups == 1))) continue;
       double cost = 0;
       if (!IsEmpty(p)) {
-        way.plan = PlanOf(p, many_groups);
-        cost = CostOf(way);
+        way.plan = PlanOf(p, many_groups, way.dots);
+        cost = way.dots ? CostOfDots(p, way.plan) : CostOf(way);
       }
       if (least >= 0 && cost >= least) continue;
       least = cost;

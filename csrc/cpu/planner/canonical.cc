@@ -92,37 +92,42 @@ bool IsPointwise(const Axis& x) {
          x.in == x.out;
 }
 
-// Makes one long axis of those of a pointwise problem, images included, as far as
-// memory has them in a row. Not where the number of images would then decide between two
-// kernels (PlanesBeatGemm): an image's bits do not depend on its batch.
-void MergePointwiseAxes(Problem* p) {
-  for (const Axis& x : p->axis) {
-    if (!IsPointwise(x)) return;
-  }
-  const auto follows = [&](int64_t dx, int64_t dy, int64_t count) {
-    return count > 1 && dx == p->dx.axis[2] * p->axis[2].in &&
-           dy == p->dy.axis[2] * p->axis[2].in;
-  };
-  const auto lengthen = [&](int64_t count) {
-    p->axis[2].in *= count;
-    p->axis[2].out *= count;
-  };
-  for (int x = 1; x >= 0; --x) {
-    if (p->axis[x].in > 1 && !follows(p->dx.axis[x], p->dy.axis[x], p->axis[x].in)) {
-      return;
-    }
-    lengthen(p->axis[x].in);
-    p->axis[x] = Axis{};
-  }
+// Whether an axis of `count` positions, with these strides, goes on where the last axis
+// ends, in x and in y.
+bool FollowsRow(const Problem& p, int64_t dx, int64_t dy, int64_t count) {
+  return count > 1 && dx == p.dx.axis[2] * p.axis[2].in &&
+         dy == p.dy.axis[2] * p.axis[2].in;
+}
+
+void LengthenRow(int64_t times, Problem* p) {
+  p->axis[2].in *= times;
+  p->axis[2].out *= times;
+}
+
+// Images, too. Not where their number would then decide between two kernels
+// (PlanesBeatGemm): an image's bits do not depend on its batch.
+void MergePointwiseImages(Problem* p) {
   const bool decides = p->axis[2].in < kLongRow && p->in_channels <= kMaxFewChannels &&
                        p->out_channels <= kMaxRowChannels;
-  if (!decides && follows(p->dx.batch, p->dy.batch, p->batch)) {
-    lengthen(p->batch);
-    p->batch = 1;
-  }
+  if (decides || !FollowsRow(*p, p->dx.batch, p->dy.batch, p->batch)) return;
+  LengthenRow(p->batch, p);
+  p->batch = 1;
 }
 
 }  // namespace
+
+bool MergePointwiseAxes(Problem* p) {
+  for (const Axis& x : p->axis) {
+    if (!IsPointwise(x)) return false;
+  }
+  for (int x = 1; x >= 0; --x) {
+    const int64_t count = p->axis[x].in;
+    if (count > 1 && !FollowsRow(*p, p->dx.axis[x], p->dy.axis[x], count)) return false;
+    LengthenRow(count, p);
+    p->axis[x] = Axis{};
+  }
+  return true;
+}
 
 void MergeTaps(int x, Problem* p, int64_t* w_at) {
   constexpr int64_t kFewOutChannels = 16;
@@ -157,7 +162,7 @@ Problem Canonical(const Problem& given, int64_t* w_at) {
   for (int x = 0; x < kAxes; ++x) MergeTaps(x, &trimmed, w_at);
   Problem p = TrivialAxesFirst(trimmed);
   for (Axis& x : p.axis) x = WithoutIdleSteps(x);
-  MergePointwiseAxes(&p);
+  if (MergePointwiseAxes(&p)) MergePointwiseImages(&p);
   if (const int x = ChooseRowAxis(p); x != 2) SwapAxes(x, 2, &p);
   return p;
 }
