@@ -215,6 +215,12 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
     x.pad_lo = 0;
   }
   if (IsFoldable(p)) include(Folded(p), Kernel::kGemm);
+  // And where x has one, a channel (MergeWholeWindow).
+  Problem merged = p;
+  merged.out_channels *= Taps(p);
+  for (Axis& x : merged.axis) x = Axis{};
+  include(merged, Kernel::kGemm);
+  if (p.in_channels <= kMaxFewChannels) include(merged, Kernel::kDots);
   const WorkspaceBound padded = BoundPaddedRows(given);
   bound.bytes = std::max(bound.bytes, padded.bytes);
   bound.bytes_per_position =

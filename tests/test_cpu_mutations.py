@@ -60,6 +60,8 @@ MUTATIONS = (
               "int64_t c = run, t = 0;", "int64_t c = 0, t = 0;"),
     _mutation("taps of a lane that lie backwards are written forwards", _WRITE,
               "backwards ? taps - 1 - t : t", "t"),
+    _mutation("squares of a lane's taps that lie backwards are written forwards", _WRITE,
+              "backwards ? taps - 1 - (t + i) : t + i", "t + i"),
     _mutation("positions that the last vector has had count again", _DOTS,
               "(N - rest)", "(N - rest - 1)"),
     _mutation("all out channels of a block in the place of the first", _DOTS,

@@ -277,6 +277,12 @@ def named_cases() -> list[Case]:
         "strips_or_parts": g((24,), (2,), (112, 176), batch=8, padding=1),
         "strips_taps": g((3, 61), (2, 3), (3, 20), stride=(1, 2), rhs_dilation=(1, 2)),
         "strips_groups": g((3, 31), (1, 1), (80, 96), feature_groups=2, padding=((1, 0), (0, 0))),
+        # Fully connected layers: taps become channels, before or behind those that there are.
+        "whole_window": g((5, 4), (5, 4), (3, 40), batch=7),
+        "whole_window_nchw": g((5, 4), (5, 4), (3, 40), batch=7, dimension_numbers="first"),
+        "whole_window_gray": g((2, 3, 4), (2, 3, 4), (1, 9), dimension_numbers="first"),
+        "whole_window_dilated": g((7, 9), (3, 9), (2, 20), batch=5, rhs_dilation=(3, 1)),
+        "whole_window_row": g((6, 31), (3, 31), (4, 18)),
         # Runs of positions that end within a vector, also after the first slice of channels.
         "dots_images": g((5, 7), (1, 1), (7, 9), batch=3, dimension_numbers="first"),
         "dots_rows": g((6, 19), (1, 1), (106, 12), stride=(2, 1), feature_groups=2,

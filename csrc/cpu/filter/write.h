@@ -86,14 +86,30 @@ CONVGRAD_NOINLINE void WriteLaneRuns(const Acc<T>* from, int64_t channels, int64
   if (backwards) to -= taps - 1;  // where the last tap is
   for (int64_t c = 0; c < channels; ++c) {
     A run[kRunTaps * B];
-    for (int64_t t = 0; t < taps; ++t) {
+    int64_t t = 0;
+    for (; t + N <= taps; t += N) {  // squares of taps and lanes
+      Vec<A, N> square[V][N];
+      for (int i = 0; i < N; ++i) {
+        const int64_t tap = backwards ? taps - 1 - (t + i) : t + i;
+        Vec<A, N> row[V];
+        SumCopies<A>(from + (tap * channels + c) * B, copies, apart, row);
+        CONVGRAD_UNROLL
+        for (int v = 0; v < V; ++v) square[v][i] = row[v];
+      }
+      CONVGRAD_UNROLL
+      for (int v = 0; v < V; ++v) Transpose<A, N>(square[v]);
+      for (int64_t l = 0; l < lanes; ++l) {
+        Store<N>(run + l * taps + t, square[l / N][l % N]);
+      }
+    }
+    for (; t < taps; ++t) {
+      const int64_t tap = backwards ? taps - 1 - t : t;
       Vec<A, N> sum[V];
-      SumCopies<A>(from + (t * channels + c) * B, copies, apart, sum);
+      SumCopies<A>(from + (tap * channels + c) * B, copies, apart, sum);
       A values[B];
       CONVGRAD_UNROLL
       for (int v = 0; v < V; ++v) Store<N>(values + v * N, sum[v]);
-      A* const of_tap = run + (backwards ? taps - 1 - t : t);
-      for (int64_t l = 0; l < lanes; ++l) of_tap[l * taps] = values[l];
+      for (int64_t l = 0; l < lanes; ++l) run[l * taps + t] = values[l];
     }
     StoreRun(to + c * channel_step, run, lanes * taps);
   }

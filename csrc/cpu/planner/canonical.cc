@@ -76,6 +76,46 @@ int64_t TrimTaps(Axis* x) {
   return from;
 }
 
+// Whether one x meets each y along an axis, by a tap of its own, from the last one on.
+bool IsWholeWindow(const Axis& x) {
+  return x.in == 1 && x.win > 1 && x.out == x.win && x.stride == x.rhs_dilation &&
+         x.pad_lo == (x.win - 1) * x.rhs_dilation;
+}
+
+// Makes channels of a window as large as y: a fully connected layer, written as the
+// forward pass of a convolution, is a matrix product with one long sum. As far as memory
+// has the taps in a row, and channels before or behind them.
+void MergeWholeWindow(Problem* p, int64_t* w_at) {
+  Axis* const x = p->axis;
+  for (int a = kAxes - 1; a > 0; --a) {
+    if (!IsWholeWindow(x[a]) || !IsWholeWindow(x[a - 1])) continue;
+    const int64_t win = x[a].win;
+    if (p->dy.axis[a - 1] != win * p->dy.axis[a]) return;
+    if (p->w.axis[a - 1] != win * p->w.axis[a]) return;
+    p->dy.axis[a - 1] = p->dy.axis[a];
+    p->w.axis[a - 1] = p->w.axis[a];
+    const int64_t all = x[a - 1].win * win;
+    x[a - 1] = Axis{};
+    x[a - 1].win = x[a - 1].out = all;
+    x[a - 1].pad_lo = all - 1;
+    x[a] = Axis{};
+  }
+  const auto is_whole = [&](int a) { return IsWholeWindow(x[a]); };
+  const int at = is_whole(0) ? 0 : is_whole(1) ? 1 : 2;
+  if (p->groups > 1 || !is_whole(at)) return;
+  const int64_t k = p->out_channels, taps = x[at].win;
+  const int64_t dy_step = p->dy.axis[at], w_step = -p->w.axis[at];
+  if (k == 1 || (p->dy.channel == taps * dy_step && p->w.out_channel == taps * w_step)) {
+    p->dy.channel = dy_step;
+    p->w.out_channel = w_step;
+  } else if (dy_step != k * p->dy.channel || w_step != k * p->w.out_channel) {
+    return;
+  }
+  *w_at -= (taps - 1) * w_step;
+  p->out_channels = k * taps;
+  x[at] = Axis{};
+}
+
 // Without the stride and dilations that no tap uses.
 Axis WithoutIdleSteps(Axis x) {
   if (IsTrivial(x)) return Axis{};
@@ -159,6 +199,7 @@ Problem Canonical(const Problem& given, int64_t* w_at) {
   for (int x = 0; x < kAxes; ++x) {
     *w_at += TrimTaps(&trimmed.axis[x]) * given.w.axis[x];
   }
+  MergeWholeWindow(&trimmed, w_at);
   for (int x = 0; x < kAxes; ++x) MergeTaps(x, &trimmed, w_at);
   Problem p = TrivialAxesFirst(trimmed);
   for (Axis& x : p.axis) x = WithoutIdleSteps(x);

@@ -36,8 +36,8 @@ Problem TrivialAxesFirst(const Problem& given);
 // Windows may overlap. Not if dY is packed, which would write each element many times.
 void MergeTaps(int x, Problem* p, int64_t* w_at);
 
-// Makes one long axis of those of a pointwise problem, as far as memory has them in a row.
-// Returns whether it is all of them.
+// Makes one long axis of those of a pointwise problem, as far as memory has them in a
+// row. Returns whether it is all of them.
 bool MergePointwiseAxes(Problem* p);
 
 // Along an axis, in the phase that has most.

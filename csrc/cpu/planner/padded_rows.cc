@@ -23,6 +23,13 @@ bool HasChannelsToPad(const Problem& p) {
          p.out_channels <= kMostChannels && p.in_channels >= kLeastResults;
 }
 
+// Whether an image has so few results that copying the filter outweighs its products, as
+// where a window is as large as the image.
+bool HasLargeFilter(const Problem& p) {
+  constexpr int64_t kTapsForEach = 16;
+  return Taps(p) > kTapsForEach * p.axis[0].in * p.axis[1].in * p.axis[kRow].in;
+}
+
 int64_t Aligned(int64_t bytes) { return CeilDiv(bytes, 64) * 64; }
 
 // Zeros in front of dY along a row, or less than nothing where it is cropped.
@@ -130,7 +137,7 @@ PaddedRows PadRows(const Problem& given) {
     return padded;
   }
   const int64_t columns = (row.in - 1) * row.lhs_dilation + row.win;
-  if (columns > kTimesRow * row.out) return padded;
+  if (columns > kTimesRow * row.out || HasLargeFilter(given)) return padded;
   Problem& p = padded.problem = given;
   const int64_t bytes = AccBytes(given);
   p.axis[kRow].out = columns;
