@@ -26,6 +26,13 @@ __device__ __forceinline__ T UndoRelu(T value, T relu) {
   return Widen(relu) > 0 ? value : T{};
 }
 
+// Whether there is any. The same for all threads, so that kernels branch on it once,
+// around code that keeps no operands: made ready to be used or not, those cost more
+// instructions than the stores.
+__device__ __forceinline__ bool HasEpilogue(const Epilogue& epilogue) {
+  return epilogue.residual != nullptr || epilogue.relu != nullptr;
+}
+
 // Adjacent elements that are loaded or stored at once.
 template <typename T, int kCount>
 struct alignas(kCount * sizeof(T)) Adjacent {

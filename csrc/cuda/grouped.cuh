@@ -17,9 +17,9 @@
 // Of the products in it those are wasted that lie outside a group: none in bf16 if C and
 // K are multiples of 8, half for groups of 4 channels, 7/8 for depthwise ones.
 //
-// Tiling. A block has a slab of channels, of which it puts all fragments of B into shared
-// memory once, and walks over tiles of positions: a box of images and of positions in
-// every phase. All pixels of dY that a tile reads, the halo included, are copied to
+// Tiling. A block has a slab of channels. It puts all fragments of B for these into
+// shared memory once, and walks over tiles of positions: a box of images and of positions
+// in every phase. All pixels of dY that a tile reads, the halo included, are copied to
 // shared memory (cp.async; zeros outside dY) while the tile before is multiplied, so that
 // dY is read about once. All phases of a tile are computed from it, and dX leaves in
 // whole pixels of the slab. A slab is made of strips of kTiles tiles of 8 channels. A
@@ -196,7 +196,7 @@ __device__ __forceinline__ GroupedRow RowOfTile(const GroupedParams& params, int
   return row;
 }
 
-// Term `index` of all, of which a pair has two.
+// Term `index` of all. A pair has two.
 __device__ __forceinline__ GroupedTerm TermOf(const GroupedParams& params,
                                               const GroupedPhase* phases, int index) {
   const Geometry<int32_t>& g = params.geometry;
@@ -420,9 +420,10 @@ __device__ __forceinline__ void MultiplyUnit(
   }
 }
 
-// Stores 16 rows of a strip whose first channel is c. A lane has rows lane/4 and
-// lane/4 + 8, which lie at row_at in dX if there is such a row.
-template <typename T, int kTiles>
+// Stores 16 rows of a strip whose first channel is c, with an epilogue or, if there is
+// none, without. A lane has rows lane/4 and lane/4 + 8, which lie at row_at in dX if
+// there is such a row.
+template <bool kFused, typename T, int kTiles>
 __device__ __forceinline__ void StoreRows(const GroupedParams& params,
                                           const float (&sum)[kTiles][4],
                                           const int32_t (&row_at)[2],
@@ -442,7 +443,7 @@ __device__ __forceinline__ void StoreRows(const GroupedParams& params,
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int j = 0; j < kStores; ++j) {
-      if (exists(half, j)) {
+      if (kFused && exists(half, j)) {
         LoadOperands(params.epilogue, row_at[half] + channel(j), operands[half][j]);
       }
     }
@@ -462,7 +463,7 @@ __device__ __forceinline__ void StoreRows(const GroupedParams& params,
       TransposeQuad(word, lane);
       Adjacent<T, kCount> value;
       std::memcpy(&value, word, sizeof(value));
-      ApplyOperands(params.epilogue, operands[half][0], value.element);
+      if (kFused) ApplyOperands(params.epilogue, operands[half][0], value.element);
       if (exists(half, 0)) {
         *reinterpret_cast<Adjacent<T, kCount>*>(dx + row_at[half] + channel(0)) = value;
       }
@@ -470,7 +471,7 @@ __device__ __forceinline__ void StoreRows(const GroupedParams& params,
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         Adjacent<T, kCount> value = {{sum[j][2 * half], sum[j][2 * half + 1]}};
-        ApplyOperands(params.epilogue, operands[half][j], value.element);
+        if (kFused) ApplyOperands(params.epilogue, operands[half][j], value.element);
         if (exists(half, j)) {
           *reinterpret_cast<Adjacent<T, kCount>*>(dx + row_at[half] + channel(j)) = value;
         }
@@ -641,7 +642,11 @@ __global__ void __launch_bounds__(kGroupedThreads, kGroupedMinBlocks)
           row_exists[half] = RowExists(params, at, phase, row);
           row_at[half] = row_exists[half] ? unit_at + row.dx : 0;
         }
-        StoreRows<T, kTiles>(params, sum[i], row_at, row_exists, c, lane, dx);
+        if (HasEpilogue(params.epilogue)) {
+          StoreRows<true, T>(params, sum[i], row_at, row_exists, c, lane, dx);
+        } else {
+          StoreRows<false, T>(params, sum[i], row_at, row_exists, c, lane, dx);
+        }
       }
       RepairUnit<T>(params, at, phase, unit_rows, special, c, lane, dy, w, dx);
     }

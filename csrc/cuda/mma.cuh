@@ -135,7 +135,7 @@ struct MmaParams {
   int dy_width, w_width;  // bytes that a copy may have, of use if not kWide
   bool vector_store;      // dX takes aligned stores of 16 bytes, of f32: 8
   bool pair_store;        // or at least of 4 bytes
-  // The channels of a row of dX are in runs, of which several make a plane; the gaps are
+  // The channels of a row of dX are in runs, and several runs make a plane; the gaps are
   // what lies between the end of one and the start of the next.
   Divider<int32_t> run, plane;
   int32_t run_gap, plane_gap;
@@ -256,7 +256,7 @@ __device__ __forceinline__ bool IsVector(const MmaParams& params, int32_t c) {
 
 // Applies the epilogue to adjacent channels of a row, from channel c on, and stores those
 // that exist: in pairs if the row permits, else one by one. A loop that shifts registers,
-// which have no index: unrolled, this is much code, of which few problems run any.
+// which have no index: unrolled, this would be much code for few problems.
 template <int kCount, typename T>
 __device__ __forceinline__ void StoreNarrow(const MmaParams& params, T (&value)[kCount],
                                             int32_t row_at, int32_t c,
@@ -315,24 +315,36 @@ __device__ __forceinline__ void StoreZeros(const MmaParams& params,
   }
 }
 
-// Stores a strip whose first channel is c. A lane has rows lane/4 and lane/4 + 8, which
-// lie at row_at in dX if there is such a row. Returns which of its sums are not finite:
-// bit 4*j + e for sum[j][e].
-template <bool kVectorsOnly = false, typename T>
-__device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
-                                               const float (&sum)[kMmaStripTiles][4],
-                                               const int32_t (&row_at)[2],
-                                               const bool (&row_exists)[2], int32_t c,
-                                               int lane, T* __restrict__ dx) {
-  unsigned special = 0;
+// Which of a strip's sums are not finite: bit 4*j + e for sum[j][e]. Zero times a sum is
+// zero, unless it is one of those: so one test tells whether there are any.
+__device__ __forceinline__ unsigned NotFinite(const float (&sum)[kMmaStripTiles][4]) {
+  float check[4] = {};
 #pragma unroll
   for (int j = 0; j < kMmaStripTiles; ++j) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const bool finite = sum[j][e] - sum[j][e] == 0.0f;
-      special |= static_cast<unsigned>(!finite) << (4 * j + e);
+    for (int e = 0; e < 4; ++e) check[e] += sum[j][e] * 0.0f;
+  }
+  unsigned special = 0;
+  if (check[0] + check[1] + check[2] + check[3] != 0.0f) {
+#pragma unroll
+    for (int j = 0; j < kMmaStripTiles; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const bool finite = sum[j][e] - sum[j][e] == 0.0f;
+        special |= static_cast<unsigned>(!finite) << (4 * j + e);
+      }
     }
   }
+  return special;
+}
+
+// StoreStrip with an epilogue or, if there is none, without.
+template <bool kVectorsOnly, bool kFused, typename T>
+__device__ __forceinline__ void StoreStripAs(const MmaParams& params,
+                                             const float (&sum)[kMmaStripTiles][4],
+                                             const int32_t (&row_at)[2],
+                                             const bool (&row_exists)[2], int32_t c,
+                                             int lane, T* __restrict__ dx) {
   // The channels that a lane stores: of each row, 8 or 4 times 2.
   constexpr int kCount = kMmaStoreCount<T>;
   constexpr int kStores = kMmaWarpN / 4 / kCount;
@@ -348,7 +360,7 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int j = 0; j < kStores; ++j) {
-      if (row_exists[half] && is_vector(j)) {
+      if (kFused && row_exists[half] && is_vector(j)) {
         LoadOperands(params.epilogue, row_at[half] + ChannelAt(params, channel(j)),
                      operands[half][j]);
       }
@@ -357,7 +369,7 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
   const auto store = [&](int half, int j, Adjacent<T, kCount> value) {
     if (!row_exists[half]) return;
     if (is_vector(j)) {
-      ApplyOperands(params.epilogue, operands[half][j], value.element);
+      if (kFused) ApplyOperands(params.epilogue, operands[half][j], value.element);
       *reinterpret_cast<Adjacent<T, kCount>*>(dx + row_at[half] +
                                               ChannelAt(params, channel(j))) = value;
     } else if (!kVectorsOnly) {
@@ -387,7 +399,22 @@ __device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
       }
     }
   }
-  return special;
+}
+
+// Stores a strip whose first channel is c. A lane has rows lane/4 and lane/4 + 8, which
+// lie at row_at in dX if there is such a row. Returns which of its sums are not finite.
+template <bool kVectorsOnly = false, typename T>
+__device__ __forceinline__ unsigned StoreStrip(const MmaParams& params,
+                                               const float (&sum)[kMmaStripTiles][4],
+                                               const int32_t (&row_at)[2],
+                                               const bool (&row_exists)[2], int32_t c,
+                                               int lane, T* __restrict__ dx) {
+  if (HasEpilogue(params.epilogue)) {
+    StoreStripAs<kVectorsOnly, true>(params, sum, row_at, row_exists, c, lane, dx);
+  } else {
+    StoreStripAs<kVectorsOnly, false>(params, sum, row_at, row_exists, c, lane, dx);
+  }
+  return NotFinite(sum);
 }
 
 // Computes again, by the definition, the elements of `special`: bit 16*i + 4*j + e for
