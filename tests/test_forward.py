@@ -56,6 +56,17 @@ def test_random_geometry(rng, x64, index, dtype):
     check_kernels(rng, random_case(SEED, index).geometry, dtype)
 
 
+def test_stored_programs_of_whole_windows_run(rng, x64):
+    """They bring less workspace: that of when such a window's taps were not made channels."""
+    g = NAMED["whole_window_nchw"]
+    x, w = operands(rng, g, "float32")
+    wanted = planner.plan(g, "float32", "cpu", map_=FORWARD).workspace_bytes
+    call = functools.partial(oracles._call, platform="cpu", precision=None, map_=FORWARD)
+    y, _ = jax.jit(lambda x, w: call(x, w, g, ("auto", wanted - 64)))(x, w)
+    expected = oracles.lax_conv(g)(x.astype("float64"), w.astype("float64"))
+    assert normwise_error(y, expected) <= tolerance("float32", 60)
+
+
 # Convolutions without padding whose taps along a row are one run of x (csrc/cpu/planner).
 RUNS = {
     "patches": make_geometry((16, 16), (4, 4), (3, 40), batch=2, stride=4),

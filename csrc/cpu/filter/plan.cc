@@ -109,12 +109,29 @@ int64_t EvenPart(int64_t size, int64_t most) {
   return CeilDiv(size, CeilDiv(size, std::max<int64_t>(1, std::min(size, most))));
 }
 
+// Positions along the middle axis that a chunk takes before its rows, 1 for none. Where
+// nothing moves along rows, whole rows may leave room for one position beside them, whose
+// window would be packed for that alone.
+int64_t PositionsBeforeRows(const Problem& p, int64_t room) {
+  constexpr int64_t kLeastRow = 16, kTimesSpan = 4;
+  const Axis& x = p.axis[1];
+  const int64_t span = (x.win - 1) * x.rhs_dilation / x.stride;
+  if (p.axis[2].win > 1 || std::max<int64_t>(1, room / p.axis[2].out) > span) return 1;
+  return std::min({x.out, kTimesSpan * span, room / kLeastRow});
+}
+
 void CutIntoChunks(const Problem& p, FilterPlan* plan) {
-  int64_t room = plan->dots ? kDotPositions : kChunkPositions;
+  const int64_t positions = plan->dots ? kDotPositions : kChunkPositions;
   const int64_t sizes[] = {p.batch, p.axis[0].out, p.axis[1].out, p.axis[2].out};
+  const int64_t before_rows = PositionsBeforeRows(p, positions);
+  int64_t room = positions / before_rows;
   for (int i = kAxes; i >= 0; --i) {
     plan->chunk[i] = EvenPart(sizes[i], room);
-    room = plan->chunk[i] == sizes[i] ? room / sizes[i] : 1;
+    if (i == kAxes && before_rows > 1) {
+      room = positions / plan->chunk[i];
+    } else {
+      room = plan->chunk[i] == sizes[i] ? room / sizes[i] : 1;
+    }
   }
   if (!plan->dots) SetExtents(p, plan);
   for (int i = 0; i <= kAxes; ++i) {
@@ -198,6 +215,10 @@ int64_t Elements(const FilterPlan& plan) {
   const int64_t copies = plan.at_once ? plan.tasks : plan.splits;
   return plan.tasks * (plan.packed_x + plan.packed_y * plan.packed_units + plan.meets) +
          copies * plan.copy * (plan.two_levels ? 2 : 1);
+}
+
+bool Fits(const FilterPlan& plan, const Problem& p) {
+  return Elements(plan) * AccBytes(p) <= p.workspace_limit;
 }
 
 // Whether what the windows of a chunk span is mostly padding, or gaps between taps. In
@@ -284,9 +305,8 @@ FilterPlan PlanOf(const Problem& p, bool many_groups, bool dots) {
   cut(plan.at_once && !dots && WritesByRows(p, plan));
   // A stored program brings the workspace that it was planned with, maybe by an older
   // version that wanted less.
-  const auto fits = [&] { return Elements(plan) * AccBytes(p) <= p.workspace_limit; };
-  if (plan.by_rows && !fits()) cut(false);
-  while (!fits() && plan.unit_tasks > 1) {
+  if (plan.by_rows && !Fits(plan, p)) cut(false);
+  while (!Fits(plan, p) && plan.unit_tasks > 1) {
     --plan.unit_tasks;
     plan.tasks = plan.splits * plan.unit_tasks;
   }
@@ -309,9 +329,9 @@ double CostOfDots(const Problem& p, const FilterPlan& plan) {
          (1.0 * kTileChannels * kTileLanes * positions + 1.0 * plan.chunks * kPerTile);
 }
 
-// Time, in products of a lane, about: those that are computed; what a tile costs besides;
-// and for each element that is packed what a scalar copy costs or, in the lanes of narrow
-// groups, a vector's.
+// Time, in products of a lane, about: the products; what a tile costs besides; and for
+// each element that is packed a scalar copy or, in the lanes of narrow groups, a
+// vector's.
 double CostOf(const Way& way) {
   constexpr double kPerCopy = 16, kPerLane = 3, kPerTile = 1000;
   constexpr int64_t kRows = 6;
@@ -365,6 +385,8 @@ bool ChooseWay(const Problem& given, const char* kernel, bool swaps_axes, Way* c
       if (!IsEmpty(p)) {
         way.plan = PlanOf(p, many_groups, way.dots);
         cost = way.dots ? CostOfDots(p, way.plan) : CostOf(way);
+        // Stored programs may be older than this way.
+        if (any && way.dots && !Fits(way.plan, given)) continue;
       }
       if (least >= 0 && cost >= least) continue;
       least = cost;
@@ -377,10 +399,9 @@ bool ChooseWay(const Problem& given, const char* kernel, bool swaps_axes, Way* c
 // Returns false if no way is of that name.
 bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
   if (!ChooseWay(given, kernel, true, chosen)) return false;
-  const bool fits =
-      IsEmpty(given) || Elements(chosen->plan) * AccBytes(given) <= given.workspace_limit;
-  // Stored programs may be older than the swap.
-  return fits || ChooseWay(given, kernel, false, chosen);
+  // And than the swap.
+  return IsEmpty(given) || Fits(chosen->plan, given) ||
+         ChooseWay(given, kernel, false, chosen);
 }
 
 // ---- tables for the kernel --------------------------------------------------------

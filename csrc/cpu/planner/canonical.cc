@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "../../phase.h"
+#include "kernel_table.h"
 
 namespace convgrad {
 
@@ -199,7 +200,14 @@ Problem Canonical(const Problem& given, int64_t* w_at) {
   for (int x = 0; x < kAxes; ++x) {
     *w_at += TrimTaps(&trimmed.axis[x]) * given.w.axis[x];
   }
-  MergeWholeWindow(&trimmed, w_at);
+  Problem merged = trimmed;
+  int64_t merged_at = *w_at;
+  MergeWholeWindow(&merged, &merged_at);
+  // A stored program may bring the workspace of when such windows were not merged.
+  if (LayOut(merged, Kernel::kGemm).bytes <= given.workspace_limit) {
+    trimmed = merged;
+    *w_at = merged_at;
+  }
   for (int x = 0; x < kAxes; ++x) MergeTaps(x, &trimmed, w_at);
   Problem p = TrivialAxesFirst(trimmed);
   for (Axis& x : p.axis) x = WithoutIdleSteps(x);
