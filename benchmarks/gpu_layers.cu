@@ -48,7 +48,7 @@ constexpr double kSecondsOfTiming = 0.04;  // of one kernel and tile
 
 // ---- ceilings ---------------------------------------------------------------------
 
-// The matrices of cuBLAS's products, of which A takes at most a part of this.
+// The matrices of cuBLAS's products.
 class Products {
  public:
   bool AreThere() const { return blas_.IsThere(); }

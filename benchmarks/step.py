@@ -4,7 +4,7 @@
 
 A step is the forward pass, the loss, the gradients for all parameters and SGD with momentum: in
 JAX one jitted program by optax that is given its parameters' memory, in PyTorch what its users
-write, on every core, in both memory formats, of which the faster counts. All in float32 and on a
+write, on every core, in both memory formats: the faster one counts. All in float32 and on a
 CPU. How the programs are compared, timed and taken apart is `python -m jax_convgrad step`'s, whose
 docstring says what the JSON holds (jax_convgrad/tools/step.py). Here are besides
 

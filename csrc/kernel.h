@@ -157,7 +157,7 @@ Gpu CurrentGpu();  // of capability 0 if there is none
 // one that the driver here can serve, 0 if there is no driver.
 int CudaToolkitVersion();
 int CudaDriverVersion();
-Gpu GpuOf(int capability);  // such as are sold
+Gpu GpuOf(int capability);
 
 bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* plan);
 // Enough for the plan of any GPU: a program may run on another one than it was lowered

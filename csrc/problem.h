@@ -69,7 +69,7 @@ constexpr Roles RolesOf(Map map) {
 // backwards: by negative strides, from its last tap, `w_at` elements after its first.
 Problem ForwardAsInputGrad(const Problem& problem, int64_t* w_at);
 
-// Fills `problem`, the input gradient's (but for dtype and allow_tf32), and returns the
+// Fills `problem`, the input gradient's (except dtype and allow_tf32), and returns the
 // empty string, or says what is wrong with the request.
 std::string MakeProblem(const Ints& lhs_shape, const Ints& rhs_shape,
                         const Ints& out_shape, const Attributes& attributes,

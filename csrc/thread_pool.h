@@ -78,7 +78,8 @@ inline void RunInPool(xla::ffi::ThreadPool& pool, int64_t count,
       pool.Schedule([loop] { loop->TakeTasks(); });
     }
   } catch (const std::bad_alloc&) {
-    // Fewer helpers then; leaving now would pull `task` from under those that started.
+    // Fewer helpers then; leaving now would pull `task` from under the helpers that
+    // started.
   }
   loop->TakeTasks();
   loop->Wait();

@@ -119,7 +119,7 @@ def _abstract_eval(dy: Any, rhs: Any, *arrays: Any, geometry: ConvGeometry, **_:
 
 
 def _jvp(primals: Any, tangents: Any, *, epilogue: tuple[str, ...], **params: Any) -> Any:
-    """The steps are linear but for the mask, which has no derivative."""
+    """The steps are linear, except the mask, which has no derivative."""
     dy, rhs, *arrays = primals
     dy_dot, rhs_dot, *array_dots = tangents
     out = _bind(*primals, epilogue=epilogue, **params)

@@ -15,7 +15,7 @@ from .dispatch import Implementation
 from .geometry import ConvGeometry, DimensionNumbers, Padding, is_static
 from .maps import FILTER_GRAD, FORWARD
 
-# JAX has two words for it, of which lowering uses the second.
+# JAX has two words for it. Lowering uses the second.
 _LOWERING_PLATFORM = {"gpu": "cuda"}
 
 
@@ -73,7 +73,7 @@ class Explanation:
 
     @property
     def waves(self) -> float | None:
-        """The grid's blocks over those that the reference GPU holds at once."""
+        """The grid's blocks over the blocks that the reference GPU holds at once."""
         if self.plan is None or self.reference is None:
             return None
         return self.plan.blocks / (self.plan.resident * self.reference.multiprocessors)

@@ -47,7 +47,7 @@ def conv_input_grad(
 
         dX + residual, and then zero where relu_mask <= 0,
 
-    each rounded to the result's dtype, bit for bit as if written out (but for the bits of a
+    each rounded to the result's dtype, bit for bit as if written out (except the bits of a
     NaN). In programs that are split over devices, under `vmap`, and in derivatives they are
     written out.
 

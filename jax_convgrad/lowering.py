@@ -151,7 +151,7 @@ def call_kernel(
     """The custom call.
 
     Args:
-        ctx: JAX's lowering context, of which the types of operands and result are used.
+        ctx: JAX's lowering context. The types of operands and result are taken from it.
         map_: what is computed.
         target: the call's name.
         first: operand of the map, lowered.

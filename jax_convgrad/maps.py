@@ -77,7 +77,7 @@ class Index:
 
 
 def indices(geometry: ConvGeometry) -> dict[str, Index]:
-    """The indices but for the spatial ones, by name."""
+    """The indices except the spatial ones, by name."""
     lhs_spec, rhs_spec, out_spec = geometry.dimension_numbers
     of_images, of_features = geometry.batch_group_count, geometry.feature_group_count
     by_groups = lhs_spec[0] if of_images > 1 else lhs_spec[1]

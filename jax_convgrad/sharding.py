@@ -242,15 +242,8 @@ def inferred(
 ) -> PartitionSpec | None:
     """How the result is sharded where the sharding is part of types (explicit mesh axes).
 
-    Args:
-        geometry: the convolution.
-        types: of the map's operands.
-        mesh_shape: sizes of the mesh axes.
-        map_: what is computed.
-
-    Returns:
-        A specification for the result that leaves every shard where it is, or None if
-        there is no such one: a channel that is summed over is cut, or the operands disagree.
+    So that every shard of the operands, whose `types` they are, stays where it is. None if
+    that cannot be: a channel that is summed over is cut, or the operands disagree.
     """
     specs = {role: spec_of(aval) for role, aval in zip(map_.operands, types, strict=True)}
     shape = shape_of_role(geometry, map_.result)

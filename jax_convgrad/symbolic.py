@@ -40,7 +40,7 @@ def workspace_bound(
     module = native.module_for(platform)
     assert module is not None, platform
     sample = _sample(geometry)
-    fixed, per_position = module.workspace_bound(
+    return module.workspace_bound(
         np.dtype(dtype).name,
         sample.lhs_shape,
         sample.rhs_shape,
@@ -48,7 +48,6 @@ def workspace_bound(
         custom_call.attributes(sample, platform, precision),
         map_name=map_.name,
     )
-    return fixed, per_position
 
 
 def workspace_shape(

@@ -39,7 +39,7 @@ def time_entry(us):
 
 
 def measured(rng, planted, problems=400, noise=0.04, outliers=0.15):
-    """A report as if a GPU worked as a table says, but for noise, outliers and failures.
+    """A report as if a GPU worked as a table says, plus noise, outliers and failures.
 
     Each problem has three rungs of a kind of operands. Arithmetic over memory is anything from
     a tenth to ten times, so that many problems are near both bounds.

@@ -80,8 +80,8 @@ def plans(module, g, dtype, precision=None):
 def program(module, g, dtype, precision=None):
     """A jitted function of (dy, w) that computes {kernel: dX} by every kernel.
 
-    With two more arguments, residual and relu, of which either may have the shape (0,), that
-    of the fused call.
+    With two more arguments, residual and relu, either of which may have the shape (0,), it is
+    the fused call.
     """
     planned = plans(module, g, dtype, precision)
     lhs, rhs, out = custom_call.layouts(g, "cuda")
@@ -118,7 +118,7 @@ def check(module, case, dtype, rng, precision=None):
         assert normwise_error(dx, reference) <= bound, (name, g)
 
 
-# Two dtypes for each: test_emulator_core.py has all, but for many groups, and is faster.
+# Two dtypes for each: test_emulator_core.py has all, except many groups, and is faster.
 @pytest.mark.parametrize("turn", [0, 1])
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
 def test_kernels_against_float64(emulated, set_mode, rng, index, turn):

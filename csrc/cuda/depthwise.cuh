@@ -8,8 +8,8 @@
 // product to do: in a channels-last layout neighbouring lanes take neighbouring channels,
 // a lane has its own filter, and what decides is how few instructions surround a
 // multiply-add. At the copy bandwidth of an H200 a multiprocessor has about 28 of them
-// for each bf16 element of dX (18 bytes a clock, 128 lanes), of which a 3x3 filter takes
-// 9 and a 5x5 filter 25.
+// for each bf16 element of dX (18 bytes a clock, 128 lanes). A 3x3 filter takes 9, a 5x5
+// filter 25.
 //
 // Lattices. With g = gcd(stride, dilation), stride = g*s and dilation = g*d, the
 // positions h of one residue modulo the dilation form a problem of their own
@@ -479,7 +479,7 @@ __global__ void __launch_bounds__(kRingThreads, S::kMinBlocks)
 // ---- window -----------------------------------------------------------------------
 
 // Adds a row of taps to the sums of a run: taps t of tap_count, tap_pitch apart in shared
-// memory. Output k and tap t read position j + k - t of dY, of which j_count exist; row
+// memory. Output k and tap t read position j + k - t of the j_count positions of dY; row
 // is where position zero lies.
 template <typename T, int kVector, int kRun>
 __device__ __forceinline__ void SlideAlong(const T* row, int64_t dy_col, int32_t j,

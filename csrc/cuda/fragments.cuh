@@ -81,7 +81,7 @@ __device__ __forceinline__ float FromBits(uint32_t bits) {
   return v;
 }
 
-// v less its rounding to TF32, rounded itself: the two add up to v but for 2^-22 of it.
+// v less its rounding to TF32, rounded itself: the two add up to v within 2^-22 of it.
 __device__ __forceinline__ uint32_t RestOfTf32(float v, uint32_t rounded) {
   return RoundToTf32(v - FromBits(rounded));
 }

@@ -200,7 +200,7 @@ struct Cut {
   double model_us;
 };
 
-// Fills in what follows, but for the model. Returns false if a block does not fit.
+// Fills in what follows, except the model. Returns false if a block does not fit.
 bool FinishCut(const Problem& problem, const Work& work, Cut* cut) {
   constexpr int64_t kChunkBytes = kGroupedChunkBytes, kBanks = 8;  // of 16 bytes
   cut->tile_count = CeilDiv(problem.batch, cut->images);

@@ -293,7 +293,7 @@ __device__ __forceinline__ void WgmmaF16(float (&d)[kColumns / 2], uint64_t a,
   WGMMA_16_BY_COLUMNS("f16")
 }
 
-// f32 bit patterns, of which the tensor core reads the upper 19 bits.
+// f32 bit patterns. The tensor core reads their upper 19 bits.
 template <int kColumns>
 __device__ __forceinline__ void WgmmaTf32(float (&d)[kColumns / 2], uint64_t a,
                                           uint64_t b) {

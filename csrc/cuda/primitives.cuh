@@ -81,8 +81,8 @@ __device__ __forceinline__ void LoadMatrixX4Transposed(uint32_t (&r)[4],
                : "memory");
 }
 
-// Starts copying kBytes (4, 8 or 16) from global to shared memory, of which only the
-// first `bytes` are read and the rest become zeros. Both addresses are multiples of
+// Starts copying kBytes (4, 8 or 16) from global to shared memory. Only the first
+// `bytes` are read, the rest become zeros. Both addresses are multiples of
 // kBytes. The source is not read at all if `bytes` is 0, but must be a valid address.
 template <int kBytes>
 __device__ __forceinline__ void CopyAsync(void* to, const void* from, int bytes) {

@@ -3,7 +3,7 @@
 // which the host compiler or nvcc reads; this header needs no CUDA.
 //
 // A plan function returns false if its kernel does not take the problem. Otherwise it
-// fills in the whole plan but for the kernel's name, from its arguments and rates.h
+// fills in the whole plan except the kernel's name, from its arguments and rates.h
 // alone: not from the GPU that is there, which may not be the one that runs the program.
 
 #pragma once

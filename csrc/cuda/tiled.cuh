@@ -21,7 +21,7 @@
 // verdicts, and a slice with a non-finite W is multiplied row by row under a mask. The
 // test costs about one instruction in a hundred; masking always would cost far more.
 //
-// Limits: any Problem with fewer than 2^31 tiles, of which an image can be addressed by
+// Limits: any Problem with fewer than 2^31 tiles whose images can each be addressed by
 // 32-bit indices (the host launches part after part of the batch). Worth it only where C
 // and K fill a good part of kN and kK. Fetches are scalar, so that any stride, size and
 // alignment will do.

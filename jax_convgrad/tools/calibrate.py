@@ -9,8 +9,8 @@ for it. Results are compared with the kernel "direct" before they are timed, in 
 The JSON is what `machine.describe` gives, `options`, `complete`, and
 
     rates              the table that the measured plans were made with, as `rates.Rates`
-    multiprocessors    {gpu, model}: of the GPU, None if JAX does not say; and those that the
-                       models count with
+    multiprocessors    {gpu, model}: of the GPU, None if JAX does not say; and how many
+                       the models count with
     copy_bytes_per_us  of a large copy, read and written
     problems           one object each: name, geometry (text), dtype, precision, bytes (least
                        traffic), launch (true: so small that only the launch counts), planned

@@ -226,7 +226,7 @@ def main(
 
     Args:
         count: random geometries, besides the named ones.
-        maps: names in `MAPS`, comma-separated; None for those that have kernels here.
+        maps: names in `MAPS`, comma-separated; None for the maps that have kernels here.
         dtype: "all" or a key of `DTYPES`.
         seed: of the geometries and of the data.
         kernel: one kernel by name, on the geometries that it takes; None for the planner's.

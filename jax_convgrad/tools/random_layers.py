@@ -50,7 +50,7 @@ def random_workload(
             geometry = _draw(rng)
         except ValueError:  # padding took more than there is; draw again
             continue
-        # lax's filter gradient of groups is a dense one, of which a part is kept.
+        # lax's filter gradient of groups is a dense one. It keeps a part of that.
         times = geometry.groups if name == "dw" else 1
         sizes = [math.prod(s) for s in (geometry.lhs_shape, geometry.rhs_shape, geometry.out_shape)]
         if (

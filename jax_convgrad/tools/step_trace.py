@@ -2,8 +2,8 @@
 
 Every operation of the compiled program is an event, named as in the program's text, whose
 metadata say which primitive of JAX it stems from. Operations run at the same time where the
-program lets them: each instant is divided among those that run then, so that all parts
-together, and the time in which none runs, are the whole.
+program lets them: each instant is divided among the operations that run then, so that all
+parts together, and the time in which none runs, are the whole.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def trace(text: str, run: Callable[[], Any]) -> dict[str, Any] | None:
         run: runs some steps and waits for them.
 
     Returns:
-        {shares, rest}: by key in PARTS its share of the time, those that there are; and of the
-        rest [operation, share], the costliest first. None where no operation was seen.
+        {shares, rest}: by key in PARTS, if there is any, its share of the time; and of the rest
+        [operation, share], the costliest first. None where no operation was seen.
     """
     known = instructions(text)
     options = jax.profiler.ProfileOptions()

@@ -1,7 +1,7 @@
 """Training steps of whole nets: compiled, compared, timed and taken apart.
 
-Of any net: a `Training` says what a step is. The fields of the report are those that the
-docstring of `step` defines.
+Of any net: a `Training` says what a step is. The docstring of `step` defines the fields of
+the report.
 """
 
 from __future__ import annotations

@@ -323,7 +323,7 @@ _EMULATED = ("-DCONVGRAD_CUDA", "-DCONVGRAD_EMULATED", '-DCONVGRAD_CUDA_CODE="em
 
 
 def module() -> types.ModuleType:
-    """The Python module with the FFI handlers, as `_cuda` is but for the CPU.
+    """The Python module with the FFI handlers, like `_cuda`, but for a CPU.
 
     Raises:
         BuildError: something does not compile.

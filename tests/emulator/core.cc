@@ -169,7 +169,7 @@ void ApplySteps(const Problem& problem, const Arrays& arrays, Array* dx) {
   }
 }
 
-// Whether two arrays have the same bits, but for those of NaNs.
+// Whether two arrays have the same bits, except where both have a NaN.
 bool Agree(const Array& a, const Array& b) {
   for (int64_t i = 0; i < a.count(); ++i) {
     const double x = a.Get(i), y = b.Get(i);

@@ -4,11 +4,11 @@
 
 Builds FOLDER/core, FOLDER/primitives, FOLDER/hopper_primitives and FOLDER/gpu_layers for the
 GPU that is here, or ahead for an architecture, where there may be no GPU. Kernels that the
-package's build compiled are taken from its folder, but for those whose waits the tests bound.
+package's build compiled are taken from its folder, except kernels whose waits the tests bound.
 
 For each kernel it writes FOLDER/full.KERNEL, small problems in every dtype, and
 FOLDER/short.KERNEL, some that the kernel takes, small enough for a sanitizer that follows
-every access; and FOLDER/layers, those that gpu_layers times.
+every access; and FOLDER/layers, the problems that gpu_layers times.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def spread(lines: list[str]) -> list[str]:
 
 
 def full_problems(kernel: str) -> list[str]:
-    """Lines for core.cc, of which the kernel skips what it does not take."""
+    """Lines for core.cc. The kernel skips problems that it does not take."""
     small = list(cases.small_cases(10, 0, 1 << 18))
     if kernel == "wgmma":
         hopper = cases.hopper_sweep(40, 0)

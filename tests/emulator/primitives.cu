@@ -2,8 +2,8 @@
 // documents them, by their formulas from a lane and a register to a row and a column, and
 // conversions against a search through all values of the narrow type. Built by a host
 // compiler this tests the emulator; built by nvcc, the GPU and the PTX in primitives.cuh,
-// which have to agree with the same models: bit by bit, but for sums of random products
-// on the tensor cores, whose order and rounding are not documented.
+// which have to agree with the same models: bit by bit, except sums of random products on
+// the tensor cores, whose order and rounding are not documented.
 //
 // Prints a line for each failure; exit status 1 if there was one.
 

@@ -236,8 +236,8 @@ inline std::vector<double> LiteralSum(const Problem& p, const std::vector<double
   return dx;
 }
 
-// The two arrays of an epilogue, of which `which` asks for the residual (1), for the
-// ReLU's (2) or for both (3).
+// The arrays of an epilogue: `which` asks for the residual (1), for the ReLU's (2) or for
+// both (3).
 class EpilogueArrays {
  public:
   EpilogueArrays(int which, DType dtype, const Ints& shape, bool special,

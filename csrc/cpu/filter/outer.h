@@ -95,8 +95,8 @@ CONVGRAD_INLINE void TileOf(int64_t rows, const A* x, const int64_t* offset, con
 
 // ---- the task -------------------------------------------------------------------------
 
-// The products of some taps in a chunk, of which `strides` are one position apart, and
-// where both operands begin.
+// The products of some taps in a chunk, and where both operands begin. `strides` are
+// those of one position.
 CONVGRAD_INLINE Loop LoopOver(const FilterArgs& a, int64_t images, const Meets* meets,
                               const Loop& strides, int64_t first_tap, int64_t last_tap,
                               int64_t* x_first, int64_t* y_first) {

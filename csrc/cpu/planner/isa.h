@@ -19,7 +19,7 @@ struct Isa {
 // Without a name and kernels if the build has none for this processor.
 const Isa& ChosenIsa();
 
-// The names of those that the build holds, and null.
+// The names of the instruction sets that the build holds, and null.
 const char* const* BuiltIsaNames();
 
 // The best instruction set of this processor, built or not.

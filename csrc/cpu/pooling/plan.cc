@@ -11,7 +11,7 @@
 namespace convgrad {
 namespace {
 
-// Winners have the number of their tap, of which a 32-bit lane also holds -1.
+// Winners have the number of their tap; -1 is none. A 32-bit lane holds both.
 constexpr int64_t kMostTaps = (int64_t{1} << 31) - 1;
 // Windows over one position, all of whose winners are on the stack. With more, lax takes
 // about as long.
@@ -71,8 +71,8 @@ PoolAxis MakeAxis(int64_t in, int64_t out, int64_t window, int64_t stride,
   return x;
 }
 
-// Merges dimensions without windows: [outer, axes.., inner], of which an axis may have no
-// windows either. Returns how many axes there are.
+// Merges dimensions without windows: [outer, axes.., inner]. An axis may have no windows
+// either. Returns how many axes there are.
 size_t Canonicalise(const Ints& x_shape, const Ints& dy_shape, const PoolAttributes& a,
                     PoolArgs* args) {
   std::vector<PoolAxis> axes;

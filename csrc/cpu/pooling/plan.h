@@ -16,7 +16,7 @@ struct PoolAttributes {
   Ints padding;  // low and high of the first dimension, then of the next
 };
 
-// Fills `args` but for the pointers and returns the empty string, or says what is wrong
+// Fills `args`, except its pointers, and returns the empty string, or says what is wrong
 // with the request or beyond the kernel. No array is empty.
 std::string MakePool(const Ints& x_shape, const Ints& dy_shape,
                      const PoolAttributes& attributes, DType dtype, PoolArgs* args);

@@ -11,7 +11,7 @@ namespace CONVGRAD_ISA {
 namespace {
 
 // Vectors that a loop takes at once, so that they share what the loop itself costs. Each
-// has a winner and its value in registers, of which there are 16 at least.
+// has a winner and its value in registers. There are at least 16 registers.
 constexpr int kPoolVectors = kVectorBytes == 64 ? 2 : 4;
 static_assert(kPoolVectors * kVectorBytes <= kPoolBlockBytes, "rows have too few lanes");
 
@@ -60,7 +60,7 @@ struct PoolTile {
   const T *x, *x_end;  // x of this image and channel; where x ends
   const T* dy;         // likewise
   T* dx;
-  I* winner;   // [window][row], of which the first lane lies behind a margin
+  I* winner;   // [window][row]; the first lane lies behind a margin
   A* dy_rows;  // likewise
   A *best, *x_row, *sums;
 };
