@@ -420,10 +420,10 @@ __device__ __forceinline__ void MultiplyUnit(
   }
 }
 
-// Stores 16 rows of a strip whose first channel is c, with an epilogue or, if there is
-// none, without. A lane has rows lane/4 and lane/4 + 8, which lie at row_at in dX if
-// there is such a row.
-template <bool kFused, typename T, int kTiles>
+// Stores 16 rows of a strip whose first channel is c. A lane has rows lane/4 and
+// lane/4 + 8, which lie at row_at in dX if there is such a row. One copy of it serves
+// with and without an epilogue: two would spill a register.
+template <typename T, int kTiles>
 __device__ __forceinline__ void StoreRows(const GroupedParams& params,
                                           const float (&sum)[kTiles][4],
                                           const int32_t (&row_at)[2],
@@ -443,7 +443,7 @@ __device__ __forceinline__ void StoreRows(const GroupedParams& params,
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int j = 0; j < kStores; ++j) {
-      if (kFused && exists(half, j)) {
+      if (exists(half, j)) {
         LoadOperands(params.epilogue, row_at[half] + channel(j), operands[half][j]);
       }
     }
@@ -463,7 +463,7 @@ __device__ __forceinline__ void StoreRows(const GroupedParams& params,
       TransposeQuad(word, lane);
       Adjacent<T, kCount> value;
       std::memcpy(&value, word, sizeof(value));
-      if (kFused) ApplyOperands(params.epilogue, operands[half][0], value.element);
+      ApplyOperands(params.epilogue, operands[half][0], value.element);
       if (exists(half, 0)) {
         *reinterpret_cast<Adjacent<T, kCount>*>(dx + row_at[half] + channel(0)) = value;
       }
@@ -471,7 +471,7 @@ __device__ __forceinline__ void StoreRows(const GroupedParams& params,
 #pragma unroll
       for (int j = 0; j < kTiles; ++j) {
         Adjacent<T, kCount> value = {{sum[j][2 * half], sum[j][2 * half + 1]}};
-        if (kFused) ApplyOperands(params.epilogue, operands[half][j], value.element);
+        ApplyOperands(params.epilogue, operands[half][j], value.element);
         if (exists(half, j)) {
           *reinterpret_cast<Adjacent<T, kCount>*>(dx + row_at[half] + channel(j)) = value;
         }
@@ -642,11 +642,7 @@ __global__ void __launch_bounds__(kGroupedThreads, kGroupedMinBlocks)
           row_exists[half] = RowExists(params, at, phase, row);
           row_at[half] = row_exists[half] ? unit_at + row.dx : 0;
         }
-        if (HasEpilogue(params.epilogue)) {
-          StoreRows<true, T>(params, sum[i], row_at, row_exists, c, lane, dx);
-        } else {
-          StoreRows<false, T>(params, sum[i], row_at, row_exists, c, lane, dx);
-        }
+        StoreRows<T, kTiles>(params, sum[i], row_at, row_exists, c, lane, dx);
       }
       RepairUnit<T>(params, at, phase, unit_rows, special, c, lane, dy, w, dx);
     }
