@@ -74,7 +74,9 @@ struct Plan {
   const char* kernel;
   int64_t workspace_bytes;
 
-  bool exchanged;  // a CPU kernel takes dY for the filter and W for dY (kernel_cpu.cc)
+  // How a CPU kernel takes the problem: dY for the filter and W for dY (kernel_cpu.cc);
+  // the taps of a window as large as dY for channels (cpu/planner/canonical.h).
+  bool exchanged, merges_windows;
 
   // How a CUDA kernel cuts the problem up; zero where it does not apply.
   int64_t tile_m, tile_n, tile_k;  // of the matrix product that a block computes

@@ -145,9 +145,12 @@ PaddedRows PadRowsWithin(const Problem& problem, int64_t* bytes) {
 
 }  // namespace
 
-bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
+namespace {
+
+// PlanCpu for one of the forms of the problem, which plan->merges_windows names.
+bool PlanForm(const Problem& given, const char* kernel, Plan* plan) {
   int64_t w_at;
-  Problem problem = Canonical(given, &w_at);
+  Problem problem = Canonical(given, plan->merges_windows, &w_at);
   bool packs_little = true;
   const auto make = [&](const char* wanted) {
     Chosen chosen;
@@ -191,6 +194,19 @@ bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
   return make(kernel);
 }
 
+}  // namespace
+
+bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
+  plan->merges_windows = true;
+  if (PlanForm(given, kernel, plan) && plan->workspace_bytes <= given.workspace_limit) {
+    return true;
+  }
+  // A kernel by name may take the taps alone, and a stored program may bring the
+  // workspace of when windows were not merged.
+  plan->merges_windows = false;
+  return PlanForm(given, kernel, plan);
+}
+
 WorkspaceBound BoundCpuWorkspace(const Problem& given) {
   Problem p = given;
   p.batch = 0;  // leaves out the packed dY
@@ -219,6 +235,7 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
   Problem merged = p;
   merged.out_channels *= Taps(p);
   for (Axis& x : merged.axis) x = Axis{};
+  if (p.out_channels == 1) merged.dy.channel = 2;  // its taps may lie apart
   include(merged, Kernel::kGemm);
   if (p.in_channels <= kMaxFewChannels) include(merged, Kernel::kDots);
   const WorkspaceBound padded = BoundPaddedRows(given);
@@ -233,7 +250,7 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
             void* dx, void* workspace, const Epilogue& epilogue, int64_t threads,
             const ParallelFor& parallel_for) {
   int64_t w_at;
-  Problem problem = Canonical(given, &w_at);
+  Problem problem = Canonical(given, plan.merges_windows, &w_at);
   w = static_cast<const unsigned char*>(w) + w_at * SizeInBytes(given.dtype);
   if (plan.exchanged) {
     problem = Exchanged(problem);

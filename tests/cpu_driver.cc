@@ -127,6 +127,20 @@ bool GivesTheSameBits(const Array& first, const Ints& shape, int64_t lacks,
   return same;
 }
 
+// Whether a problem is planned the same with the workspace of its plan, which is all that
+// the handler knows of it.
+template <typename PlanFunction>
+bool IsPlannedAgain(PlanFunction plan_of, Problem problem, const char* kernel) {
+  Plan first{}, again{};
+  if (!plan_of(problem, kernel, &first)) return true;
+  problem.workspace_limit = first.workspace_bytes;
+  return plan_of(problem, kernel, &again) &&
+         std::strcmp(first.kernel, again.kernel) == 0 &&
+         first.workspace_bytes == again.workspace_bytes &&
+         first.exchanged == again.exchanged &&
+         first.merges_windows == again.merges_windows;
+}
+
 // What a line asks of a map: dX, or y, which is read as an input gradient.
 struct Request {
   Problem problem;
@@ -156,6 +170,11 @@ int RunRequest(const Line& line, const Request& request, const std::vector<int>&
   kernels.push_back("auto");  // which alone exchanges operands
   for (const char* const kernel : kernels) {
     Plan plan{};
+    if (!IsPlannedAgain(PlanCpu, problem, kernel)) {
+      std::printf("FAIL %s %s %s: planned otherwise with the workspace of its plan\n",
+                  line.name.c_str(), line.dtype.c_str(), kernel);
+      ++failures;
+    }
     if ((line.kernel != "*" && line.kernel != kernel) ||
         !PlanCpu(problem, kernel, &plan) ||
         (std::strcmp(kernel, "auto") == 0 && !plan.exchanged)) {
@@ -248,6 +267,12 @@ int RunFilter(const Line& line, const Problem& problem, const std::vector<int>& 
       static_cast<double>(problem.axis[2].out);
   const double bound = line.tolerance * std::max(1.0, std::sqrt(terms));
   int failures = 0;
+  if (!IsPlannedAgain(PlanCpuFilterGrad, problem, "auto")) {
+    std::printf(
+        "FAIL %s %s filter:auto planned otherwise with the workspace of its plan\n",
+        line.name.c_str(), line.dtype.c_str());
+    ++failures;
+  }
   for (const char* const* name = CpuFilterKernelNames(); *name != nullptr; ++name) {
     Plan plan{};
     if ((line.kernel != "*" && line.kernel != *name) ||

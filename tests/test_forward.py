@@ -67,6 +67,16 @@ def test_stored_programs_of_whole_windows_run(rng, x64):
     assert normwise_error(y, expected) <= tolerance("float32", 60)
 
 
+def test_a_whole_window_may_be_taken_by_the_kernel_for_few_channels(rng, x64):
+    """Its workspace is less than gemm's, which decided whether taps were made channels."""
+    g = make_geometry((5, 5), (5, 5), (20, 10), batch=64, dimension_numbers="first")
+    x, w = operands(rng, g, "float32")
+    assert planner.plan(g, "float32", "cpu", map_=FORWARD).kernel == "few_channels_dot"
+    y = jax.jit(functools.partial(bind_forward, geometry=g, implementation="native"))(x, w)
+    expected = oracles.lax_conv(g)(x.astype("float64"), w.astype("float64"))
+    assert normwise_error(y, expected) <= tolerance("float32", 500)
+
+
 # Convolutions without padding whose taps along a row are one run of x (csrc/cpu/planner).
 RUNS = {
     "patches": make_geometry((16, 16), (4, 4), (3, 40), batch=2, stride=4),

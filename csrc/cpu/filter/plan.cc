@@ -120,10 +120,10 @@ int64_t PositionsBeforeRows(const Problem& p, int64_t room) {
   return std::min({x.out, kTimesSpan * span, room / kLeastRow});
 }
 
-void CutIntoChunks(const Problem& p, FilterPlan* plan) {
+void CutIntoChunks(const Problem& p, bool may_be_before_rows, FilterPlan* plan) {
   const int64_t positions = plan->dots ? kDotPositions : kChunkPositions;
   const int64_t sizes[] = {p.batch, p.axis[0].out, p.axis[1].out, p.axis[2].out};
-  const int64_t before_rows = PositionsBeforeRows(p, positions);
+  const int64_t before_rows = may_be_before_rows ? PositionsBeforeRows(p, positions) : 1;
   int64_t room = positions / before_rows;
   for (int i = kAxes; i >= 0; --i) {
     plan->chunk[i] = EvenPart(sizes[i], room);
@@ -258,7 +258,7 @@ bool DotsTake(const Problem& p) {
   });
 }
 
-FilterPlan PlanOf(const Problem& p, bool many_groups, bool dots) {
+FilterPlan PlanOf(const Problem& p, bool many_groups, bool dots, bool before_rows) {
   FilterPlan plan{};
   plan.many_groups = many_groups;
   plan.dots = dots;
@@ -288,7 +288,7 @@ FilterPlan PlanOf(const Problem& p, bool many_groups, bool dots) {
     plan.meets =
         CeilDiv(windows * static_cast<int64_t>(sizeof(Meets)), kBlockBytes) * plan.lanes;
   }
-  CutIntoChunks(p, &plan);
+  CutIntoChunks(p, before_rows, &plan);
   plan.at_once = plan.chunks == 1;
   const auto cut = [&](bool by_rows) {
     plan.by_rows = by_rows;
@@ -362,13 +362,22 @@ double CostOf(const Way& way) {
 // What vectors hold: out channels of one group, or of several, or positions.
 enum class Lanes { kOneGroup, kManyGroups, kPositions };
 
-bool ChooseWay(const Problem& given, const char* kernel, bool swaps_axes, Way* chosen) {
+// How problems are cut up: as now, and as earlier versions did. A stored program brings
+// the workspace of its own version's plan.
+struct Version {
+  bool swaps_axes, before_rows;
+};
+constexpr Version kVersions[] = {{true, true}, {true, false}, {false, false}};
+
+// The cheapest way of that name, or of any; of those that fit the workspace, if it must.
+bool ChooseWay(const Problem& given, const char* kernel, const Version& version,
+               bool must_fit, Way* chosen) {
   const bool any = std::strcmp(kernel, "auto") == 0;
   double least = -1;
   for (const bool exchanged : {false, true}) {
     Way way{given, exchanged, false, false, 0, {}};
     if (exchanged) way.problem = ForwardAsInputGrad(given, &way.w_at);
-    way.problem = WithLongRows(way.problem, swaps_axes);
+    way.problem = WithLongRows(way.problem, version.swaps_axes);
     const Problem& p = way.problem;
     for (const Lanes lanes : {Lanes::kOneGroup, Lanes::kManyGroups, Lanes::kPositions}) {
       if (lanes == Lanes::kPositions) MergePointwiseAxes(&way.problem);
@@ -383,10 +392,19 @@ bool ChooseWay(const Problem& given, const char* kernel, bool swaps_axes, Way* c
       if (many_groups && (!even || (any && p.groups == 1))) continue;
       double cost = 0;
       if (!IsEmpty(p)) {
-        way.plan = PlanOf(p, many_groups, way.dots);
-        cost = way.dots ? CostOfDots(p, way.plan) : CostOf(way);
-        // Stored programs may be older than this way.
-        if (any && way.dots && !Fits(way.plan, given)) continue;
+        const auto plan_of = [&](const Problem& problem) {
+          return PlanOf(problem, many_groups, way.dots, version.before_rows);
+        };
+        way.plan = plan_of(p);
+        if (must_fit && !Fits(way.plan, given)) continue;
+        if (any) {
+          // Without a limit: the handler, which has that of the plan, is to choose again
+          // what was planned.
+          Way free = way;
+          free.problem.workspace_limit = INT64_MAX;
+          free.plan = plan_of(free.problem);
+          cost = way.dots ? CostOfDots(p, free.plan) : CostOf(free);
+        }
       }
       if (least >= 0 && cost >= least) continue;
       least = cost;
@@ -398,10 +416,10 @@ bool ChooseWay(const Problem& given, const char* kernel, bool swaps_axes, Way* c
 
 // Returns false if no way is of that name.
 bool ChooseWay(const Problem& given, const char* kernel, Way* chosen) {
-  if (!ChooseWay(given, kernel, true, chosen)) return false;
-  // And than the swap.
-  return IsEmpty(given) || Fits(chosen->plan, given) ||
-         ChooseWay(given, kernel, false, chosen);
+  for (const Version& version : kVersions) {
+    if (ChooseWay(given, kernel, version, true, chosen)) return true;
+  }
+  return ChooseWay(given, kernel, kVersions[0], false, chosen);
 }
 
 // ---- tables for the kernel --------------------------------------------------------

@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "../../phase.h"
-#include "kernel_table.h"
 
 namespace convgrad {
 
@@ -194,20 +193,13 @@ void MergeTaps(int x, Problem* p, int64_t* w_at) {
   axis.in = axis.out = positions;
 }
 
-Problem Canonical(const Problem& given, int64_t* w_at) {
+Problem Canonical(const Problem& given, bool merges_windows, int64_t* w_at) {
   Problem trimmed = given;
   *w_at = 0;
   for (int x = 0; x < kAxes; ++x) {
     *w_at += TrimTaps(&trimmed.axis[x]) * given.w.axis[x];
   }
-  Problem merged = trimmed;
-  int64_t merged_at = *w_at;
-  MergeWholeWindow(&merged, &merged_at);
-  // A stored program may bring the workspace of when such windows were not merged.
-  if (LayOut(merged, Kernel::kGemm).bytes <= given.workspace_limit) {
-    trimmed = merged;
-    *w_at = merged_at;
-  }
+  if (merges_windows) MergeWholeWindow(&trimmed, w_at);
   for (int x = 0; x < kAxes; ++x) MergeTaps(x, &trimmed, w_at);
   Problem p = TrivialAxesFirst(trimmed);
   for (Axis& x : p.axis) x = WithoutIdleSteps(x);
