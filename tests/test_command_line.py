@@ -13,7 +13,7 @@ from conftest import SEED
 
 import jax_convgrad
 from jax_convgrad import __main__, dispatch, native, planner
-from jax_convgrad.tools import check, random_layers, references, results, workloads
+from jax_convgrad.tools import check, random_layers, references, results, timing, workloads
 from jax_convgrad.tools import layers as layer_lists
 from jax_convgrad.tools.geometries import make_geometry, named_cases
 
@@ -210,6 +210,23 @@ def test_bench_runs_inside_a_scan(layers, tmp_path, layout):
         assert row["failures"] == []
         assert row["implementation"] == "native"
         assert {time["instances"] for time in row["times_us"].values()} == {3}
+
+
+def test_bench_gives_every_peer_as_many_problems_in_a_call():
+    """One slow first run had fewer in a call ever after: lax lost to itself by 1.7."""
+
+    class Peer:
+        def __init__(self, name, us, first_us):
+            self.name, self.us, self.next_us = name, us, first_us
+
+        def run(self, first, instances, calls):
+            del first, instances, calls
+            took, self.next_us = self.next_us, self.us
+            return took
+
+    peers = [Peer("ours", 100.0, 5000.0), Peer("lax", 120.0, 120.0)]
+    timings = timing.measure(peers, pool=16, batched=False, row_seconds=0.0)
+    assert {name: t.instances for name, t in timings.items()} == {"ours": 10, "lax": 10}
 
 
 @pytest.mark.parametrize("direction", ["y", "dx", "dw"])

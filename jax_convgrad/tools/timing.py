@@ -14,8 +14,9 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-# One measured call lasts at least this long, so that starting it weighs little. Longer
-# calls would hold more results at once than a cache does, for some peers and not others.
+# One measured call of the fastest peer lasts at least this long, so that starting it weighs
+# little. All peers have as many problems in a call: with fewer, what a call costs besides
+# would count more often, and with more, its results would not stay in a cache.
 CALL_US = 1_000.0
 MIN_ROUNDS, MAX_ROUNDS = 3, 60
 
@@ -75,6 +76,11 @@ class Timing:
         return Spread.of([theirs / ours for ours, theirs in pairs])
 
 
+def _single_us(peer: Peer, instances: int) -> float:
+    """Microseconds per problem, about. The first run may meet memory that nobody has touched."""
+    return min(peer.run(0, instances, 1) for _ in range(2))
+
+
 def measure(
     peers: Sequence[Peer], *, pool: int, batched: bool, row_seconds: float
 ) -> dict[str, Timing]:
@@ -84,20 +90,21 @@ def measure(
         peers: at least one, warmed up by one call each.
         pool: number of operand sets that they cycle through.
         batched: every call takes the whole pool, and calls are issued back to back: for
-            devices where issuing costs as much as a problem. Otherwise each peer takes as
-            many problems a call as last `CALL_US`.
+            devices where issuing costs as much as a problem. Otherwise a call has as many
+            problems as last `CALL_US` for the fastest peer.
         row_seconds: time to spend; a row of slow peers takes longer for `MIN_ROUNDS`.
 
     Returns:
         The timings by name.
     """
+    instances = pool if batched else 1
+    single_us = {peer.name: _single_us(peer, instances) for peer in peers}
+    if not batched:
+        instances = max(1, min(pool, math.ceil(CALL_US / min(single_us.values()))))
     plans: dict[str, tuple[int, int]] = {}
     for peer in peers:
-        single_us = peer.run(0, pool if batched else 1, 1)
-        if batched:
-            plans[peer.name] = (pool, max(1, math.ceil(CALL_US / (single_us * pool))))
-        else:
-            plans[peer.name] = (max(1, min(pool, math.ceil(CALL_US / single_us))), 1)
+        calls = math.ceil(CALL_US / (single_us[peer.name] * pool)) if batched else 1
+        plans[peer.name] = instances, max(1, calls)
         peer.run(0, *plans[peer.name])  # compiles that many instances
     samples: dict[str, list[float]] = {peer.name: [] for peer in peers}
     cursors = dict.fromkeys(samples, 0)
