@@ -197,13 +197,13 @@ bool PlanForm(const Problem& given, const char* kernel, Plan* plan) {
 }  // namespace
 
 bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
-  plan->merges_windows = true;
-  if (PlanForm(given, kernel, plan) && plan->workspace_bytes <= given.workspace_limit) {
-    return true;
-  }
   // A kernel by name may take the taps alone, and a stored program may bring the
-  // workspace of when windows were not merged.
-  plan->merges_windows = false;
+  // workspace of when windows were not merged: that of the plan without a limit tells.
+  Problem free = given;
+  free.workspace_limit = INT64_MAX;
+  plan->merges_windows = true;
+  plan->merges_windows =
+      PlanForm(free, kernel, plan) && plan->workspace_bytes <= given.workspace_limit;
   return PlanForm(given, kernel, plan);
 }
 
@@ -235,7 +235,8 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
   Problem merged = p;
   merged.out_channels *= Taps(p);
   for (Axis& x : merged.axis) x = Axis{};
-  if (p.out_channels == 1) merged.dy.channel = 2;  // its taps may lie apart
+  if (p.groups == 1 && p.out_channels == 1)
+    merged.dy.channel = 2;  // its taps may lie apart
   include(merged, Kernel::kGemm);
   if (p.in_channels <= kMaxFewChannels) include(merged, Kernel::kDots);
   const WorkspaceBound padded = BoundPaddedRows(given);

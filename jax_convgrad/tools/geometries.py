@@ -277,6 +277,8 @@ def named_cases() -> list[Case]:
         "strips_or_parts": g((24,), (2,), (112, 176), batch=8, padding=1),
         "strips_taps": g((3, 61), (2, 3), (3, 20), stride=(1, 2), rhs_dilation=(1, 2)),
         "strips_groups": g((3, 31), (1, 1), (80, 96), feature_groups=2, padding=((1, 0), (0, 0))),
+        # Columns of few channels by few taps, in rows: another kernel would do.
+        "patch_2x2_gray": g((64, 64), (2, 2), (1, 16), stride=2, dimension_numbers="first"),
         # Fully connected layers: taps become channels, before or behind the layer's own.
         "whole_window": g((5, 4), (5, 4), (3, 40), batch=7),
         "whole_window_nchw": g((5, 4), (5, 4), (3, 40), batch=7, dimension_numbers="first"),

@@ -72,6 +72,14 @@ bool ChannelsAreSlow(const Problem& p) {
 
 bool Takes(Kernel kernel, const Problem& p) { return RowOf(kernel).takes(p); }
 
+// Of gemm's matrix product, whatever workspace there is: a plan's own has to lead to the
+// same choice as none.
+int64_t Columns(const Problem& p) {
+  Problem free = p;
+  free.workspace_limit = INT64_MAX;
+  return Folded(free).in_channels;
+}
+
 // Groups so small that pixels may be in lanes as well as channels.
 bool HasSmallGroups(const Problem& p) {
   return std::max(p.in_channels, p.out_channels) <= kMaxFewChannels;
@@ -104,13 +112,13 @@ Chosen ChooseForGroups(const Problem& p) {
   }
   if (channels) return Named(Kernel::kChannels);
   if (planes && LiesInRows(p)) return DepthwisePlanes();
-  const bool few = Folded(p).in_channels <= kFewChannels;
+  const bool few = Columns(p) <= kFewChannels;
   return Named(few && Takes(Kernel::kPlanes, p) ? Kernel::kPlanes : Kernel::kGemm);
 }
 
 Chosen ChooseDense(const Problem& p) {
   if (IsMostlyZeros(p)) return Named(Kernel::kGemm);
-  const int64_t columns = Folded(p).in_channels;
+  const int64_t columns = Columns(p);
   const bool planes = Takes(Kernel::kPlanes, p);
   if (planes && columns == p.in_channels && PlanesBeatGemm(p)) {
     return Named(Kernel::kPlanes);
