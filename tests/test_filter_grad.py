@@ -55,7 +55,7 @@ CUTS = {
         (6, 5), (3, 2), (4, 7), batch=19, padding=1, dimension_numbers="odd"
     ),
     "images next to each other, a long window": make_geometry(
-        (60,), (12,), (5, 7), batch=300, rhs_dilation=5, dimension_numbers="odd"
+        (60, 2), (12, 1), (5, 7), batch=150, rhs_dilation=(5, 1), dimension_numbers="odd"
     ),
     # These write rows in order of memory.
     "one position": make_geometry((1, 1), (1, 1), (50, 72), batch=7),
