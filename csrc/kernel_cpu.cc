@@ -199,11 +199,15 @@ bool PlanForm(const Problem& given, const char* kernel, Plan* plan) {
 bool PlanCpu(const Problem& given, const char* kernel, Plan* plan) {
   // A kernel by name may take the taps alone, and a stored program may bring the
   // workspace of when windows were not merged: that of the plan without a limit tells.
-  Problem free = given;
-  free.workspace_limit = INT64_MAX;
-  plan->merges_windows = true;
-  plan->merges_windows =
-      PlanForm(free, kernel, plan) && plan->workspace_bytes <= given.workspace_limit;
+  plan->merges_windows = std::any_of(given.axis, given.axis + kAxes, [](const Axis& x) {
+    return x.in == 1 && x.win > 1;
+  });
+  if (plan->merges_windows) {
+    Problem free = given;
+    free.workspace_limit = INT64_MAX;
+    plan->merges_windows =
+        PlanForm(free, kernel, plan) && plan->workspace_bytes <= given.workspace_limit;
+  }
   return PlanForm(given, kernel, plan);
 }
 

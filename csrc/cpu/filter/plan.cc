@@ -395,16 +395,14 @@ bool ChooseWay(const Problem& given, const char* kernel, const Version& version,
         const auto plan_of = [&](const Problem& problem) {
           return PlanOf(problem, many_groups, way.dots, version.before_rows);
         };
-        way.plan = plan_of(p);
+        // Without a limit: the handler, which has that of the plan, is to choose again
+        // what was planned.
+        Problem free = p;
+        free.workspace_limit = INT64_MAX;
+        way.plan = plan_of(free);
+        cost = way.dots ? CostOfDots(p, way.plan) : CostOf(way);
+        if (!Fits(way.plan, given)) way.plan = plan_of(p);
         if (must_fit && !Fits(way.plan, given)) continue;
-        if (any) {
-          // Without a limit: the handler, which has that of the plan, is to choose again
-          // what was planned.
-          Way free = way;
-          free.problem.workspace_limit = INT64_MAX;
-          free.plan = plan_of(free.problem);
-          cost = way.dots ? CostOfDots(p, free.plan) : CostOf(free);
-        }
       }
       if (least >= 0 && cost >= least) continue;
       least = cost;
