@@ -35,31 +35,36 @@ int64_t DenseElements(const Problem& p) {
   return furthest + 1 == elements ? elements : 0;
 }
 
-struct Column {
-  int64_t w, dx;
+// Where each column of one group of the problem once folded lies in the filter and in dX,
+// by increasing place in the latter.
+struct Columns {
+  std::vector<int64_t> w, dx;
 };
 
-// The columns of one group of the problem once folded, by increasing place in dX.
-std::vector<Column> Columns(const Problem& p) {
-  const int64_t taps = Folded(p).in_channels / p.in_channels;
-  const bool fold = taps > 1;
-  std::vector<Column> out;
-  out.reserve(p.in_channels * taps);
-  for (int64_t c = 0; c < p.in_channels; ++c) {
-    for (int64_t r = 0; r < taps; ++r) {
-      Column column = {c * p.w.in_channel, c * p.dx.channel};
-      int64_t rest = r;
-      for (int x = kAxes - 1; fold && x >= 0; --x) {
-        column.w += rest % p.axis[x].win * p.w.axis[x];
-        column.dx += rest % p.axis[x].win * p.dx.axis[x];
-        rest /= p.axis[x].win;
-      }
-      out.push_back(column);
+Columns ColumnsOf(const Problem& p) {
+  struct Loop {
+    int64_t count, w, dx;
+  };
+  std::vector<Loop> loops = {{p.in_channels, p.w.in_channel, p.dx.channel}};
+  if (Folded(p).in_channels > p.in_channels) {
+    for (int x = 0; x < kAxes; ++x) {
+      loops.push_back({p.axis[x].win, p.w.axis[x], p.dx.axis[x]});
     }
   }
-  const auto before = [](const Column& a, const Column& b) { return a.dx < b.dx; };
-  if (!std::is_sorted(out.begin(), out.end(), before)) {
-    std::sort(out.begin(), out.end(), before);
+  std::sort(loops.begin(), loops.end(),
+            [](const Loop& a, const Loop& b) { return a.dx < b.dx; });
+  // From the loop of the shortest steps on, each repeats what those before it made.
+  Columns out{{0}, {0}};
+  for (const Loop& loop : loops) {
+    const size_t made = out.w.size();
+    out.w.reserve(made * loop.count);
+    out.dx.reserve(made * loop.count);
+    for (int64_t i = 1; i < loop.count; ++i) {
+      for (size_t j = 0; j < made; ++j) {
+        out.w.push_back(out.w[j] + i * loop.w);
+        out.dx.push_back(out.dx[j] + i * loop.dx);
+      }
+    }
   }
   return out;
 }
@@ -315,21 +320,24 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
   args.taint = base + at.taint;
   args.zeros = base + at.zeros;
   args.packed_dy = at.pack_dy ? base + at.packed_dy : nullptr;
-  std::vector<int64_t> column_w, column_dx;
+  Columns columns;
   if (kernel == Kernel::kGemm) {
-    for (const Column& column : Columns(problem)) {
-      column_w.push_back(column.w);
-      column_dx.push_back(column.dx);
-    }
-    args.column_w = column_w.data();
-    args.column_dx = column_dx.data();
+    columns = ColumnsOf(problem);
+    args.column_w = columns.w.data();
+    args.column_dx = columns.dx.data();
   }
   if (kernel == Kernel::kPlanes) args.plane_tile = ChoosePlaneTile(problem);
 
   CpuJob job;
   RowOf(kernel).prepare(ChosenIsa(), args.problem)(args, &job);
+  // Waking threads takes longer than filling a small workspace.
+  constexpr int64_t kLeastSharedBytes = 16 * 1024;
   for (int i = 0; i < job.stages; ++i) {
     const CpuStage& stage = job.stage[i];
+    if (i + 1 < job.stages && at.bytes < kLeastSharedBytes) {
+      for (int64_t index = 0; index < stage.count; ++index) stage.task(job.state, index);
+      continue;
+    }
     parallel_for(stage.count, [&](int64_t index) { stage.task(job.state, index); });
   }
 }

@@ -145,4 +145,7 @@ def is_faster_in_float32(geometry: ConvGeometry, dtype: Any, map_: Map, kernel: 
         return False
     _, rhs_spec, _ = geometry.dimension_numbers
     summed = geometry.rhs_shape[rhs_spec[1 if map_ is FORWARD else 0]]
-    return summed <= _FEW_SUMMED and math.prod(geometry.window_sizes) >= _MANY_TAPS
+    taps = math.prod(geometry.window_sizes)
+    # Results fewer than taps do not pay for widening the filter.
+    pays = _MANY_TAPS <= taps <= math.prod(geometry.out_sizes)
+    return summed <= _FEW_SUMMED and pays

@@ -118,6 +118,19 @@ def test_sixteen_bits_of_few_channels_are_widened(monkeypatch, rng, map_):
     np.testing.assert_array_equal(out, wide.astype("float16"))
     deep = make_geometry((9, 10), (3, 3), (33, 33), padding=1)
     assert dispatch.choose(deep, "float16", "cpu", map_=map_).kernel_dtype is None
+    few_results = make_geometry((9, 10), (9, 9), channels)
+    assert dispatch.choose(few_results, "float16", "cpu", map_=map_).kernel_dtype is None
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("channels", [(8, 8), (4, 8), (12, 8)])
+@pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD])
+def test_groups_of_several_channels_in_float64_are_not_permuted(channels, map_):
+    g = make_geometry((20, 20), (3, 3), channels, feature_groups=4)
+    assert oracles.plan(g, "float64", map_=map_)[0] == "few_channels"
+    g = make_geometry((20, 20), (3, 3), [16 * n for n in channels], feature_groups=64)
+    assert oracles.plan(g, "float64", map_=map_)[0] == "gemm"
+    assert oracles.plan(g, "float32", map_=map_)[0] == "depthwise"
 
 
 @pytest.mark.native

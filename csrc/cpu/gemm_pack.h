@@ -147,6 +147,10 @@ inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& 
   const int64_t k_step = p.w.out_channel;
   Vec<Sum<O>, L> taint{};
   Sum<O> rest = 0;
+  // Behind the columns lie those of the next k, so that a vector of which some are left
+  // can be read whole. Of the last k nothing is known to follow.
+  const int64_t left = panel.columns % L;
+  const int64_t next = k_step >= L ? k1 - 1 : k0;
   for (int64_t k = k0; k < k1; ++k) {
     const T* from = w + k * kPerOperand<O> * k_step;
     O* row = to + k * width;
@@ -155,6 +159,13 @@ inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& 
       const Vec<O, L> values = LoadAcross<O, L>(from + c, k_step, k >= whole);
       NoteTaint<L, O>(&taint, values);
       Store<L>(row + c, values);
+    }
+    if (left > 0 && k < next) {
+      const Vec<O, L> values =
+          KeepLeading<O, L>(LoadAcross<O, L>(from + c, k_step, k >= whole), left);
+      NoteTaint<L, O>(&taint, values);
+      Store<L>(row + c, values);
+      c += L;
     }
     for (; c < width; ++c) {
       const O value =

@@ -28,7 +28,8 @@ namespace {
 constexpr int64_t kStripPixels = 24;
 static_assert(kHasTiles || kMaxRegisterRows <= kMostStripRows, "see job.h");
 static_assert(kStripPixels >= kMostStripRows, "a strip is a register tile at least");
-constexpr int64_t kStripSum = 384;  // operands of it, at most
+constexpr int64_t kStripSum = 384;   // operands of it, at most
+constexpr int64_t kStripAhead = 24;  // how many pixels early reads are asked for
 
 // What a strip, or a register tile of it, reads for each tap: from where on, and which
 // row of the packed panel.
@@ -54,21 +55,30 @@ struct Strip {
 };
 
 // out[i*out_step ...] = sum over taps, k of a[t][i*step + k] * b[filter[t] + k][...],
-// where a[t] begins `at` elements behind base + at[t].
-template <typename O, int kRows, int kVecs>
+// where a[t] begins `at` elements behind base + at[t]. If kAsks, asks for what the first
+// tap will read kStripAhead pixels further on, and for where their sums will go.
+template <typename O, int kRows, int kVecs, bool kAsks>
 CONVGRAD_NOINLINE void MultiplyStrip(const StripTaps<O>& taps, int64_t at, int64_t step,
                                      int64_t k_count, const O* b, Sum<O>* out,
                                      int64_t out_step) {
   constexpr int L = kLanes<O>;
+  constexpr int64_t kLine = 64 / static_cast<int>(sizeof(O));
   Vec<Sum<O>, L> sum[kRows][kVecs] = {};
   for (int t = 0; t < taps.count; ++t) {
     const O* row[kRows];
     CONVGRAD_UNROLL
     for (int i = 0; i < kRows; ++i) row[i] = taps.base + (taps.at[t] + at + i * step);
     const O* bk = b + taps.filter[t] * (kVecs * L);
-    for (int64_t k = 0; k < k_count; ++k) {
-      AddOuterProduct<O>(sum, bk, [&](int i) { return row[i][k]; });
-      bk += kVecs * L;
+    for (int64_t k0 = 0, k1; k0 < k_count; k0 = k1) {
+      k1 = kAsks && k_count - k0 > kLine ? k0 + kLine : k_count;
+      for (int i = 0; kAsks && t == 0 && i < kRows; ++i) {
+        if (k0 == 0) __builtin_prefetch(out + (kStripAhead + i) * out_step, 1);
+        __builtin_prefetch(row[i] + kStripAhead * step + k0);
+      }
+      for (int64_t k = k0; k < k1; ++k) {
+        AddOuterProduct<O>(sum, bk, [&](int i) { return row[i][k]; });
+        bk += kVecs * L;
+      }
     }
   }
   CONVGRAD_UNROLL
@@ -105,6 +115,8 @@ CONVGRAD_NOINLINE void MultiplyPanels(const Strip<O>& strip, int64_t panels, con
                                       int64_t b_step, Sum<O>* out, int64_t out_step) {
   constexpr int64_t kRows = RowsFor(kVecs);
   const int64_t length = (kRows - 1) * strip.step + strip.k_count;
+  // Where neighbours share no cache line, the processor foresees too few of them.
+  const bool far_apart = strip.step * static_cast<int64_t>(sizeof(O)) > 64;
   for (int64_t m = 0; m < strip.pixels; m += kRows) {
     const int64_t first = m + kRows <= strip.pixels ? m : strip.pixels - kRows;
     const StripTaps<O>* taps = &strip.taps;
@@ -118,9 +130,11 @@ CONVGRAD_NOINLINE void MultiplyPanels(const Strip<O>& strip, int64_t panels, con
       at = 0;
     }
     for (int64_t i = 0; i < panels; ++i) {
-      MultiplyStrip<O, kRows, kVecs>(*taps, at, strip.step, strip.k_count, b + i * b_step,
-                                     out + first * out_step + i * (kVecs * kLanes<O>),
-                                     out_step);
+      const bool asks = i == 0 && far_apart && taps == &strip.taps;
+      const auto multiply = asks ? MultiplyStrip<O, kRows, kVecs, true>
+                                 : MultiplyStrip<O, kRows, kVecs, false>;
+      multiply(*taps, at, strip.step, strip.k_count, b + i * b_step,
+               out + first * out_step + i * (kVecs * kLanes<O>), out_step);
     }
   }
 }

@@ -103,6 +103,17 @@ CONVGRAD_INLINE V Select(const V& mask, const V& a, const V& b) {
   return (mask & a) | (~mask & b);
 }
 
+// The first `count` lanes, and zeros.
+template <typename E, int N>
+CONVGRAD_INLINE Vec<E, N> KeepLeading(const Vec<E, N>& v, int64_t count) {
+  using I = Vec<typename IntOf<E>::type, N>;
+  I lane{};
+  CONVGRAD_UNROLL
+  for (int i = 0; i < N; ++i) lane[i] = i;
+  const auto limit = static_cast<typename IntOf<E>::type>(count);
+  return (Vec<E, N>)((I)v & (lane < limit));
+}
+
 template <int N>
 CONVGRAD_INLINE Vec<float, N> Load(const float* p) {
   return LoadRaw<float, N>(p);

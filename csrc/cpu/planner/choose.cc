@@ -56,11 +56,11 @@ bool PlanesBeatGemm(const Problem& p) {
 }
 
 // Whether the channels kernel's permutations, where groups have several channels, cost
-// more than they save.
+// more than they save. In float64 they span several vectors.
 bool PermutesTooMuch(const Problem& p) {
   constexpr int64_t kLargeGroup = 6;
   if (p.in_channels <= 2 && p.out_channels >= kLargeGroup) return true;
-  return p.dtype == DType::kF64 && std::max(p.in_channels, p.out_channels) >= 4;
+  return p.dtype == DType::kF64 && std::max(p.in_channels, p.out_channels) > 1;
 }
 
 // Or whether its vectors would be nearly empty.
@@ -106,7 +106,10 @@ Chosen ChooseForGroups(const Problem& p) {
   const bool channels = Takes(Kernel::kChannels, p);
   const bool planes = HasSmallGroups(p) && Takes(Kernel::kPlanes, p);
   if (HasSmallGroups(p) && ChannelsAreSlow(p)) {
-    const bool cheap = LiesInRows(p) || p.dtype != DType::kF64;
+    // Gathering a row of each channel: in float64 from as many cache lines as pixels, of
+    // each of which every group takes a little.
+    constexpr int64_t kManyGroups = 32;
+    const bool cheap = LiesInRows(p) || p.dtype != DType::kF64 || p.groups < kManyGroups;
     if (cheap && RowsFillVectors(p) && planes) return Named(Kernel::kPlanes);
     if (channels && PermutesTooMuch(p)) return Named(Kernel::kGemm);
   }
