@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/rungs.h"
+#include "cuda/kernel_table.h"
 #include "kernel.h"
 #include "problem.h"
 
@@ -139,8 +139,8 @@ py::dict CostByAttributes(const std::string& dtype, const Ints& lhs_shape,
 py::dict RatesAsDict() {
   py::list corrections;
   for (const Correction& c : kCorrections) {
-    corrections.append(py::make_tuple(c.rung, NameOf(c.operands), c.arithmetic, c.memory,
-                                      c.arithmetic_rows, c.memory_rows));
+    corrections.append(py::make_tuple(c.kernel, NameOf(c.operands), c.arithmetic,
+                                      c.memory, c.arithmetic_rows, c.memory_rows));
   }
   py::dict result;
   result["gpu"] = kRatesGpu;

@@ -71,6 +71,7 @@ bool MakePlan(Map, const Problem& problem, const char* kernel, const Gpu& gpu,
   return PlanCuda(problem, kernel, gpu, plan);
 }
 constexpr auto& BoundWorkspace = BoundCudaWorkspace;
+constexpr auto& FindGpu = CurrentGpu;
 int64_t WorkspaceBytes(const Problem& problem, const Plan&, const std::string& kernel) {
   return CudaWorkspaceBytes(problem, kernel.c_str());
 }
@@ -85,7 +86,7 @@ bool MakePlan(Map map, const Problem& problem, const char* kernel, const Gpu&,
 int64_t WorkspaceBytes(const Problem&, const Plan& plan, const std::string&) {
   return plan.workspace_bytes;
 }
-Gpu CurrentGpu() { return {}; }
+constexpr auto FindGpu = [](Gpu*) -> const char* { return nullptr; };
 Gpu GpuOf(int) { return {}; }
 #endif
 
@@ -106,15 +107,16 @@ const char* NameOf(Map map, Role role) {
 }
 
 // The operands after the first two.
-struct Rest {
+struct OptionalOperands {
   std::optional<ffi::AnyBuffer> residual, relu, padding;
 };
 
-std::string ReadRest(Map map, const ffi::RemainingArgs& args, bool fused, Rest* rest) {
+std::string ReadOptionalOperands(Map map, const ffi::RemainingArgs& args, bool fused,
+                                 OptionalOperands* optional) {
   std::vector<std::optional<ffi::AnyBuffer>*> places;
-  if (fused) places = {&rest->residual, &rest->relu};
+  if (fused) places = {&optional->residual, &optional->relu};
   const size_t least = places.size();
-  places.push_back(&rest->padding);
+  places.push_back(&optional->padding);
   if (args.size() < least || args.size() > places.size()) {
     const Roles roles = RolesOf(map);
     return std::string("operands must be ") + NameOf(map, roles.operand[0]) + ", " +
@@ -164,13 +166,14 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
       ToInts(call.rhs_dilation),   ToInts(call.lhs_spec),    ToInts(call.rhs_spec),
       ToInts(call.out_spec),       ToInts(call.lhs_layout),  ToInts(call.rhs_layout),
       ToInts(call.out_layout),     call.feature_group_count, call.batch_group_count};
-  Rest rest;
-  if (std::string error = ReadRest(map, args, fused, &rest); !error.empty()) {
+  OptionalOperands optional;
+  if (std::string error = ReadOptionalOperands(map, args, fused, &optional);
+      !error.empty()) {
     return error + " for " + shapes;
   }
   for (const auto& [name, operand, pointer] :
-       {std::tuple{"residual", rest.residual, &made->epilogue.residual},
-        std::tuple{"relu", rest.relu, &made->epilogue.relu}}) {
+       {std::tuple{"residual", optional.residual, &made->epilogue.residual},
+        std::tuple{"relu", optional.relu, &made->epilogue.relu}}) {
     if (!operand || operand->element_count() == 0) continue;
     if (operand->element_type() != to.element_type() ||
         ToInts(operand->dimensions()) != shape[roles.result]) {
@@ -179,9 +182,9 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
     }
     *pointer = operand->untyped_data();
   }
-  if (rest.padding) {
+  if (optional.padding) {
     if (std::string error =
-            AddPadding(ToInts(rest.padding->dimensions()), &attributes.padding);
+            AddPadding(ToInts(optional.padding->dimensions()), &attributes.padding);
         !error.empty()) {
       return error + " for " + shapes;
     }
@@ -197,8 +200,12 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
   problem.dtype = *dtype;
   problem.allow_tf32 = call.allow_tf32;
   problem.workspace_limit = workspace_bytes;
+  Gpu gpu{};
+  if (const char* error = FindGpu(&gpu); error != nullptr) {
+    return std::string("no GPU can be used: ") + error;
+  }
   if (std::string error =
-          PlanProblem(map, problem, std::string(call.kernel), CurrentGpu(), &made->plan);
+          PlanProblem(map, problem, std::string(call.kernel), gpu, &made->plan);
       !error.empty()) {
     return error + " for " + shapes;
   }

@@ -1,6 +1,6 @@
-// The CUDA side of kernel.h: the planner, which chooses a rung of the ladder
-// (cuda/rungs.h), and the two rungs that take anything, or nearly. The others are in the
-// .cu files of cuda/.
+// The CUDA side of kernel.h: the planner, which chooses from a table of kernels
+// (cuda/kernel_table.h), and the two kernels that take anything, or nearly. The others
+// are in the .cu files of cuda/.
 //
 // - direct: any problem, by the definition (cuda/direct.cuh);
 // - tiled: implicit GEMM on the FP32 and FP64 units (cuda/tiled.cuh);
@@ -23,9 +23,9 @@
 #include "cuda/direct.cuh"
 #include "cuda/epilogue.cuh"
 #include "cuda/geometry.cuh"
+#include "cuda/kernel_table.h"
 #include "cuda/planning.h"
 #include "cuda/platform.cuh"
-#include "cuda/rungs.h"
 #include "cuda/tiled.cuh"
 #include "kernel.h"
 
@@ -34,18 +34,18 @@ namespace {
 
 // ---- the planner ------------------------------------------------------------------
 
-struct Rung {
+struct KernelRow {
   const char* name;
   PlanFunction* plan;
   LaunchFunction* launch;
   bool fuses;  // applies an epilogue on its way out
-  // The compute capabilities, times ten, whose machine code for the rung is shipped.
+  // The compute capabilities, times ten, for which its machine code is shipped.
   // Code for one chip alone (sm_90a) has both ends there.
   int lowest, highest;
 };
 
 constexpr int kAnyLater = 1 << 30;
-constexpr Rung kRungs[] = {
+constexpr KernelRow kKernels[] = {
     {"direct", PlanDirect, LaunchDirect, true, 80, kAnyLater},
     {"tiled", PlanTiled, LaunchTiled, true, 80, kAnyLater},
     {"mma", PlanMma, LaunchMma, true, 80, kAnyLater},
@@ -66,30 +66,31 @@ constexpr Gpu kGpus[] = {
     {89, 99 << 10},  {90, 227 << 10}, {120, 99 << 10},
 };
 
-constexpr int kRungCount = sizeof(kRungs) / sizeof(kRungs[0]);
+constexpr int kKernelCount = sizeof(kKernels) / sizeof(kKernels[0]);
 
-bool Runs(const Rung& rung, int capability) {
-  return rung.lowest <= capability && capability <= rung.highest;
+bool Runs(const KernelRow& row, int capability) {
+  return row.lowest <= capability && capability <= row.highest;
 }
 
-// The rungs that JAX_CONVGRAD_CUDA_EXCLUDE names, with commas between; read once. No plan
-// is theirs, so that a kernel that fails on a GPU can be left out of everything.
-bool IsExcluded(const Rung& rung) {
-  static const std::array<bool, kRungCount> excluded = [] {
-    std::array<bool, kRungCount> found{};
+// The kernels that JAX_CONVGRAD_CUDA_EXCLUDE names, with commas between; read once. No
+// plan is theirs, so that a kernel that fails on a GPU can be left out of everything.
+bool IsExcluded(const KernelRow& row) {
+  static const std::array<bool, kKernelCount> excluded = [] {
+    std::array<bool, kKernelCount> found{};
     const char* const text = std::getenv("JAX_CONVGRAD_CUDA_EXCLUDE");
     const std::string names = text == nullptr ? "" : text;
     constexpr const char* kBetween = ", ";
     for (size_t at = names.find_first_not_of(kBetween); at != std::string::npos;) {
       const size_t end = std::min(names.find_first_of(kBetween, at), names.size());
-      for (int i = 0; i < kRungCount; ++i) {
-        found[static_cast<size_t>(i)] |= names.compare(at, end - at, kRungs[i].name) == 0;
+      for (int i = 0; i < kKernelCount; ++i) {
+        found[static_cast<size_t>(i)] |=
+            names.compare(at, end - at, kKernels[i].name) == 0;
       }
       at = names.find_first_not_of(kBetween, end);
     }
     return found;
   }();
-  return excluded[static_cast<size_t>(&rung - kRungs)];
+  return excluded[static_cast<size_t>(&row - kKernels)];
 }
 
 // Whether every sum is empty, or there is none.
@@ -100,7 +101,7 @@ bool IsEmpty(const Problem& problem) {
   return least == 0;
 }
 
-// ---- the rungs that take anything -------------------------------------------------
+// ---- the kernels that take anything -----------------------------------------------
 
 // The function's products, inserted zeros left out.
 double Products(const Problem& problem) {
@@ -140,9 +141,9 @@ bool PlanDirect(const Problem& problem, int64_t, Plan* plan) {
   plan->blocks = DirectBlocks(problem);
   plan->resident =
       FitsIn32Bits(problem, 0) ? kDirectMinBlocks<int32_t> : kDirectMinBlocks<int64_t>;
-  // Two loads for a product, of which a multiprocessor starts a quarter as many as
-  // multiply-adds, and some 100 instructions that find out where an output lies; and, an
-  // estimate, half the rate of a copy.
+  // A product costs two loads, and a multiprocessor starts a quarter as many loads as
+  // multiply-adds. Some 100 instructions find out where an output lies. Memory: half the
+  // rate of a copy, an estimate.
   double outputs = static_cast<double>(problem.batch * problem.groups) *
                    static_cast<double>(problem.in_channels);
   for (const Axis& a : problem.axis) outputs *= static_cast<double>(a.in);
@@ -216,29 +217,29 @@ const char* LaunchTiled(CUstream_st* stream, const Problem& problem, const Plan&
 // ---- kernel.h ---------------------------------------------------------------------
 
 const char* const* CudaKernelNames() {
-  static const char* names[kRungCount + 1];
+  static const char* names[kKernelCount + 1];
   static const bool filled = [] {
-    std::transform(std::begin(kRungs), std::end(kRungs), names,
-                   [](const Rung& rung) { return rung.name; });
+    std::transform(std::begin(kKernels), std::end(kKernels), names,
+                   [](const KernelRow& row) { return row.name; });
     return true;
   }();
   (void)filled;
   return names;
 }
 
-// The fastest rung by the models; the first of equals. Only the first rung takes what is
+// The fastest kernel by the models; the first of equals. Only the first one takes what is
 // empty, so that the others may divide by sizes.
 bool PlanCuda(const Problem& problem, const char* kernel, const Gpu& gpu, Plan* plan) {
   const bool any = std::strcmp(kernel, "auto") == 0;
   bool found = false;
-  for (const Rung& rung : kRungs) {
-    if (!any && std::strcmp(kernel, rung.name) != 0) continue;
-    if (IsExcluded(rung)) continue;
-    if (!Runs(rung, gpu.capability) || (IsEmpty(problem) && &rung != kRungs)) continue;
+  for (const KernelRow& row : kKernels) {
+    if (!any && std::strcmp(kernel, row.name) != 0) continue;
+    if (IsExcluded(row)) continue;
+    if (!Runs(row, gpu.capability) || (IsEmpty(problem) && &row != kKernels)) continue;
     Plan candidate{};
-    if (!rung.plan(problem, gpu.shared_bytes, &candidate)) continue;
+    if (!row.plan(problem, gpu.shared_bytes, &candidate)) continue;
     if (candidate.shared_bytes > gpu.shared_bytes) continue;
-    candidate.kernel = rung.name;
+    candidate.kernel = row.name;
     if (any && candidate.workspace_bytes > problem.workspace_limit) continue;
     if (!found || candidate.model_us < plan->model_us) *plan = candidate;
     found = true;
@@ -262,10 +263,10 @@ int64_t CudaWorkspaceBytes(const Problem& problem, const char* kernel) {
 constexpr int64_t kSplitWorkspaceBytes = int64_t{16} << 20;
 
 WorkspaceBound BoundCudaWorkspace(const Problem& problem) {
-  for (const Rung& rung : kRungs) {
-    const bool splits = rung.launch == LaunchMma || rung.launch == LaunchMma3xTf32;
+  for (const KernelRow& row : kKernels) {
+    const bool splits = row.launch == LaunchMma || row.launch == LaunchMma3xTf32;
     Plan plan{};
-    if (splits && !IsEmpty(problem) && rung.plan(problem, kGpus[0].shared_bytes, &plan)) {
+    if (splits && !IsEmpty(problem) && row.plan(problem, kGpus[0].shared_bytes, &plan)) {
       return {kSplitWorkspaceBytes, 0};
     }
   }
@@ -280,19 +281,17 @@ Gpu GpuOf(int capability) {
   return gpu;
 }
 
-Gpu CurrentGpu() {
+const char* CurrentGpu(Gpu* gpu) {
   int device = 0, major = 0, minor = 0, shared_bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) !=
-          cudaSuccess ||
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) !=
-          cudaSuccess ||
-      cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                             device) != cudaSuccess) {
-    (void)cudaGetLastError();
-    return {};
-  }
-  return {10 * major + minor, shared_bytes};
+  cudaError_t status = cudaGetDevice(&device);
+  const auto ask = [&](cudaDeviceAttr attribute, int* value) {
+    if (status == cudaSuccess) status = cudaDeviceGetAttribute(value, attribute, device);
+  };
+  ask(cudaDevAttrComputeCapabilityMajor, &major);
+  ask(cudaDevAttrComputeCapabilityMinor, &minor);
+  ask(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes);
+  *gpu = {10 * major + minor, shared_bytes};
+  return ErrorText(status);
 }
 
 int CudaToolkitVersion() { return CUDART_VERSION; }
@@ -309,11 +308,11 @@ int CudaDriverVersion() {
 const char* LaunchCuda(CUstream_st* stream, const Problem& problem, const Plan& plan,
                        const void* dy, const void* w, void* dx, void* workspace,
                        const Epilogue& epilogue) {
-  for (const Rung& rung : kRungs) {
-    if (std::strcmp(plan.kernel, rung.name) != 0) continue;
+  for (const KernelRow& row : kKernels) {
+    if (std::strcmp(plan.kernel, row.name) != 0) continue;
     const char* const error =
-        rung.launch(stream, problem, plan, dy, w, dx, workspace, epilogue);
-    if (error != nullptr || epilogue.IsNone() || rung.fuses) return error;
+        row.launch(stream, problem, plan, dy, w, dx, workspace, epilogue);
+    if (error != nullptr || epilogue.IsNone() || row.fuses) return error;
     return ByDType(problem, dy, w, dx, [&](auto*, auto*, auto* x) {
       return EnqueueEpilogue(stream, problem, epilogue, x);
     });

@@ -59,8 +59,8 @@ struct Problem {
 };
 
 // What the planner's model of a CUDA kernel adds up, before a measurement corrects it
-// (cuda/rungs.h). Arithmetic, whatever unit of a multiprocessor it keeps busy, and the
-// traffic of device memory hide behind each other.
+// (cuda/kernel_table.h). Arithmetic, whatever unit of a multiprocessor it keeps busy, and
+// the traffic of device memory hide behind each other.
 struct Cost {
   double launches;  // of kernels, one after the other
   double fixed_us;  // what nothing hides: starts, sums of partial sums
@@ -87,7 +87,7 @@ struct Plan {
   int64_t resident;                // blocks that a multiprocessor holds at once
   int64_t shared_bytes;            // of a block
   Cost cost;
-  double model_us;  // the planner's estimate (cuda/rungs.h)
+  double model_us;  // the planner's estimate (cuda/kernel_table.h)
 };
 
 // What becomes of dX, element by element, once it is summed and rounded to its dtype:
@@ -154,7 +154,8 @@ struct Gpu {
   int capability;        // times ten: 90 for 9.0
   int64_t shared_bytes;  // that a block may have
 };
-Gpu CurrentGpu();  // of capability 0 if there is none
+// Returns null, or CUDA's static text about why there is none.
+const char* CurrentGpu(Gpu* gpu);
 // CUDA's number for the toolkit of the build, such as 13000 for 13.0; and for the newest
 // one that the driver here can serve, 0 if there is no driver.
 int CudaToolkitVersion();

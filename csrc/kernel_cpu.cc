@@ -91,8 +91,8 @@ bool IsLight(const Problem& p) {
   return p.batch * out * filter <= kProducts * (p.batch * p.groups * p.in_channels * in);
 }
 
-// XLA allocates large results and workspaces anew at every call: in pages of 4 KiB,
-// finding and clearing them takes as long as filling them.
+// XLA allocates large results and workspaces at every call. In pages of 4 KiB, finding
+// and clearing them takes as long as filling them.
 void AskForLargePages(void* base, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kLargePage = 2 << 20;
@@ -225,12 +225,12 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
     bound.bytes = std::max(bound.bytes, w.bytes);
     if (w.pack_dy) bound.bytes_per_position = p.groups * p.out_channels * AccBytes(p);
   };
-  for (Kernel kernel : {Kernel::kDirect, Kernel::kGemm, Kernel::kChannels}) {
+  for (Kernel kernel : {Kernel::kDirect, Kernel::kGemm, Kernel::kDepthwise}) {
     include(p, kernel);
   }
   if (p.in_channels <= kMaxFewChannels) {
-    include(p, Kernel::kPlanes);
-    include(p, Kernel::kDots);
+    include(p, Kernel::kFewChannels);
+    include(p, Kernel::kFewChannelsDot);
   }
   // Where y has one position, too, each tap may be a column (WithoutIdleSteps).
   for (Axis& x : p.axis) {
@@ -247,7 +247,7 @@ WorkspaceBound BoundCpuWorkspace(const Problem& given) {
   if (p.groups == 1 && p.out_channels == 1)
     merged.dy.channel = 2;  // its taps may lie apart
   include(merged, Kernel::kGemm);
-  if (p.in_channels <= kMaxFewChannels) include(merged, Kernel::kDots);
+  if (p.in_channels <= kMaxFewChannels) include(merged, Kernel::kFewChannelsDot);
   const WorkspaceBound padded = BoundPaddedRows(given);
   bound.bytes = std::max(bound.bytes, padded.bytes);
   bound.bytes_per_position =
@@ -317,7 +317,7 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
     args.phase_count[x] = static_cast<int64_t>(phases[x].size());
   }
   args.filter = base + at.filter;
-  args.taint = base + at.taint;
+  args.nonfinite = base + at.nonfinite;
   args.zeros = base + at.zeros;
   args.packed_dy = at.pack_dy ? base + at.packed_dy : nullptr;
   Columns columns;
@@ -326,7 +326,7 @@ void RunCpu(const Problem& given, const Plan& plan, const void* dy, const void* 
     args.column_w = columns.w.data();
     args.column_dx = columns.dx.data();
   }
-  if (kernel == Kernel::kPlanes) args.plane_tile = ChoosePlaneTile(problem);
+  if (kernel == Kernel::kFewChannels) args.plane_tile = ChoosePlaneTile(problem);
 
   CpuJob job;
   RowOf(kernel).prepare(ChosenIsa(), args.problem)(args, &job);

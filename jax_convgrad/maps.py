@@ -1,4 +1,4 @@
-"""The maps of a convolution: three arrays, each of which is the result of one of them.
+"""The three maps of a convolution: each of its three arrays is the result of one.
 
     T(x, w, y') = sum of  y'[n, k, p] * x[n, c, h] * w[k, c, r]
 

@@ -172,7 +172,7 @@ def assign(
 def local_geometry(
     geometry: ConvGeometry, shards: Mapping[str, int], map_: Map = INPUT_GRAD
 ) -> ConvGeometry:
-    """The convolution of which one device computes the map.
+    """The convolution whose map one device computes.
 
     Args:
         geometry: the whole convolution.

@@ -55,8 +55,8 @@ def workspace_shape(
 ) -> tuple[int, ...]:
     """Shape of the bytes that `workspace_bound` asks for, with the same arguments.
 
-    One size, or two of which the first is symbolic: as one, their number would soon exceed
-    the 32 bits that JAX computes sizes in.
+    One size, or two where the first is symbolic: their product would soon exceed the 32
+    bits that JAX computes sizes in.
     """
     fixed, per_position = workspace_bound(geometry, dtype, platform, precision, map_)
     if per_position == 0:

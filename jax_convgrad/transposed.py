@@ -26,7 +26,7 @@ def transposed_map(
     transpose_kernel: bool,
     use_consistent_padding: bool,
 ) -> tuple[Map, ConvGeometry]:
-    """Returns the map, and of which convolution, that the transposed one asked for is.
+    """The map, and the convolution whose map it is, that a transposed convolution is.
 
     Without `transpose_kernel` it is the forward map of a convolution whose input is dilated
     by the strides. With it, the filter comes flipped and its channels swapped: with m its

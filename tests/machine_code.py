@@ -48,6 +48,7 @@ class Row:
         planned_shared: whether a plan says how many bytes its launch adds.
         needs: instructions that must occur.
         never: instructions that must not.
+        at_most: how often some may occur at most; "" stands for all together.
         only: the architectures that have it, all of `shipped` if none are named.
         divides: why 64-bit integer divisions are called, "" if they must not be.
         local: why there is local memory, "" if there must be none.
@@ -60,6 +61,7 @@ class Row:
     planned_shared: bool = False
     needs: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    at_most: tuple[tuple[str, int], ...] = ()
     only: tuple[str, ...] = ()
     divides: str = ""
     local: str = ""
@@ -72,11 +74,19 @@ _BITS_16 = "(__half|__nv_bfloat16)"
 _MMA_16 = ("HMMA.16816", "LDGSTS.128", "LDSM", "LDSM.MT88", "STG.128")
 _MMA_32 = ("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.128", "STG.64")
 
-# Both operands from shared memory, put there by the copy engine, dY in im2col mode, or by
+# Both operands from shared memory, put there by TMA, dY in im2col mode, or by
 # threads.
 _WGMMA = ("HGMMA", "USETMAXREG", "SYNCS", "STG.128")
-_WGMMA_ENGINE = (*_WGMMA, "UTMALDG.IM2COL")
+_WGMMA_TMA = (*_WGMMA, "UTMALDG.IM2COL")
 _WGMMA_COPIES = (*_WGMMA, "LDGSTS.128", "LDGSTS.64", "FENCE.ASYNC")
+
+
+def _at_most(instructions: int) -> tuple[tuple[str, int], ...]:
+    """Of the largest tile. The tensor cores wait while a tile is placed and stored, and an
+    integer division begins with a reciprocal: only split sums have some.
+    """
+    return (("MUFU.RCP", 8), ("", instructions))
+
 
 ROWS = (
     Row("DirectKernel<.*, int>", 256, 4, never=NO_TENSOR_CORES),
@@ -113,18 +123,22 @@ ROWS = (
         needs=("HMMA.1688.TF32", "LDGSTS.128", "LDSM", "STG.128")),
     Row("MmaReduceKernel<float>", 128, 4, needs=("LDG.128", "STG.64"), never=NO_TENSOR_CORES),
     Row("WgmmaKernel<__nv_bfloat16, .*, false>", 384, 1, planned_shared=True, only=("sm_90a",),
-        needs=(*_WGMMA_ENGINE, "HGMMA.BF16", "UTMALDG.5D"), never=("HMMA", "LDGSTS", "LDSM")),
+        needs=(*_WGMMA_TMA, "HGMMA.BF16", "UTMALDG.5D"), never=("HMMA", "LDGSTS", "LDSM"),
+        at_most=_at_most(7000)),
     Row("WgmmaKernel<__half, .*, false>", 384, 1, planned_shared=True, only=("sm_90a",),
-        needs=(*_WGMMA_ENGINE, "UTMALDG.5D"), never=("HMMA", "LDGSTS", "LDSM")),
+        needs=(*_WGMMA_TMA, "UTMALDG.5D"), never=("HMMA", "LDGSTS", "LDSM"),
+        at_most=_at_most(7000)),
     Row("WgmmaKernel<float, .*, false>", 384, 1, planned_shared=True, only=("sm_90a",),
-        needs=(*_WGMMA_ENGINE, "HGMMA.TF32", "UTMALDG.3D", "STG.64"),
-        never=("HMMA", "LDGSTS", "LDSM")),
+        needs=(*_WGMMA_TMA, "HGMMA.TF32", "UTMALDG.3D", "STG.64"),
+        never=("HMMA", "LDGSTS", "LDSM"), at_most=_at_most(10000)),
     Row("WgmmaKernel<__nv_bfloat16, .*, true>", 384, 1, planned_shared=True, only=("sm_90a",),
-        needs=(*_WGMMA_COPIES, "HGMMA.BF16"), never=("HMMA", "UTMALDG", "LDSM")),
+        needs=(*_WGMMA_COPIES, "HGMMA.BF16"), never=("HMMA", "UTMALDG", "LDSM"),
+        at_most=_at_most(14000)),
     Row("WgmmaKernel<__half, .*, true>", 384, 1, planned_shared=True, only=("sm_90a",),
-        needs=_WGMMA_COPIES, never=("HMMA", "UTMALDG", "LDSM")),
+        needs=_WGMMA_COPIES, never=("HMMA", "UTMALDG", "LDSM"), at_most=_at_most(14000)),
     Row("WgmmaKernel<float, .*, true>", 384, 1, planned_shared=True, only=("sm_90a",),
-        needs=(*_WGMMA_COPIES, "HGMMA.TF32", "STG.64"), never=("HMMA", "UTMALDG", "LDSM")),
+        needs=(*_WGMMA_COPIES, "HGMMA.TF32", "STG.64"), never=("HMMA", "UTMALDG", "LDSM"),
+        at_most=_at_most(18000)),
     Row("WgmmaRepackKernel", 256, 4, only=("sm_90a",), never=NO_TENSOR_CORES),
 )  # fmt: skip
 
@@ -192,6 +206,8 @@ class Kernel:
 
     def count(self, instruction: str) -> int:
         """How many instructions a name stands for; `Row` says how they are named."""
+        if not instruction:
+            return self.opcodes.total()
         opcode, *rest = instruction.split(".")
         total = 0
         for found, number in self.opcodes.items():
@@ -376,6 +392,11 @@ def complaints(kernel: Kernel, rows: Iterable[Row] = ROWS) -> list[str]:
             wrong.append(f"64-bit division: calls {called}")
     wrong += [f"lacks {name}" for name in row.needs if not kernel.count(name)]
     wrong += [f"has {kernel.count(name)} {name}" for name in row.never if kernel.count(name)]
+    wrong += [
+        f"{count} {name or 'instructions'}, expected at most {most}"
+        for name, most in row.at_most
+        if (count := kernel.count(name)) > most
+    ]
     if kernel.threads != row.threads:
         wrong.append(f"launch bounds of {kernel.threads} threads, expected {row.threads}")
     shared = kernel.static_shared + row.dynamic_shared

@@ -245,14 +245,16 @@ def test_convolution_against_differences_in_reverse(case, x64):
     check_grads(ours, (np.asarray(x, "f8"), np.asarray(w, "f8")), order=2, modes="rev")
 
 
-@pytest.mark.parametrize("door", ["function", "install"])
-def test_disable_jit_does_not_recurse(door):
+@pytest.mark.parametrize("entry_point", ["function", "install"])
+def test_disable_jit_does_not_recurse(entry_point):
     x, w = jnp.ones((1, 2, 5, 5)), jnp.ones((3, 2, 3, 3))
-    conv = jax_convgrad.conv_general_dilated if door == "function" else lax.conv_general_dilated
+    conv = (
+        jax_convgrad.conv_general_dilated if entry_point == "function" else lax.conv_general_dilated
+    )
 
     def gradient():
         return jax.grad(lambda x: conv(x, w, (2, 2), "SAME").sum())(x)
 
     expected = gradient()
-    with jax_convgrad.installed(door == "install"), jax.disable_jit():
+    with jax_convgrad.installed(entry_point == "install"), jax.disable_jit():
         np.testing.assert_allclose(gradient(), expected, rtol=1e-6)

@@ -41,21 +41,21 @@ def time_entry(us):
 def measured(rng, planted, problems=400, noise=0.04, outliers=0.15):
     """A report as if a GPU worked as a table says, plus noise, outliers and failures.
 
-    Each problem has three rungs of a kind of operands. Arithmetic over memory is anything from
+    Each problem has three kernels of a kind of operands. Arithmetic over memory is anything from
     a tenth to ten times, so that many problems are near both bounds.
     """
     by_operands = {}
     for row in PRESENT.corrections:
-        by_operands.setdefault(row.operands, []).append(row.rung)
+        by_operands.setdefault(row.operands, []).append(row.kernel)
     entries = []
 
     def entry(launch, rows):
-        entries.append({"name": "net", "geometry": "n1", "launch": launch, "rungs": rows})
+        entries.append({"name": "net", "geometry": "n1", "launch": launch, "kernels": rows})
 
-    def row(rung, operands, cost, us):
+    def row(kernel, operands, cost, us):
         failed = rng.random() < 0.02
         return {
-            "rung": rung,
+            "kernel": kernel,
             "operands": operands,
             "cost": dataclasses.asdict(cost),
             "time_us": None if failed else time_entry(us),
@@ -68,9 +68,9 @@ def measured(rng, planted, problems=400, noise=0.04, outliers=0.15):
         entry(True, [row("direct", "f32", cost, us)])
     for index in range(problems):
         operands = list(by_operands)[index % len(by_operands)]
-        rungs = by_operands[operands]
+        kernels = by_operands[operands]
         rows, problem_us = [], math.exp(rng.uniform(1.5, 6))
-        for rung in rng.choice(rungs, min(3, len(rungs)), replace=False):
+        for kernel in rng.choice(kernels, min(3, len(kernels)), replace=False):
             tilt = rng.uniform(-2.3, 2.3)
             size_us = problem_us * math.exp(rng.uniform(-0.3, 0.3))
             cost = rates.Cost(
@@ -78,13 +78,13 @@ def measured(rng, planted, problems=400, noise=0.04, outliers=0.15):
                 fixed_us=rng.uniform(0, 3),
                 arithmetic_us=size_us * math.exp(max(tilt, 0)),
                 memory_us=size_us * math.exp(max(-tilt, 0)),
-                unhidden=0.1 if rung == "grouped" else 0.0,
+                unhidden=0.1 if kernel == "grouped" else 0.0,
             )
-            us = planted.model_us(cost, planted.correction(rung, operands))
+            us = planted.model_us(cost, planted.correction(kernel, operands))
             us *= math.exp(rng.normal(0, noise))
             if rng.random() < outliers:
                 us *= rng.uniform(1.5, 4)
-            rows.append(row(str(rung), operands, cost, us))
+            rows.append(row(str(kernel), operands, cost, us))
         entry(False, rows)
     return {
         "machine": {"device_kind": "NVIDIA H200", "driver": "570.1"},
@@ -102,7 +102,7 @@ def measured(rng, planted, problems=400, noise=0.04, outliers=0.15):
 def off(fitted, planted):
     """How far every factor is from the planted one, as a logarithm."""
     return {
-        (row.rung, row.operands, bound): abs(math.log(getattr(row, bound) / getattr(true, bound)))
+        (row.kernel, row.operands, bound): abs(math.log(getattr(row, bound) / getattr(true, bound)))
         for row, true in zip(fitted.corrections, planted.corrections, strict=True)
         for bound in ("arithmetic", "memory")
     }
@@ -147,7 +147,7 @@ def test_outliers_beyond_a_mean_do_not_move_the_fit(rng):
     planted = planted_table(rng)
     report = measured(rng, planted, problems=600, noise=0, outliers=0)
     for index, problem in enumerate(report["problems"]):
-        for row in problem["rungs"]:
+        for row in problem["kernels"]:
             if index % 5 == 0 and row["time_us"] is not None:
                 row["time_us"] = time_entry(1000 * row["time_us"]["median"])
     assert np.median(list(off(rate_fit.fit(report).after, planted).values())) < 0.01
@@ -195,16 +195,16 @@ def test_bounds_follow_the_factors():
 def test_the_table_in_the_repository_is_what_the_command_writes():
     assert rates.render(PRESENT) == TABLE.read_text()
     if PRESENT.source.startswith("estimates"):
-        assert all(row == rates.Correction(row.rung, row.operands) for row in PRESENT.corrections)
+        assert all(row == rates.Correction(row.kernel, row.operands) for row in PRESENT.corrections)
         assert dataclasses.asdict(PRESENT).items() >= UNMEASURED.items()
     else:  # hand edits, and a table without its measurements
         assert rate_fit.fit(json.loads(MEASUREMENTS.read_text())).after == PRESENT
 
 
-def test_every_rung_has_its_rows():
-    rungs = re.findall(r'\{"(\w+)", Plan\w+, Launch', (ROOT / "csrc/kernel.cu").read_text())
+def test_every_kernel_has_its_rows():
+    kernels = re.findall(r'\{"(\w+)", Plan\w+, Launch', (ROOT / "csrc/kernel.cu").read_text())
     assert [r for i, r in enumerate(PRESENT.corrections) if r in PRESENT.corrections[:i]] == []
-    assert list(dict.fromkeys(row.rung for row in PRESENT.corrections)) == rungs
+    assert list(dict.fromkeys(row.kernel for row in PRESENT.corrections)) == kernels
 
 
 def test_any_table_survives_its_text(rng):
@@ -254,20 +254,20 @@ def test_a_table_is_fitted_to_kept_measurements(rng, tmp_path, capsys):
     path, out = tmp_path / "measured.json", tmp_path / "new" / "rates.h"
     report = measured(rng, planted_table(rng), problems=100)
     path.write_text(json.dumps(report))
-    assert run("--measurements", path, "--write", out) == 1  # rungs that broke
+    assert run("--measurements", path, "--write", out) == 1  # kernels that broke
     printed = capsys.readouterr().out
-    broken = sum(r["failure"] is not None for p in report["problems"] for r in p["rungs"])
+    broken = sum(r["failure"] is not None for p in report["problems"] for r in p["kernels"])
     assert printed.count("FAIL ") == broken > 0
     table = rates.parse(out.read_text())
     assert table == rate_fit.fit(json.loads(path.read_text())).after
     assert table.gpu == "NVIDIA H200"
     for part in ("driver 570.1", "jax 0.10.2", "jax-cuda13-plugin", "0123456789ab+", "2026-01-02"):
         assert part in table.source
-    for part in ("model before", "model after", "measured over the model", "before: the rung"):
+    for part in ("model before", "model after", "measured over the model", "before: the kernel"):
         assert part in printed
     # Without a path the table is printed; without failures all is well.
     for problem in report["problems"]:
-        problem["rungs"] = [row for row in problem["rungs"] if row["failure"] is None]
+        problem["kernels"] = [row for row in problem["kernels"] if row["failure"] is None]
     path.write_text(json.dumps(report))
     assert run("--measurements", path) == 0
     assert rates.render(rate_fit.fit(report).after) in capsys.readouterr().out

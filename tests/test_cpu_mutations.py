@@ -44,7 +44,7 @@ MUTATIONS = (
               "            Clear(to, side.x_count * width);\n            continue;",
               "            continue;"),
     _mutation("NaN and Inf of dY are not noticed", _PACK,
-              "return IsTainted(total);", "return false;"),
+              "return HasNonfinite(total);", "return false;"),
     _mutation("a step between positions that a tap meets", _CHUNK,
               "m.x_step = m.step * axis.stride / axis.lhs_dilation", "m.x_step = m.step"),
     _mutation("the last channels of a slice", _CHUNK,

@@ -1,4 +1,4 @@
-"""The CUDA kernels on the CPU, through JAX: every rung that takes a problem, in every dtype.
+"""The CUDA kernels on the CPU, through JAX: every kernel that takes a problem, in every dtype.
 
 csrc/kernel.cu and csrc/cuda/*.cu are compiled as they are, see emulator/cuda_emulator.h.
 """
@@ -38,8 +38,8 @@ if (reason := build.missing()) is not None:
 
 TARGET = "convgrad_input_grad_emulated"
 FUSED_TARGET = "convgrad_input_grad_fused_emulated"
-# Rungs that may round float32 products to TF32 where the precision allows it.
-TF32_RUNGS = {"few_channels", "grouped", "mma", "wgmma"}
+# Kernels that may round float32 products to TF32 where the precision allows it.
+TF32_KERNELS = {"few_channels", "grouped", "mma", "wgmma"}
 LITERAL = {case.name for case in cases.wide_cases()}
 CASES = list(cases.small_cases(8, SEED))
 
@@ -113,7 +113,7 @@ def check(module, case, dtype, rng, precision=None):
         results = program(module, g, dtype, precision)(dy, w)
     assert "direct" in results
     for name, dx in results.items():
-        tf32 = name in TF32_RUNGS and custom_call.allows_tf32(precision)
+        tf32 = name in TF32_KERNELS and custom_call.allows_tf32(precision)
         bound = cases.bound(g, dtype, allow_tf32=tf32)
         assert normwise_error(dx, reference) <= bound, (name, g)
 
@@ -262,6 +262,16 @@ def test_grad_reaches_the_emulated_kernels(lowered_for_cuda, rng, layout, dtype)
     assert normwise_error(dw, expected_dw) <= cases.bound(g, dtype)
 
 
+def test_a_driver_older_than_the_module_is_told_in_its_own_words(emulated, monkeypatch, rng):
+    g = make_geometry((9, 8), (3, 3), (6, 10))
+    operands = oracles.operands(rng, g, "float32")
+    function = program(emulated, g, "float32")
+    monkeypatch.setenv("CUDA_EMULATOR_DRIVER", "0")
+    text = "no GPU can be used: CUDA driver version is insufficient"
+    with pytest.raises(jax.errors.JaxRuntimeError, match=text):
+        jax.block_until_ready(function(*operands))
+
+
 def test_vmap_of_grad_reaches_the_emulated_kernels(lowered_for_cuda, rng):
     g = make_geometry((7, 7), (3, 3), (4, 6), padding=1)
     dy = jnp.asarray(rng.standard_normal((3, *g.out_shape)), jnp.float32)
@@ -312,15 +322,15 @@ def test_calibrate_measures_fits_and_writes(lowered_for_cuda, emulated, monkeypa
     assert report["complete"]
     present = rates.parse((build.ROOT / "csrc/cuda/rates.h").read_text())
     assert rates.Rates.from_json(report["rates"]) == present
-    measured = [(p, row) for p in report["problems"] for row in p["rungs"] if not p["launch"]]
-    assert {row["rung"] for _, row in measured} >= {"direct", "tiled", "mma", "grouped", "wgmma"}
+    measured = [(p, row) for p in report["problems"] for row in p["kernels"] if not p["launch"]]
+    assert {row["kernel"] for _, row in measured} >= {"direct", "tiled", "mma", "grouped", "wgmma"}
     assert {row["operands"] for _, row in measured} == set(requests)
     for problem, row in measured:
         assert row["time_us"]["median"] > 0
         g = geometries[problem["name"]]
         precision = (lax.Precision.HIGHEST,) * 2 if problem["precision"] == "highest" else None
-        plan = planner.plan(g, problem["dtype"], "cuda", precision, row["rung"])
-        correction = present.correction(row["rung"], row["operands"])
+        plan = planner.plan(g, problem["dtype"], "cuda", precision, row["kernel"])
+        correction = present.correction(row["kernel"], row["operands"])
         model_us = present.model_us(rates.Cost(**row["cost"]), correction)
         assert plan.model_us == pytest.approx(model_us, rel=1e-12)
         planned = planner.plan(g, problem["dtype"], "cuda", precision)
@@ -339,21 +349,21 @@ def test_calibrate_has_problems_for_every_factor(emulated, monkeypatch):
     candidates = rate_problems.candidates_on(90)
     chosen = rate_problems.select(candidates, table, 6)
     counts = collections.Counter()
-    for workload, rungs in chosen:
+    for workload, kernels in chosen:
         assert workload.bytes_moved <= 3e8
-        for p in rungs:
-            bound, clearness = table.correction(p.rung, p.operands).bound(p.cost)
-            counts[p.rung, p.operands, bound] += clearness >= 1.25
-    # By their models device memory bounds nothing of these (docs/performance.md).
+        for p in kernels:
+            bound, clearness = table.correction(p.kernel, p.operands).bound(p.cost)
+            counts[p.kernel, p.operands, bound] += clearness >= 1.25
+    # By their models device memory bounds nothing of these (docs/cuda.md).
     without = {("few_channels", "tf32"), ("few_channels", "16bit"), ("depthwise", "f64"),
                ("few_channels_3xtf32", "f32"), ("tiled", "16bit")}  # fmt: skip
     for row in table.corrections:
-        assert counts[row.rung, row.operands, "arithmetic"] >= 6, row
-        if (row.rung, row.operands) not in without:
-            assert counts[row.rung, row.operands, "memory"] >= rate_fit.MIN_ROWS, row
+        assert counts[row.kernel, row.operands, "arithmetic"] >= 6, row
+        if (row.kernel, row.operands) not in without:
+            assert counts[row.kernel, row.operands, "memory"] >= rate_fit.MIN_ROWS, row
     # The first of a run that is stopped are one of each.
-    first = {(p.rung, p.operands) for _, rungs in chosen[:40] for p in rungs}
-    assert first == {(row.rung, row.operands) for row in table.corrections}
+    first = {(p.kernel, p.operands) for _, kernels in chosen[:40] for p in kernels}
+    assert first == {(row.kernel, row.operands) for row in table.corrections}
 
 
 def test_calibrate_reports_a_kernel_that_is_wrong(lowered_for_cuda, monkeypatch):
@@ -370,8 +380,8 @@ def test_calibrate_reports_a_kernel_that_is_wrong(lowered_for_cuda, monkeypatch)
     found = rate_problems.plans(workload, 90)
     rows = calibrate.measure(workload, list(found.values()), seed=0, row_seconds=0.001)
     for row in rows:
-        assert (row["failure"] is not None) == (row["rung"] == "mma"), row
-        assert (row["time_us"] is None) == (row["rung"] == "mma")
+        assert (row["failure"] is not None) == (row["kernel"] == "mma"), row
+        assert (row["time_us"] is None) == (row["kernel"] == "mma")
 
     def no_memory(*_):
         raise MemoryError("none left")
@@ -400,7 +410,7 @@ def test_planner_names_a_kernel_for_every_layer_of_the_table(emulated, dtype):
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_plans_say_how_the_grid_runs(emulated, monkeypatch, dtype):
-    """For every rung that takes a layer: explain() prints waves and the roofline from it."""
+    """For every kernel that takes a layer: explain() prints waves and the roofline from it."""
     monkeypatch.setattr(native, "cuda", emulated)
     gpu = planner.reference_gpu(dtype, None)
     exact = planner.reference_gpu(dtype, (lax.Precision.HIGHEST,) * 2)
@@ -425,7 +435,7 @@ def test_planner_takes_the_grouped_kernel_where_groups_have_few_channels(emulate
         assert plan["kernel"] == ("wgmma" if g is wide else "grouped"), g
 
 
-def uses_copy_engine(emulated, g, dtype):
+def uses_tma(emulated, g, dtype):
     """Whether a plan of wgmma has no room for the rows that copying threads keep."""
     attributes = custom_call.attributes(g, "cuda", None, "wgmma")
     plan = emulated.plan(dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes)
@@ -439,12 +449,12 @@ def uses_copy_engine(emulated, g, dtype):
 def test_wgmma_copies_the_cases_that_are_meant_for_it(emulated, dtype):
     # core.cc skips what a kernel declines, and either producer may do what the other can,
     # neither of which must go unnoticed.
-    engine = [*cases.hopper_cases(), *cases.hopper_walking_cases()[:1]]
+    tma = [*cases.hopper_cases(), *cases.hopper_walking_cases()[:1]]
     threads = [*cases.copied_cases(), *cases.hopper_walking_cases()[1:]]
     other = {
         case.name
-        for case in (*engine, *threads)
-        if uses_copy_engine(emulated, case.geometry, dtype) != (case in engine)
+        for case in (*tma, *threads)
+        if uses_tma(emulated, case.geometry, dtype) != (case in tma)
     }
     assert other == ({"copied_4"} if dtype == "float32" else {"hopper_f32_only"})
 

@@ -87,6 +87,14 @@ def test_where_a_block_has_less_shared_memory(tmp_path, monkeypatch, shared_byte
     check(build.core(), [*problems, *mutations.problems("walking")], cases.MODES[0], tmp_path)
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 3])
+def test_where_a_device_has_few_multiprocessors(tmp_path, monkeypatch, multiprocessors):
+    # Blocks that stay take all tiles of it.
+    monkeypatch.setenv("CUDA_EMULATOR_MULTIPROCESSORS", str(multiprocessors))
+    small = [*cases.hopper_cases(), *cases.copied_cases()]
+    check(build.core(), cases.hopper_lines(small), cases.MODES[SEED % 6], tmp_path)
+
+
 @pytest.mark.sanitizer
 @pytest.mark.parametrize(
     ("variant", "most_products", "mode"),
@@ -127,5 +135,5 @@ def test_every_mutation_still_applies(tmp_path):
 
 
 def test_the_documented_table_is_that_of_the_mutations():
-    text = (build.ROOT / "docs/performance.md").read_text()
+    text = (build.ROOT / "docs/cuda.md").read_text()
     assert "\n".join(mutations.table()) in text

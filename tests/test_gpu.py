@@ -56,7 +56,7 @@ def test_primitives_are_what_the_emulator_takes_them_for(gpu_program, source):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("poison", [cases.NAN_POISON, cases.FINITE_POISON])
-def test_every_rung_against_the_literal_sum(gpu_program, tmp_path, poison, monkeypatch):
+def test_every_kernel_against_the_literal_sum(gpu_program, tmp_path, poison, monkeypatch):
     """In every dtype, and the same bits 20 times on two streams at once."""
     monkeypatch.setenv("CUDA_EMULATOR_POISON", poison)
     program = gpu_program(build.core_sources())
@@ -79,7 +79,7 @@ def test_every_rung_against_the_literal_sum(gpu_program, tmp_path, poison, monke
 @pytest.mark.cuda
 @pytest.mark.parametrize("turn", [0, 1])
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[case.name for case in CASES])
-def test_every_rung_against_float64(rng, x64, index, turn):
+def test_every_kernel_against_float64(rng, x64, index, turn):
     """Two dtypes for each geometry: the literal sum has all."""
     case = CASES[index]
     dtype = cases.DTYPES[(index + 2 * turn) % 4]

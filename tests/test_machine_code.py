@@ -69,6 +69,12 @@ PLANTED = [
     ("MuchShared", Row("MuchShared", 128, 1, 190 << 10), r"a block has no room for 243712 bytes"),
     ("Copies<float>", Row("Copies<.*>", 128, 1, needs=("STG.128",)), r"lacks STG\.128"),
     ("Copies<float4>", Row("Copies<.*>", 128, 1, never=("STG",)), r"has 1 STG"),
+    (
+        "Copies<float4>",
+        Row("Copies<.*>", 128, 1, at_most=(("STG", 0),)),
+        r"1 STG, expected at most 0",
+    ),
+    ("Copies<float>", Row("Copies<.*>", 128, 1, at_most=(("", 3),)), r"\d+ instructions, exp"),
     ("Copies<float>", Row("Copies<int>", 128, 1), r"0 rows .* describe Copies<float>"),
 ]
 
@@ -84,6 +90,7 @@ CORRECT = [
         "Copies<float4>",
         Row("Copies<float4>", 128, 16, needs=("LDG.128", "STG.128"), never=("LDL",)),
     ),
+    ("Copies<float>", Row("Copies<.*>", 128, 1, at_most=(("STG", 1), ("", 1000)))),
     ("OtherThreads", Row("Other.*", 256, 8, never=machine_code.NO_TENSOR_CORES)),
     ("Divides", Row("Divides", 128, 1, divides="its purpose")),
     ("HasLocalArray", Row("HasLocalArray", 128, 1, local="its purpose")),

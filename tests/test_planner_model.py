@@ -39,16 +39,16 @@ GEOMETRIES = [*IN_PARTS.values(), *LAYERS[::3]]
 REQUESTS = [(dtype, True) for dtype in cases.DTYPES] + [("float32", False)]
 
 
-def kind(dtype, allow_tf32, rung, table):
-    """The row of a rung that a problem belongs to."""
+def kind(dtype, allow_tf32, kernel, table):
+    """The row of a kernel that a problem belongs to."""
     if dtype != "float32":
         return "f64" if dtype == "float64" else "16bit"
-    has_tf32 = any((row.rung, row.operands) == (rung, "tf32") for row in table.corrections)
+    has_tf32 = any((row.kernel, row.operands) == (kernel, "tf32") for row in table.corrections)
     return "tf32" if allow_tf32 and has_tf32 else "f32"
 
 
 def plans(program, folder):
-    """{(geometry, dtype, allow_tf32): ({rung: (cost, model_us)}, planned rung)}."""
+    """{(geometry, dtype, allow_tf32): ({kernel: (cost, model_us)}, planned kernel)}."""
     keys = [(i, *request) for i in range(len(GEOMETRIES)) for request in REQUESTS]
     lines = [
         cases.line(Case(f"p{n}", GEOMETRIES[i]), dtype, allow_tf32=allow_tf32)
@@ -59,13 +59,13 @@ def plans(program, folder):
     assert done.returncode == 0, done.stderr
     found, planned = {key: {} for key in keys}, {}
     for line in done.stdout.splitlines():
-        name, rung, *numbers = line.split()
+        name, kernel, *numbers = line.split()
         key = keys[int(name[1:].removesuffix("=planned"))]
         if name.endswith("=planned"):
-            planned[key] = rung
+            planned[key] = kernel
         else:
             *cost, model_us = map(float, numbers)
-            found[key][rung] = (rates.Cost(*cost), model_us)
+            found[key][kernel] = (rates.Cost(*cost), model_us)
     return {key: (found[key], planned[key]) for key in keys}
 
 
@@ -78,18 +78,18 @@ def compiled(folder, table):
 
 def complaints(found, table):
     """What is not as the model says: estimates, launches of parts, the least one planned."""
-    for (index, dtype, allow_tf32), (rungs, planned) in found.items():
+    for (index, dtype, allow_tf32), (kernels, planned) in found.items():
         problem = f"{GEOMETRIES[index]} {dtype} {allow_tf32}"
-        for rung, (cost, model_us) in rungs.items():
-            row = table.correction(rung, kind(dtype, allow_tf32, rung, table))
+        for kernel, (cost, model_us) in kernels.items():
+            row = table.correction(kernel, kind(dtype, allow_tf32, kernel, table))
             if model_us != pytest.approx(table.model_us(cost, row), rel=1e-12):
-                yield f"{problem} {rung}: {model_us} us, {cost}, {row}"
-        if planned != min(rungs, key=lambda rung, rungs=rungs: rungs[rung][1]):
-            yield f"{problem}: {planned} planned, {rungs}"
-    for index, rung in enumerate(IN_PARTS):
-        cost, _ = found[index, "bfloat16", True][0][rung]
+                yield f"{problem} {kernel}: {model_us} us, {cost}, {row}"
+        if planned != min(kernels, key=lambda kernel, kernels=kernels: kernels[kernel][1]):
+            yield f"{problem}: {planned} planned, {kernels}"
+    for index, kernel in enumerate(IN_PARTS):
+        cost, _ = found[index, "bfloat16", True][0][kernel]
         if cost.launches != 2:
-            yield f"{rung} in two parts: {cost}"
+            yield f"{kernel} in two parts: {cost}"
 
 
 @pytest.fixture(scope="module")
@@ -99,26 +99,26 @@ def found(tmp_path_factory):
     return plans(compiled(folder / "copy", OTHER), folder)
 
 
-def test_every_rung_counts_with_its_row_of_the_table(found):
+def test_every_kernel_counts_with_its_row_of_the_table(found):
     reached = {
-        (rung, kind(dtype, allow_tf32, rung, OTHER))
-        for (_, dtype, allow_tf32), (rungs, _) in found.items()
-        for rung in rungs
+        (kernel, kind(dtype, allow_tf32, kernel, OTHER))
+        for (_, dtype, allow_tf32), (kernels, _) in found.items()
+        for kernel in kernels
     }
-    assert reached == {(row.rung, row.operands) for row in OTHER.corrections}
+    assert reached == {(row.kernel, row.operands) for row in OTHER.corrections}
     assert list(complaints(found, OTHER)) == []
 
 
-def test_another_table_plans_other_rungs(found):
+def test_another_table_plans_other_kernels(found):
     changed = 0
-    for (_, dtype, allow_tf32), (rungs, planned) in found.items():
+    for (_, dtype, allow_tf32), (kernels, planned) in found.items():
         present = {
-            rung: PRESENT.model_us(
-                cost, PRESENT.correction(rung, kind(dtype, allow_tf32, rung, PRESENT))
+            kernel: PRESENT.model_us(
+                cost, PRESENT.correction(kernel, kind(dtype, allow_tf32, kernel, PRESENT))
             )
-            for rung, (cost, _) in rungs.items()
+            for kernel, (cost, _) in kernels.items()
         }
-        changed += planned != min(present, key=lambda rung, present=present: present[rung])
+        changed += planned != min(present, key=lambda kernel, present=present: present[kernel])
     assert changed > 20
 
 
@@ -126,10 +126,10 @@ def test_another_table_plans_other_rungs(found):
 def test_another_table_cuts_problems_up_differently(found, tmp_path):
     before = plans(compiled(tmp_path / "copy", PRESENT), tmp_path)
     changed = {
-        rung
-        for key, (rungs, _) in before.items()
-        for rung, (cost, _) in rungs.items()
-        if cost != found[key][0][rung][0]
+        kernel
+        for key, (kernels, _) in before.items()
+        for kernel, (cost, _) in kernels.items()
+        if cost != found[key][0][kernel][0]
     }
     assert changed >= {"few_channels", "grouped", "mma", "wgmma"}
     assert changed.isdisjoint({"direct", "tiled"})  # which are cut up in one way only
@@ -137,11 +137,12 @@ def test_another_table_cuts_problems_up_differently(found, tmp_path):
 
 MISTAKES = {
     "traffic adds to arithmetic": (
-        "rungs.h", "std::max(arithmetic_us, memory_us)", "(arithmetic_us + memory_us)"),
+        "kernel_table.h", "std::max(arithmetic_us, memory_us)", "(arithmetic_us + memory_us)"),
     "TF32 counts as float32": (
-        "rungs.h", "problem.allow_tf32 ? Operands::kTf32 : Operands::kF32", "Operands::kF32"),
+        "kernel_table.h", "problem.allow_tf32 ? Operands::kTf32 : Operands::kF32",
+        "Operands::kF32"),
     "one launch, whatever the plan": (
-        "rungs.h", "kRatesLaunchUs * cost.launches", "kRatesLaunchUs"),
+        "kernel_table.h", "kRatesLaunchUs * cost.launches", "kRatesLaunchUs"),
     "wgmma takes the row of mma": ("wgmma.cu", 'CorrectionOf("wgmma"', 'CorrectionOf("mma"'),
     "mma_3xtf32 takes the row of mma": (
         "mma.cu", 'kThreeProducts ? "mma_3xtf32" : "mma"', '"mma"'),

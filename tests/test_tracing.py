@@ -14,7 +14,7 @@ from transformations import POLICIES, names_the_convolution
 import jax_convgrad
 
 PARAMS = {"window_strides": (2, 1), "padding": [(1, 1), (0, 0)], "feature_group_count": 2}
-DOORS = ("function", "install")
+ENTRY_POINTS = ("function", "install")
 
 
 @pytest.fixture
@@ -23,8 +23,10 @@ def operands(rng):
     return [jnp.asarray(rng.standard_normal(shape), "float32") for shape in shapes]
 
 
-def convolution(door):
-    function = jax_convgrad.conv_general_dilated if door == "function" else lax.conv_general_dilated
+def convolution(entry_point):
+    function = (
+        jax_convgrad.conv_general_dilated if entry_point == "function" else lax.conv_general_dilated
+    )
     return functools.partial(function, **PARAMS)
 
 
@@ -57,10 +59,10 @@ def test_jaxpr_of_the_convolution_names_it(operands):
     assert "custom_vjp_call[\n      name=conv_general_dilated\n" in text
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_jaxpr_of_a_gradient_shows_the_geometry_on_one_line(operands, door):
-    loss = lambda x, w: jnp.sum(convolution(door)(x, w) ** 2)  # noqa: E731
-    with jax_convgrad.installed(door == "install"):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_jaxpr_of_a_gradient_shows_the_geometry_on_one_line(operands, entry_point):
+    loss = lambda x, w: jnp.sum(convolution(entry_point)(x, w) ** 2)  # noqa: E731
+    with jax_convgrad.installed(entry_point == "install"):
         jaxpr = jax.make_jaxpr(jax.grad(loss))(*operands)
     assert primitives(jaxpr.jaxpr).count("conv_input_grad") == 1
     assert (
@@ -78,8 +80,8 @@ def residuals(capsys, function, *args):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_checkpoint_policies_keep_what_they_keep_of_lax(operands, capsys, policy):
-    def block(door):
-        conv = convolution(door)
+    def block(entry_point):
+        conv = convolution(entry_point)
         function = lambda x, w: jnp.sin(conv(jnp.sin(x), w))  # noqa: E731
         return jax.checkpoint(function, policy=POLICIES[policy])
 
@@ -89,17 +91,17 @@ def test_checkpoint_policies_keep_what_they_keep_of_lax(operands, capsys, policy
     assert kept == (policy in ("dots", "convolution", "dots_or_convolution"))
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_policy_that_names_the_primitive_keeps_an_input_gradient(operands, capsys, door):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_policy_that_names_the_primitive_keeps_an_input_gradient(operands, capsys, entry_point):
     """dots_saveable knows lax's two primitives only, so that a gradient is computed again."""
     x, w = operands
 
     def kept(policy):
         def block(x):
-            conv = lambda x: jnp.sum(convolution(door)(x, w) ** 3)  # noqa: E731
+            conv = lambda x: jnp.sum(convolution(entry_point)(x, w) ** 3)  # noqa: E731
             return jnp.sin(jax.grad(conv)(x))
 
-        with jax_convgrad.installed(door == "install"):
+        with jax_convgrad.installed(entry_point == "install"):
             return residuals(capsys, jax.checkpoint(block, policy=policy), x)
 
     gradient = "f32[2,4,7,5] output of conv_input_grad"
@@ -107,12 +109,12 @@ def test_policy_that_names_the_primitive_keeps_an_input_gradient(operands, capsy
     assert gradient not in kept(jax.checkpoint_policies.dots_saveable)
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_debug_nans_stops_at_a_nan_of_the_gradient(operands, door):
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_debug_nans_stops_at_a_nan_of_the_gradient(operands, entry_point):
     x, w = operands
-    gradient = jax.jit(lambda dy, w: jax.vjp(lambda x: convolution(door)(x, w), x)[1](dy))
+    gradient = jax.jit(lambda dy, w: jax.vjp(lambda x: convolution(entry_point)(x, w), x)[1](dy))
     dy = jnp.ones((2, 6, 4, 5))
-    with jax_convgrad.installed(door == "install"), jax.debug_nans(True):
+    with jax_convgrad.installed(entry_point == "install"), jax.debug_nans(True):
         gradient(dy, w)
         with pytest.raises(FloatingPointError, match="nan"):
             gradient(dy, w.at[0, 0, 0, 0].set(jnp.nan))

@@ -82,8 +82,8 @@ void DirectTask(const void* state, int64_t index) {
     }
   }
   h[2] = 0;
-  FinishBox<T>(a, OutputAt<T>(a, n, g, 0, h) - static_cast<T*>(a.dx), p.axis[2].in,
-               p.dx.axis[2], p.in_channels, p.dx.channel);
+  ApplyEpilogueToBox<T>(a, OutputAt<T>(a, n, g, 0, h) - static_cast<T*>(a.dx),
+                        p.axis[2].in, p.dx.axis[2], p.in_channels, p.dx.channel);
 }
 
 template <typename T>

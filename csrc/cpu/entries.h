@@ -17,9 +17,9 @@ namespace CONVGRAD_ISA {
 // Members of CpuKernels.
 void Direct(const CpuArgs& args, CpuJob* job);
 void Gemm(const CpuArgs& args, CpuJob* job);
-void Channels(const CpuArgs& args, CpuJob* job);
-void Planes(const CpuArgs& args, CpuJob* job);
-void Dots(const CpuArgs& args, CpuJob* job);
+void Depthwise(const CpuArgs& args, CpuJob* job);
+void FewChannels(const CpuArgs& args, CpuJob* job);
+void FewChannelsDot(const CpuArgs& args, CpuJob* job);
 void Filter(const FilterArgs& args, CpuJob* job);
 void MaxPoolGrad(const PoolArgs& args, CpuJob* job);
 // In place of Gemm where the instruction set multiplies bfloat16.

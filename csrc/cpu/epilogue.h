@@ -12,7 +12,7 @@ namespace CONVGRAD_ISA {
 namespace {
 
 template <typename T, int N>
-CONVGRAD_INLINE void FinishVector(const T* residual, const T* relu, T* dx) {
+CONVGRAD_INLINE void ApplyEpilogueToVector(const T* residual, const T* relu, T* dx) {
   using A = Acc<T>;
   using I = Vec<typename IntOf<A>::type, N>;
   if (residual != nullptr) Store<N>(dx, Load<N>(dx) + Load<N>(residual));
@@ -24,7 +24,7 @@ CONVGRAD_INLINE void FinishVector(const T* residual, const T* relu, T* dx) {
 
 // `count` neighbours from element `at` of dX on.
 template <typename T>
-CONVGRAD_NOINLINE void FinishRun(const CpuArgs& a, int64_t at, int64_t count) {
+CONVGRAD_NOINLINE void ApplyEpilogueToRun(const CpuArgs& a, int64_t at, int64_t count) {
   constexpr int N = kLanes<Acc<T>>;
   const T* residual = static_cast<const T*>(a.epilogue.residual);
   const T* relu = static_cast<const T*>(a.epilogue.relu);
@@ -34,9 +34,10 @@ CONVGRAD_NOINLINE void FinishRun(const CpuArgs& a, int64_t at, int64_t count) {
   };
   const int64_t end = at + count;
   for (; at + N <= end; at += N) {
-    FinishVector<T, N>(of(residual, at), of(relu, at), dx + at);
+    ApplyEpilogueToVector<T, N>(of(residual, at), of(relu, at), dx + at);
   }
-  for (; at < end; ++at) FinishVector<T, 1>(of(residual, at), of(relu, at), dx + at);
+  for (; at < end; ++at)
+    ApplyEpilogueToVector<T, 1>(of(residual, at), of(relu, at), dx + at);
 }
 
 CONVGRAD_INLINE bool HasEpilogue(const CpuArgs& a) {
@@ -45,8 +46,8 @@ CONVGRAD_INLINE bool HasEpilogue(const CpuArgs& a) {
 
 // The elements at + i*step0 + j*step1.
 template <typename T>
-void FinishBox(const CpuArgs& a, int64_t at, int64_t count0, int64_t step0,
-               int64_t count1, int64_t step1) {
+void ApplyEpilogueToBox(const CpuArgs& a, int64_t at, int64_t count0, int64_t step0,
+                        int64_t count1, int64_t step1) {
   if (!HasEpilogue(a)) return;
   if (step1 != 1 && count1 != 1) {  // the neighbours innermost, if there are any
     const int64_t count = count0, step = step0;
@@ -58,9 +59,9 @@ void FinishBox(const CpuArgs& a, int64_t at, int64_t count0, int64_t step0,
   const bool neighbours = step1 == 1 || count1 == 1;
   for (int64_t i = 0; i < count0; ++i, at += step0) {
     if (neighbours) {
-      FinishRun<T>(a, at, count1);
+      ApplyEpilogueToRun<T>(a, at, count1);
     } else {
-      for (int64_t j = 0; j < count1; ++j) FinishRun<T>(a, at + j * step1, 1);
+      for (int64_t j = 0; j < count1; ++j) ApplyEpilogueToRun<T>(a, at + j * step1, 1);
     }
   }
 }

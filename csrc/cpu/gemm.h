@@ -54,7 +54,7 @@ struct GemmState {
 template <typename O>
 struct GemmFilter {
   const O* packed;
-  bool exact;  // it holds an Inf or a NaN
+  bool has_nonfinite;  // an Inf or a NaN: taps that miss are left out, row by row
 
   O* local;
   const O* w;  // the group's filter
@@ -68,20 +68,20 @@ CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<O>& filter,
                                  GemmBlock* block) {
   const bool contiguous = ColumnsAreContiguous(filter.panel, filter.column_w);
   const int64_t size = block->k_count * filter.panel.vectors * kLanes<O>;
-  Sum<O> taint = 0;
+  Sum<O> nonfinite = 0;
   for (int t = 0; t < block->taps; ++t) {
     block->filter[t] = t * size;
     const O* tap = filter.w + block->w[t] + block->k0 * p.w.out_channel;
-    taint += PackTap<O>(p, tap, filter.column_w, contiguous, filter.panel, 0,
-                        block->k_count, filter.local + t * size);
+    nonfinite += PackTap<O>(p, tap, filter.column_w, contiguous, filter.panel, 0,
+                            block->k_count, filter.local + t * size);
   }
-  return IsTainted(taint);
+  return HasNonfinite(nonfinite);
 }
 
 // Walks the blocks of B. Whole taps while they fit, else equal parts of one tap. The
 // order of a sum follows from the parts alone, not from how many taps a block holds.
 // Returns whether a block packed on the way turned out to hold an Inf or a NaN though
-// `exact` was false: the sums are to be made anew then.
+// `has_nonfinite` was false: then the sums have to be made again.
 template <typename O, int kVecs>
 inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const* phase,
                     const O* dy, const GemmFilter<O>& filter,
@@ -97,15 +97,15 @@ inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
   if (taps_in_block > kBlockTaps) taps_in_block = kBlockTaps;
 
   const O* zeros = static_cast<const O*>(s.args.zeros);
-  bool fresh = true, tainted = false;
+  bool fresh = true, nonfinite = false;
   GemmBlock block;
   const auto add = [&] {
     if constexpr (kPerOperand<O> == 1) {
-      if (filter.local != nullptr) tainted |= PackBlock<O>(p, filter, &block);
+      if (filter.local != nullptr) nonfinite |= PackBlock<O>(p, filter, &block);
     }
     AddBlock<O, kVecs>(rows, block, dy, zeros,
                        filter.local == nullptr ? filter.packed : filter.local,
-                       filter.exact, fresh, sums);
+                       filter.has_nonfinite, fresh, sums);
     fresh = false;
     block.taps = 0;
   };
@@ -127,7 +127,7 @@ inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
     Sum<O>* row = sums.to + (sums.step != 0 ? m * sums.step : rows.dx[m]);
     for (int64_t c = 0; c < kWidth; ++c) row[c] = 0;
   }
-  return tainted && !filter.exact;
+  return nonfinite && !filter.has_nonfinite;
 }
 
 template <typename O>
@@ -209,9 +209,10 @@ void NarrowGroupsTask(const void* state, int64_t index) {
     }
   }
   const O* zeros = static_cast<const O*>(a.zeros);
-  TapRows<O, kRows> found[kMaxTileRows / kRows];
+  Indirection<O, kRows> found[kMaxTileRows / kRows];
   for (int64_t m = 0; m < rows.count; m += kRows) {
-    FindTapRows(rows, block, m, static_cast<const O*>(s.dy), zeros, &found[m / kRows]);
+    FillIndirection(rows, block, m, static_cast<const O*>(s.dy), zeros,
+                    &found[m / kRows]);
   }
 
   [[maybe_unused]] const TileScope tiles;
@@ -226,14 +227,14 @@ void NarrowGroupsTask(const void* state, int64_t index) {
       if (direct) sums = {dx, 0};
     }
     const O* filter = PackedPanel<O>(a, g, panel);
-    const bool exact = PanelIsTainted(a, g, 1, 0);
+    const bool mask_taps = PanelHasNonfinite(a, g, 1, 0);
     for (int64_t m = 0; m < rows.count; m += kRows) {
-      AddTapRows<O, kVecs>(found[m / kRows], g * s.dy_at.group, block, filter, zeros,
-                           exact, true, rows, m, sums);
+      AddIndirect<O, kVecs>(found[m / kRows], g * s.dy_at.group, block, filter, zeros,
+                            mask_taps, true, rows, m, sums);
     }
     if (!direct) StoreTile<T>(rows, tile, kWidth, panel.columns, a.column_dx, dx);
     if (HasEpilogue(a))
-      FinishTile<T>(a, rows, panel.columns, a.column_dx, g * p.dx.group);
+      ApplyEpilogueToTile<T>(a, rows, panel.columns, a.column_dx, g * p.dx.group);
   }
 }
 
@@ -273,12 +274,12 @@ void GemmTask(const void* state, int64_t index) {
   }
   for (int64_t i = first_panel; i < end; ++i) {
     if constexpr (!kHasTiles) {
-      if (s.short_sums && !PanelIsTainted(a, group, s.panels, i)) continue;
+      if (s.short_sums && !PanelHasNonfinite(a, group, s.panels, i)) continue;
     }
     const Panel panel = PanelAt<O>(p, i);
     GemmFilter<O> filter{};
     filter.packed = PackedPanel<O>(a, group, panel);
-    if (!s.local_filter) filter.exact = PanelIsTainted(a, group, s.panels, i);
+    if (!s.local_filter) filter.has_nonfinite = PanelHasNonfinite(a, group, s.panels, i);
     if constexpr (kIsAcc<T>) {
       if (s.local_filter) {
         filter.local = tile;
@@ -296,10 +297,10 @@ void GemmTask(const void* state, int64_t index) {
       if (direct) sums = {dx + column_dx[0], 0};
     }
     while (AddTapsOf(panel.vectors, s, rows, phase, dy, filter, sums))
-      filter.exact = true;
+      filter.has_nonfinite = true;
     if (!direct) StoreTile<T>(rows, tile, width, panel.columns, column_dx, dx);
     if (HasEpilogue(a)) {
-      FinishTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
+      ApplyEpilogueToTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
     }
     rows.first_time = false;
   }

@@ -1,8 +1,8 @@
 // What the gemm kernel multiplies: an operand holds the values of one element of dY or of
 // the filter, widened to the accumulation type, or those of two neighbouring out channels
 // in bfloat16, as AVX512-BF16 (vdpbf16ps) and AMX (tdpbf16ps, gemm_amx.h) take them. With
-// pairs a sum over K out channels is one over CeilDiv(K, 2) operands, the last of which
-// is half zero if K is odd; nothing else of the kernel differs.
+// pairs a sum over K out channels has CeilDiv(K, 2) operands. If K is odd, half of the
+// last one is zero. Nothing else of the kernel differs.
 //
 // Those instructions take subnormal bfloat16 values as zeros and flush subnormal sums, as
 // XLA does. A channels-last dY with an even K is an array of pairs as it stands.
@@ -150,11 +150,11 @@ CONVGRAD_INLINE void AddOuterProduct(Vec<Sum<O>, kLanes<O>> (&sum)[kRows][kVecs]
 
 // Keeps a sum zero unless an operand holds an Inf or a NaN.
 template <int N, typename O>
-CONVGRAD_INLINE void NoteTaint(Vec<Sum<O>, N>* sum, const Vec<O, N>& operands) {
+CONVGRAD_INLINE void NoteNonfinite(Vec<Sum<O>, N>* sum, const Vec<O, N>& operands) {
   AddProducts<N, O>(sum, operands, 0);
 }
 template <typename O>
-CONVGRAD_INLINE void NoteTaint(Sum<O>* sum, O operand) {
+CONVGRAD_INLINE void NoteNonfinite(Sum<O>* sum, O operand) {
   Vec<Sum<O>, 1> one{*sum};
   AddProducts<1, O>(&one, Vec<O, 1>{operand}, 0);
   *sum = one[0];

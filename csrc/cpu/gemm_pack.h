@@ -24,7 +24,7 @@ constexpr int kPanelVectors = kVectorBytes == 64 ? 4 : 2;
 template <typename O>
 constexpr int kPanelColumns = kPanelVectors<O> * kLanes<O>;
 static_assert(kPanelColumns<float> <= kMaxPanelColumns, "the workspace is too small");
-static_assert(kPanelColumns<double> >= kMinPanelColumns, "too few taint bytes");
+static_assert(kPanelColumns<double> >= kMinPanelColumns, "too few nonfinite bytes");
 
 // Where panel `index` of a group starts, in elements, and what it holds.
 struct Panel {
@@ -70,17 +70,17 @@ CONVGRAD_INLINE int64_t FilterChunks(const Problem& p) {
 }
 
 // Whether that holds an Inf or a NaN.
-CONVGRAD_INLINE bool PanelIsTainted(const CpuArgs& a, int64_t group, int64_t panels,
-                                    int64_t panel) {
+CONVGRAD_INLINE bool PanelHasNonfinite(const CpuArgs& a, int64_t group, int64_t panels,
+                                       int64_t panel) {
   const int64_t chunks = FilterChunks(a.problem);
-  const unsigned char* bytes = a.taint + (group * panels + panel) * chunks;
-  bool tainted = false;
-  for (int64_t i = 0; i < chunks; ++i) tainted |= bytes[i] != 0;
-  return tainted;
+  const unsigned char* bytes = a.nonfinite + (group * panels + panel) * chunks;
+  bool nonfinite = false;
+  for (int64_t i = 0; i < chunks; ++i) nonfinite |= bytes[i] != 0;
+  return nonfinite;
 }
 
 // A filter is packed by one of these, which differ in what lies side by side in memory.
-// All note whether it is finite, and return what NoteTaint made of it.
+// All note whether it is finite, and return what NoteNonfinite made of it.
 //
 //   columns                      PackTapCopied       forward, HWIO
 //   out channels                 PackTapTransposed   dX, HWIO
@@ -100,7 +100,7 @@ inline Sum<Operand<T>> PackTapTransposed(const T* w, const int64_t* column_w,
   using V = Vec<O, L>;
   const int64_t width = panel.vectors * L;
   const int64_t whole = p.out_channels / kPerOperand<O>;
-  Vec<Sum<O>, L> taint{};
+  Vec<Sum<O>, L> nonfinite{};
   Sum<O> rest = 0;
   for (int v = 0; v < panel.vectors; ++v) {
     const int64_t c0 = v * L;
@@ -118,7 +118,7 @@ inline Sum<Operand<T>> PackTapTransposed(const T* w, const int64_t* column_w,
           rows[i] = LoadAlong<O, L>(w + column_w[c0 + i] + k * kPerOperand<O>);
         }
       }
-      for (int i = 0; i < L; ++i) NoteTaint<L, O>(&taint, rows[i]);
+      for (int i = 0; i < L; ++i) NoteNonfinite<L, O>(&nonfinite, rows[i]);
       Transpose<O, L>(rows);
       for (int i = 0; i < L; ++i) Store<L>(to + (k + i) * width + c0, rows[i]);
     }
@@ -126,12 +126,12 @@ inline Sum<Operand<T>> PackTapTransposed(const T* w, const int64_t* column_w,
       for (int i = 0; i < L; ++i) {
         const T* from = w + (i < live ? column_w[c0 + i] : 0) + k * kPerOperand<O>;
         const O value = i < live ? LoadOperand<O>(from, 1, k >= whole) : 0;
-        NoteTaint<O>(&rest, value);
+        NoteNonfinite<O>(&rest, value);
         to[k * width + c0 + i] = value;
       }
     }
   }
-  for (int i = 0; i < L; ++i) rest += taint[i];
+  for (int i = 0; i < L; ++i) rest += nonfinite[i];
   return rest;
 }
 
@@ -145,10 +145,10 @@ inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& 
   const int64_t width = panel.vectors * L;
   const int64_t whole = p.out_channels / kPerOperand<O>;
   const int64_t k_step = p.w.out_channel;
-  Vec<Sum<O>, L> taint{};
+  Vec<Sum<O>, L> nonfinite{};
   Sum<O> rest = 0;
-  // Behind the columns lie those of the next k, so that a vector of which some are left
-  // can be read whole. Of the last k nothing is known to follow.
+  // The columns of the next k follow, so that the last vector of this k can be read whole
+  // and cut. Nothing is known to follow the last k.
   const int64_t left = panel.columns % L;
   const int64_t next = k_step >= L ? k1 - 1 : k0;
   for (int64_t k = k0; k < k1; ++k) {
@@ -157,24 +157,24 @@ inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& 
     int64_t c = 0;
     for (; c + L <= panel.columns; c += L) {
       const Vec<O, L> values = LoadAcross<O, L>(from + c, k_step, k >= whole);
-      NoteTaint<L, O>(&taint, values);
+      NoteNonfinite<L, O>(&nonfinite, values);
       Store<L>(row + c, values);
     }
     if (left > 0 && k < next) {
       const Vec<O, L> values =
           KeepLeading<O, L>(LoadAcross<O, L>(from + c, k_step, k >= whole), left);
-      NoteTaint<L, O>(&taint, values);
+      NoteNonfinite<L, O>(&nonfinite, values);
       Store<L>(row + c, values);
       c += L;
     }
     for (; c < width; ++c) {
       const O value =
           c < panel.columns ? LoadOperand<O>(from + c, k_step, k >= whole) : 0;
-      NoteTaint<O>(&rest, value);
+      NoteNonfinite<O>(&rest, value);
       row[c] = value;
     }
   }
-  for (int i = 0; i < L; ++i) rest += taint[i];
+  for (int i = 0; i < L; ++i) rest += nonfinite[i];
   return rest;
 }
 
@@ -198,7 +198,7 @@ inline Sum<Operand<T>> PackTapsTransposed(const T* w, const int64_t* column_w,
     if (column_w[c] > end) end = column_w[c];
   }
   end += (p.out_channels - 1) * p.w.out_channel + taps;
-  Vec<Sum<O>, L> taint{};
+  Vec<Sum<O>, L> nonfinite{};
   for (int64_t k = k0; k < k1; ++k) {
     const int64_t last_k = k >= whole ? k * kPerOperand<O> : (k + 1) * kPerOperand<O> - 1;
     for (int64_t c0 = 0; c0 < width; c0 += L) {
@@ -221,14 +221,14 @@ inline Sum<Operand<T>> PackTapsTransposed(const T* w, const int64_t* column_w,
         Transpose<O, L>(square);
         O* out = to + r * tap_size + k * width + c0;
         for (int j = 0; j < L && r + j < taps; ++j) {
-          NoteTaint<L, O>(&taint, square[j]);
+          NoteNonfinite<L, O>(&nonfinite, square[j]);
           Store<L>(out + j * tap_size, square[j]);
         }
       }
     }
   }
   Sum<O> sum = 0;
-  for (int i = 0; i < L; ++i) sum += taint[i];
+  for (int i = 0; i < L; ++i) sum += nonfinite[i];
   return sum;
 }
 
@@ -245,7 +245,7 @@ inline Acc<T> PackFewTaps(const T* w, const int64_t* column_w, const Problem& p,
   const int64_t width = panel.vectors * L;
   const int64_t taps = Taps(p);
   const int64_t tap_size = PackedDepth<A>(p) * width;
-  Vec<A, L> taint{};
+  Vec<A, L> nonfinite{};
   A run[kFewTaps * kPanelColumns<A>] = {};  // zeros behind the last column
   for (int64_t k = k0; k < k1; ++k) {
     LoadRun(w + column_w[0] + k * p.w.out_channel, panel.columns * taps, run);
@@ -254,13 +254,13 @@ inline Acc<T> PackFewTaps(const T* w, const int64_t* column_w, const Problem& p,
       for (int64_t c = 0; c < width; c += L) {
         Vec<A, L> values{};
         for (int i = 0; i < L; ++i) values[i] = run[(c + i) * taps + r];
-        NoteTaint<L, A>(&taint, values);
+        NoteNonfinite<L, A>(&nonfinite, values);
         Store<L>(row + c, values);
       }
     }
   }
   A sum = 0;
-  for (int i = 0; i < L; ++i) sum += taint[i];
+  for (int i = 0; i < L; ++i) sum += nonfinite[i];
   return sum;
 }
 
@@ -287,7 +287,7 @@ inline Acc<T> PackRunsTransposed(const T* w, const int64_t* column_w, const Prob
   const bool backwards = RunOfTaps(p) < 0;
   const T* const run = w + k0 * taps - (backwards ? taps - 1 : 0);
   const int64_t count = (k1 - k0) * taps;
-  Vec<A, L> taint{};
+  Vec<A, L> nonfinite{};
   for (int v = 0; v < panel.vectors; ++v) {
     const int64_t c0 = v * L;
     const int live = panel.columns - c0 < L ? static_cast<int>(panel.columns - c0) : L;
@@ -308,7 +308,7 @@ inline Acc<T> PackRunsTransposed(const T* w, const int64_t* column_w, const Prob
       }
       Transpose<A, L>(square);
       for (int e = 0; e < elements; ++e) {
-        NoteTaint<L, A>(&taint, square[e]);
+        NoteNonfinite<L, A>(&nonfinite, square[e]);
         const int64_t r = backwards ? taps - 1 - tap : tap;
         Store<L>(to + r * tap_size + k * width + c0, square[e]);
         if (++tap == taps) {
@@ -319,7 +319,7 @@ inline Acc<T> PackRunsTransposed(const T* w, const int64_t* column_w, const Prob
     }
   }
   A sum = 0;
-  for (int i = 0; i < L; ++i) sum += taint[i];
+  for (int i = 0; i < L; ++i) sum += nonfinite[i];
   return sum;
 }
 
@@ -332,7 +332,7 @@ inline Sum<Operand<T>> PackTapsStrided(const T* w, const int64_t* column_w,
   const int64_t width = panel.vectors * kLanes<O>;
   const int64_t tap_size = PackedDepth<O>(p) * width;
   const int64_t whole = p.out_channels / kPerOperand<O>;
-  Sum<O> taint = 0;
+  Sum<O> nonfinite = 0;
   for (int64_t k = k0; k < k1; ++k) {
     for (int64_t c = 0; c < width; ++c) {
       const bool live = c < panel.columns;
@@ -345,7 +345,7 @@ inline Sum<Operand<T>> PackTapsStrided(const T* w, const int64_t* column_w,
             const O value =
                 live ? LoadOperand<O>(row + r2 * p.w.axis[2], p.w.out_channel, k >= whole)
                      : 0;
-            NoteTaint<O>(&taint, value);
+            NoteNonfinite<O>(&nonfinite, value);
             *out = value;
             out += tap_size;
           }
@@ -353,7 +353,7 @@ inline Sum<Operand<T>> PackTapsStrided(const T* w, const int64_t* column_w,
       }
     }
   }
-  return taint;
+  return nonfinite;
 }
 
 // Whether the columns of a panel are neighbours in the filter.
@@ -392,7 +392,7 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
   const T* w = static_cast<const T*>(a.w) + group * p.w.group;
   const int64_t* column_w = a.column_w + panel.first;
   O* to = PackedPanel<O>(a, group, panel);
-  Sum<O> taint = 0;
+  Sum<O> nonfinite = 0;
   const bool contiguous = ColumnsAreContiguous(panel, column_w);
   if (k1 == depth) {
     const int64_t padding = (PackedDepth<O>(p) - depth) * width;
@@ -406,26 +406,26 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
       for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
         for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
           const T* tap = w + r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[2];
-          taint += PackTap<T>(p, tap, column_w, contiguous, panel, k0, k1, to);
+          nonfinite += PackTap<T>(p, tap, column_w, contiguous, panel, k0, k1, to);
           to += PackedDepth<O>(p) * width;
         }
       }
     }
   } else if (kPerOperand<O> == 1 && p.w.out_channel == Taps(p) && RunOfTaps(p) != 0) {
     if constexpr (kPerOperand<O> == 1) {
-      taint = PackRunsTransposed<T>(w, column_w, p, panel, k0, k1, to);
+      nonfinite = PackRunsTransposed<T>(w, column_w, p, panel, k0, k1, to);
     }
   } else if (kPerOperand<O> == 1 && Taps(p) <= kFewTaps &&
              ColumnsAreRuns(p, panel, column_w)) {
     if constexpr (kPerOperand<O> == 1) {
-      taint = PackFewTaps<T>(w, column_w, p, panel, k0, k1, to);
+      nonfinite = PackFewTaps<T>(w, column_w, p, panel, k0, k1, to);
     }
   } else if (RunOfTaps(p) == 1) {
-    taint = PackTapsTransposed<T>(w, column_w, p, panel, k0, k1, to);
+    nonfinite = PackTapsTransposed<T>(w, column_w, p, panel, k0, k1, to);
   } else {
-    taint = PackTapsStrided<T>(w, column_w, p, panel, k0, k1, to);
+    nonfinite = PackTapsStrided<T>(w, column_w, p, panel, k0, k1, to);
   }
-  a.taint[index] = IsTainted(taint);
+  a.nonfinite[index] = HasNonfinite(nonfinite);
 }
 
 // Whether dY is an array of operands as it stands, with the out channels innermost.

@@ -137,14 +137,16 @@ CONVGRAD_NOINLINE void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64
 
 // The epilogue of what StoreTile stores, `at` elements into dX.
 template <typename T>
-CONVGRAD_NOINLINE void FinishTile(const CpuArgs& a, const GemmRows& rows, int64_t columns,
-                                  const int64_t* column_dx, int64_t at) {
+CONVGRAD_NOINLINE void ApplyEpilogueToTile(const CpuArgs& a, const GemmRows& rows,
+                                           int64_t columns, const int64_t* column_dx,
+                                           int64_t at) {
   int64_t run[kMaxPanelColumns + 1];
   const int runs = FindRuns(column_dx, columns, run);
   if (runs < columns || runs == 1) {
     for (int64_t m = 0; m < rows.count; ++m) {
       for (int i = 0; i < runs; ++i) {
-        FinishRun<T>(a, at + rows.dx[m] + column_dx[run[i]], run[i + 1] - run[i]);
+        ApplyEpilogueToRun<T>(a, at + rows.dx[m] + column_dx[run[i]],
+                              run[i + 1] - run[i]);
       }
     }
     return;
@@ -153,7 +155,7 @@ CONVGRAD_NOINLINE void FinishTile(const CpuArgs& a, const GemmRows& rows, int64_
     end = first + 1;
     while (end < rows.count && rows.dx[end] == rows.dx[end - 1] + 1) ++end;
     for (int64_t c = 0; c < columns; ++c) {
-      FinishRun<T>(a, at + rows.dx[first] + column_dx[c], end - first);
+      ApplyEpilogueToRun<T>(a, at + rows.dx[first] + column_dx[c], end - first);
     }
   }
 }

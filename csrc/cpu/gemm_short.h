@@ -98,7 +98,7 @@ inline void PackShortTile(const CpuArgs& a, const ActivationStrides& dy_at,
   static constexpr O kZeros[kShortSum] = {};
   const Problem& p = a.problem;
   const Phase& along = *phase[2];
-  TapRows<O, kShortRows> found;
+  Indirection<O, kShortRows> found;
   GemmBlock block;
   block.k0 = 0;
   block.k_count = Depth<O>(p);
@@ -112,7 +112,7 @@ inline void PackShortTile(const CpuArgs& a, const ActivationStrides& dy_at,
   const int64_t tap_step = along.r_step * PackedDepth<O>(p);
   O* to = tile->packed;
   const auto pack = [&] {
-    FindTapRows(rows, block, m, dy, kZeros, &found);
+    FillIndirection(rows, block, m, dy, kZeros, &found);
     tile->live = found.live;
     for (int t = 0; t < found.taps; ++t) {
       for (int64_t i = 0; i < at_once; ++i) {
@@ -170,7 +170,7 @@ CONVGRAD_NOINLINE void MultiplyShortSums(const CpuArgs& a, const Operand<T>* dy,
   alignas(64) Sum<O> sums_of_tile[kMaxShortTiles * kShortRows * kMostWidth];
   T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
   for (int64_t panel_index = first; panel_index < end; ++panel_index) {
-    if (PanelIsTainted(a, group, panels, panel_index)) continue;
+    if (PanelHasNonfinite(a, group, panels, panel_index)) continue;
     const Panel panel = PanelAt<O>(p, panel_index);
     const int64_t width = panel.vectors * kLanes<O>;
     const int64_t* const column_dx = a.column_dx + panel.first;
@@ -194,7 +194,7 @@ CONVGRAD_NOINLINE void MultiplyShortSums(const CpuArgs& a, const Operand<T>* dy,
     }
     if (!direct) StoreTile<T>(rows, sums_of_tile, width, panel.columns, column_dx, dx);
     if (HasEpilogue(a)) {
-      FinishTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
+      ApplyEpilogueToTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
     }
   }
 }

@@ -1,6 +1,6 @@
-// The gemm kernel's way (gemm.h) with short sums along rows of which every position has
-// all taps: pointwise layers of few channels, rows without padding, and first layers of
-// nets, whose taps along a row are merged into channels (planner/padded_rows.h).
+// The gemm kernel's way (gemm.h) with short sums along rows where every position has all
+// taps: pointwise layers of few channels, rows without padding, and first layers of nets,
+// whose taps along a row are merged into channels (planner/padded_rows.h).
 //
 // Neighbouring positions of a row then read dY at equal distances, so that a register
 // tile needs no pointer for each of its rows, and no copy of what they read, unless that
@@ -153,8 +153,8 @@ CONVGRAD_INLINE StripMultiply<O> StripMultiplyOf(int vectors) {
   return vectors == 2 ? MultiplyPanels<O, 2> : MultiplyPanels<O, 1>;
 }
 
-// Whether strips serve a problem: rows of which every position has all taps, of a
-// register tile or more, and short sums.
+// Whether strips serve a problem: every position of a row has all taps, a row is as long
+// as a register tile, and sums are short.
 template <typename O>
 inline bool StripsServe(const CpuArgs& a) {
   if (a.row_end > 0) return true;
@@ -284,8 +284,8 @@ CONVGRAD_NOINLINE void MultiplyStrips(const CpuArgs& a, const Operand<T>* dy,
     }
     for (int64_t i = 0; HasEpilogue(a) && i < panels; ++i) {
       const Panel panel = PanelAt<O>(p, i);
-      FinishTile<T>(a, stored, panel.columns, a.column_dx + panel.first,
-                    group * p.dx.group);
+      ApplyEpilogueToTile<T>(a, stored, panel.columns, a.column_dx + panel.first,
+                             group * p.dx.group);
     }
   }
 }

@@ -84,7 +84,7 @@ CONVGRAD_NOINLINE void Multiply(int taps, int64_t k_count, const O* const (*rows
 // What a register tile reads of dY for a block of B: a pointer for each row and tap, to
 // zeros where the tap misses dY. Taps that miss it for every row are left out.
 template <typename O, int kRows>
-struct TapRows {
+struct Indirection {
   const O* row[kBlockTaps][kRows];
   int tap[kBlockTaps];  // in the block
   int taps;
@@ -93,8 +93,9 @@ struct TapRows {
 };
 
 template <typename O, int kRows>
-CONVGRAD_INLINE void FindTapRows(const GemmRows& rows, const GemmBlock& block, int64_t m,
-                                 const O* dy, const O* zeros, TapRows<O, kRows>* found) {
+CONVGRAD_INLINE void FillIndirection(const GemmRows& rows, const GemmBlock& block,
+                                     int64_t m, const O* dy, const O* zeros,
+                                     Indirection<O, kRows>* found) {
   found->taps = 0;
   found->mixed = false;
   found->live = rows.count - m < kRows ? static_cast<int>(rows.count - m) : kRows;
@@ -144,10 +145,10 @@ struct GemmSums {
 // Adds one block of B to rows [m, m + kRows), which read dY `at` elements further on than
 // they were found: so do the zeros.
 template <typename O, int kVecs>
-inline void AddTapRows(const TapRows<O, RowsFor(kVecs)>& found, int64_t at,
-                       const GemmBlock& block, const O* panel, const O* zeros, bool exact,
-                       bool fresh, const GemmRows& rows, int64_t m,
-                       const GemmSums<Sum<O>>& sums) {
+inline void AddIndirect(const Indirection<O, RowsFor(kVecs)>& found, int64_t at,
+                        const GemmBlock& block, const O* panel, const O* zeros,
+                        bool mask_taps, bool fresh, const GemmRows& rows, int64_t m,
+                        const GemmSums<Sum<O>>& sums) {
   constexpr int kRows = RowsFor(kVecs);
   constexpr int64_t kWidth = kVecs * kLanes<O>;
   Sum<O> spare[kWidth];  // of rows that do not exist
@@ -158,7 +159,8 @@ inline void AddTapRows(const TapRows<O, RowsFor(kVecs)>& found, int64_t at,
                               : sums.to + rows.dx[m + i];
   }
   const O* filter[kBlockTaps];
-  if ((exact && found.mixed) || (found.live <= kFewRows && !kHasTiles)) {  // row by row
+  if ((mask_taps && found.mixed) ||
+      (found.live <= kFewRows && !kHasTiles)) {  // row by row
     for (int i = 0; i < found.live; ++i) {
       const O* row[kBlockTaps][1];
       int taps = 0;
@@ -190,13 +192,13 @@ inline void AddTapRows(const TapRows<O, RowsFor(kVecs)>& found, int64_t at,
 // Adds one block of B to all rows of the task, whose sums are fresh at the first one.
 template <typename O, int kVecs>
 CONVGRAD_NOINLINE void AddBlock(const GemmRows& rows, const GemmBlock& block, const O* dy,
-                                const O* zeros, const O* panel, bool exact, bool fresh,
-                                const GemmSums<Sum<O>>& sums) {
+                                const O* zeros, const O* panel, bool mask_taps,
+                                bool fresh, const GemmSums<Sum<O>>& sums) {
   constexpr int kRows = RowsFor(kVecs);
   for (int64_t m = 0; m < rows.count; m += kRows) {
-    TapRows<O, kRows> found;
-    FindTapRows(rows, block, m, dy, zeros, &found);
-    AddTapRows<O, kVecs>(found, 0, block, panel, zeros, exact, fresh, rows, m, sums);
+    Indirection<O, kRows> found;
+    FillIndirection(rows, block, m, dy, zeros, &found);
+    AddIndirect<O, kVecs>(found, 0, block, panel, zeros, mask_taps, fresh, rows, m, sums);
   }
 }
 

@@ -16,9 +16,9 @@
 
 namespace convgrad {
 
-// The tile of dX, rows x width pixels of one plane, that a task of the planes kernel
-// makes, and the columns of dY that it reads, over-reads of whole vectors included.
-// rows = 0 if no tile is small enough.
+// The tile of dX, rows x width pixels of one plane, that a task of the few_channels
+// kernel makes, and the columns of dY that it reads, over-reads of whole vectors
+// included. rows = 0 if no tile is small enough.
 struct PlaneTile {
   int64_t rows, width, cols;
 };
@@ -37,11 +37,11 @@ struct CpuArgs {
   int64_t phase_count[kAxes];
 
   // Parts of the workspace; which of them exist depends on the kernel.
-  void* filter;          // the packed filter, in the accumulation type
-  unsigned char* taint;  // a byte per filter packing task: it met an Inf or a NaN
-  void* zeros;           // as many zeros as a pixel of dY has channels, in that type
+  void* filter;              // the packed filter, in the accumulation type
+  unsigned char* nonfinite;  // a byte per filter packing task: it met an Inf or a NaN
+  void* zeros;               // as many zeros as a pixel of dY has channels, in that type
   void* packed_dy;       // channels-last dY in the accumulation type, or null: read dY
-  PlaneTile plane_tile;  // of the planes kernel
+  PlaneTile plane_tile;  // of the few_channels kernel
 
   // Of the gemm kernel: where column c of a group, an input channel unless the problem
   // was folded (kernel_cpu.cc), lies in the filter and in dX. dX offsets increase.
@@ -90,10 +90,10 @@ struct PoolArgs;    // pooling/job.h
 struct CpuKernels {
   void (*direct)(const CpuArgs& args, CpuJob* job);
   void (*gemm)(const CpuArgs& args, CpuJob* job);
-  void (*channels)(const CpuArgs& args, CpuJob* job);   // lanes hold channels
-  void (*planes)(const CpuArgs& args, CpuJob* job);     // lanes hold pixels
-  void (*dots)(const CpuArgs& args, CpuJob* job);       // lanes hold out channels
-  void (*filter)(const FilterArgs& args, CpuJob* job);  // the filter gradient
+  void (*depthwise)(const CpuArgs& args, CpuJob* job);         // lanes hold channels
+  void (*few_channels)(const CpuArgs& args, CpuJob* job);      // lanes hold pixels
+  void (*few_channels_dot)(const CpuArgs& args, CpuJob* job);  // lanes hold out channels
+  void (*filter)(const FilterArgs& args, CpuJob* job);         // the filter gradient
   void (*max_pool_grad)(const PoolArgs& args, CpuJob* job);
 };
 
@@ -105,13 +105,13 @@ constexpr int64_t kMinPanelColumns = 4;
 constexpr int64_t kFilterPackChannels = 64;  // out channels that one packing task takes
 constexpr int64_t kTileChannels = 32;        // out channels that an AMX tile holds
 
-// channels: the largest group (in or out channels) that a vector is shared by, and
+// depthwise: the largest group (in or out channels) that a vector is shared by, and
 // the most filter rows (taps of the two leading axes) that one output row sees.
 constexpr int64_t kMaxSharedGroup = 8;
 constexpr int64_t kMaxFilterRows = 1024;
 constexpr int64_t kMaxLanes = 16;
 
-// planes: the window of dY that one task keeps on its stack, and the longest row of
+// few_channels: the window of dY that one task keeps on its stack, and the longest row of
 // dX that it makes at a time, both in the accumulation type. A filter of many rows may
 // have a window that no first-level cache holds.
 constexpr int64_t kWindowBytes = 48 * 1024, kLargeWindowBytes = 192 * 1024;

@@ -6,7 +6,8 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 
 extern const CpuKernels kKernels;
-const CpuKernels kKernels = {Direct, Gemm, Channels, Planes, Dots, Filter, MaxPoolGrad};
+const CpuKernels kKernels = {Direct,         Gemm,   Depthwise,  FewChannels,
+                             FewChannelsDot, Filter, MaxPoolGrad};
 
 }  // namespace CONVGRAD_ISA
 }  // namespace convgrad

@@ -362,7 +362,7 @@ CONVGRAD_INLINE Vec<A, kLanes<A>> AddLanes(const Vec<A, kLanes<A>>* sum) {
   }
 }
 
-// ---- geometry -------------------------------------------------------------------
+// ---- geometry ---------------------------------------------------------------------
 
 // Taps t in [lo, hi) of a phase that read inside [0, out) at phase position i.
 struct TapRange {
@@ -388,7 +388,7 @@ CONVGRAD_INLINE TapRange ValidTaps(const Phase& f, int64_t out, int64_t i) {
 
 // True if the value is an infinity or a NaN; `sum` collected value * 0.
 template <typename A>
-CONVGRAD_INLINE bool IsTainted(A sum) {
+CONVGRAD_INLINE bool HasNonfinite(A sum) {
   return !(sum == 0);
 }
 

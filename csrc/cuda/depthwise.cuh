@@ -52,8 +52,8 @@
 //
 // Limits: dX and dY channels-last; no lhs_dilation on the last axis; dilations up to
 // 2^15; an image that 32-bit indices can address (the host launches part after part of
-// the batch); filters of which one row of taps fits in shared memory. The ring wants the
-// rows of a filter one behind the other.
+// the batch); one row of a filter's taps fits in shared memory. The ring wants the rows
+// of a filter one behind the other.
 
 #pragma once
 

@@ -16,7 +16,7 @@ namespace convgrad {
 constexpr int kEpilogueThreads = 256;
 constexpr int64_t kEpilogueMaxBlocks = int64_t{1} << 16;
 
-// The steps, each of which rounds.
+// The steps. Each rounds.
 template <typename T>
 __device__ __forceinline__ T AddResidual(T value, T residual) {
   return Narrow(Widen(value) + Widen(residual), T{});

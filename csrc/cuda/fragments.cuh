@@ -1,4 +1,4 @@
-// What the tensor-core rungs share: chunks of 16 bytes on their way to shared memory,
+// What the tensor-core kernels share: chunks of 16 bytes on their way to shared memory,
 // products of fragments by type, the splitting of f32, and the exchange that turns a
 // quad's sums into whole stores.
 
@@ -14,7 +14,7 @@ namespace convgrad {
 
 constexpr int kMmaChunkBytes = 16;
 
-// Copies a chunk to shared memory of which `valid` bytes exist (none if negative) and the
+// Copies a chunk to shared memory. `valid` bytes of it exist (none if negative), and the
 // rest become zeros. `base` is any address that may be named.
 template <typename T, int kBytes>
 __device__ __forceinline__ void CopyPieces(unsigned char* to, const T* base,

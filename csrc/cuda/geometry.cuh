@@ -65,9 +65,20 @@ struct AxisGeometry {
   Index p_per_h, r_step;
   Divider<Index> h_step, p_per_r;
   Index dx_stride, dy_stride, w_stride;
+  // The positions of a phase: [1] of the first `longer` phases, [0] of the others.
+  Divider<Index> positions[2];
+  Index longer;
   PhaseTaps<Index> tabled[kTabledPhases];
-  Axis axis;  // for the phases beyond the table
+  struct None {};
+  // For the phases beyond the table, which 32-bit kernels do not have.
+  std::conditional_t<sizeof(Index) == 8, Axis, None> axis;
 };
+
+template <typename Index>
+__device__ __forceinline__ const Divider<Index>& PositionsOf(const AxisGeometry<Index>& a,
+                                                             Index phase) {
+  return a.positions[phase < a.longer ? 1 : 0];
+}
 
 template <typename Index>
 struct Geometry {
@@ -81,12 +92,14 @@ struct Geometry {
 template <typename Index>
 __device__ __forceinline__ PhaseTaps<Index> TapsOfPhase(const AxisGeometry<Index>& a,
                                                         Index phase) {
-  if (std::is_same<Index, int32_t>::value || phase < kTabledPhases) {
-    return a.tabled[phase];
+  if constexpr (sizeof(Index) == 8) {
+    if (phase >= kTabledPhases) {
+      const Phase f = MakePhase(a.axis, phase);
+      return {static_cast<Index>(f.r0), static_cast<Index>(f.r_count),
+              static_cast<Index>(f.p0)};
+    }
   }
-  const Phase f = MakePhase(a.axis, phase);
-  return {static_cast<Index>(f.r0), static_cast<Index>(f.r_count),
-          static_cast<Index>(f.p0)};
+  return a.tabled[phase];
 }
 
 template <typename Index>
@@ -133,6 +146,10 @@ Geometry<Index> MakeGeometry(const Problem& problem) {
     to.r_step = index(first.r_step);
     to.h_step = Divider<Index>::Make(first.h_step);
     to.p_per_r = Divider<Index>::Make(first.p_per_r);
+    const int64_t least = from.in / first.h_step;
+    to.positions[0] = Divider<Index>::Make(least > 0 ? least : 1);  // or no such phase
+    to.positions[1] = Divider<Index>::Make(least + 1);
+    to.longer = index(from.in % first.h_step);
     to.dx_stride = index(problem.dx.axis[i]);
     to.dy_stride = index(problem.dy.axis[i]);
     to.w_stride = index(problem.w.axis[i]);
@@ -140,7 +157,7 @@ Geometry<Index> MakeGeometry(const Problem& problem) {
       const Phase f = MakePhase(from, phase);
       to.tabled[phase] = {index(f.r0), index(f.r_count), index(f.p0)};
     }
-    to.axis = from;
+    if constexpr (sizeof(Index) == 8) to.axis = from;
   }
   return g;
 }
@@ -151,7 +168,7 @@ Geometry<Index> MakeGeometry(const Problem& problem) {
 // and is exact enough for a limit.
 inline bool FitsIn32Bits(const Problem& problem, int slack) {
   constexpr double kLimit = 2147483648.0 - (1 << 20);
-  const auto reach = [](double count, int64_t stride) {
+  const auto extent = [](double count, int64_t stride) {
     return count * static_cast<double>(std::llabs(stride));
   };
   const double batch = static_cast<double>(problem.batch);
@@ -160,12 +177,13 @@ inline bool FitsIn32Bits(const Problem& problem, int slack) {
   const double out_channels = static_cast<double>(problem.out_channels) + slack;
   double outputs = batch * groups * in_channels;
   double terms = out_channels;
-  double dx = reach(batch, problem.dx.batch) + reach(groups, problem.dx.group) +
-              reach(in_channels, problem.dx.channel);
-  double dy = reach(batch, problem.dy.batch) + reach(groups, problem.dy.group) +
-              reach(out_channels, problem.dy.channel);
-  double w = reach(groups, problem.w.group) + reach(out_channels, problem.w.out_channel) +
-             reach(in_channels, problem.w.in_channel);
+  double dx = extent(batch, problem.dx.batch) + extent(groups, problem.dx.group) +
+              extent(in_channels, problem.dx.channel);
+  double dy = extent(batch, problem.dy.batch) + extent(groups, problem.dy.group) +
+              extent(out_channels, problem.dy.channel);
+  double w = extent(groups, problem.w.group) +
+             extent(out_channels, problem.w.out_channel) +
+             extent(in_channels, problem.w.in_channel);
   for (int i = 0; i < kAxes; ++i) {
     const Axis& a = problem.axis[i];
     // |h*lhs_dilation + pad_lo| + |r*rhs_dilation|, from which every p is formed.
@@ -177,9 +195,9 @@ inline bool FitsIn32Bits(const Problem& problem, int slack) {
     if (PhaseCount(a) > kTabledPhases) return false;
     outputs *= static_cast<double>(a.in);
     terms *= static_cast<double>(a.win);
-    dx += reach(static_cast<double>(a.in), problem.dx.axis[i]);
-    dy += reach(span / static_cast<double>(a.stride) + 1, problem.dy.axis[i]);
-    w += reach(static_cast<double>(a.win), problem.w.axis[i]);
+    dx += extent(static_cast<double>(a.in), problem.dx.axis[i]);
+    dy += extent(span / static_cast<double>(a.stride) + 1, problem.dy.axis[i]);
+    w += extent(static_cast<double>(a.win), problem.w.axis[i]);
   }
   return outputs < kLimit && terms < kLimit && dx < kLimit && dy < kLimit && w < kLimit;
 }

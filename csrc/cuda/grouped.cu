@@ -7,9 +7,9 @@
 
 #include "../kernel.h"
 #include "geometry.cuh"
+#include "kernel_table.h"
 #include "planning.h"
 #include "platform.cuh"
-#include "rungs.h"
 
 namespace convgrad {
 namespace {
@@ -510,7 +510,9 @@ const char* LaunchGrouped(CUstream_st* stream, const Problem& problem, const Pla
   if (address % kGroupedChunkBytes != 0) {
     return LaunchDirect(stream, problem, plan, dy, w, dx, workspace, epilogue);
   }
-  const int64_t bytes = CurrentGpu().shared_bytes;
+  Gpu gpu{};
+  if (const char* error = CurrentGpu(&gpu); error != nullptr) return error;
+  const int64_t bytes = gpu.shared_bytes;
   switch (problem.dtype) {
     case DType::kF64: break;
     case DType::kF32:

@@ -28,6 +28,20 @@ constexpr int kWarpgroupThreads = 128;
 
 #ifdef __CUDACC__
 
+// True for one lane of a warp, which all of it asks. The compiler knows that it is one:
+// it needs no loop over lanes around what that one tells TMA.
+__device__ __forceinline__ bool ElectLane() {
+  unsigned elected;
+  asm volatile(
+      "{\n"
+      "  .reg .pred elected;\n"
+      "  elect.sync _|elected, 0xffffffff;\n"
+      "  selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // ---- barriers in shared memory ----------------------------------------------------
 
 // An mbarrier is 8 bytes of shared memory. A phase of it ends when `arrivals` threads
@@ -38,8 +52,8 @@ __device__ __forceinline__ void MbarrierInit(uint64_t* barrier, unsigned arrival
                : "memory");
 }
 
-// Lets the copy engine see the barriers that this thread has initialised. Other threads
-// need a barrier as well.
+// Lets TMA see the barriers that this thread has initialised. Other threads need a
+// barrier as well.
 __device__ __forceinline__ void MbarrierFenceInit() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -49,7 +63,7 @@ __device__ __forceinline__ void MbarrierArrive(uint64_t* barrier) {
                : "memory");
 }
 
-// Arrives, and makes the phase wait for so many bytes of the copy engine's.
+// Arrives, and makes the phase wait for so many bytes that TMA copies.
 __device__ __forceinline__ void MbarrierArriveExpect(uint64_t* barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
                    SharedAddress(barrier)),
@@ -115,18 +129,23 @@ __device__ __forceinline__ void MbarrierWait(uint64_t* barrier, unsigned parity)
 
 // ---- copies of a tensor map's box -------------------------------------------------
 
-// Stores to shared memory what the copy engine or the tensor cores will read. `to` is
-// aligned to the value's size.
+// Stores to shared memory what TMA or the tensor cores will read. `to` is aligned to the
+// value's size.
 template <typename T>
 __device__ __forceinline__ void StoreShared(void* to, const T& value) {
   *reinterpret_cast<T*>(to) = value;
 }
 
-// Shows this thread's stores to shared memory to the copy engine and the tensor cores;
-// their readers need a barrier after it. Copies of cp.async, unlike those of the copy
-// engine, are such stores too, once they have been waited for (PTX ISA, "Async proxy").
+// Shows this thread's stores to shared memory to TMA and the tensor cores; their readers
+// need a barrier after it. Copies of cp.async, unlike those of TMA, are such stores too,
+// once they have been waited for (PTX ISA, "Async proxy").
 __device__ __forceinline__ void FenceProxyAsync() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Has TMA read a map ahead of the first copy by it.
+__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Starts copying the box at `at`, innermost dimension first, to shared memory; what lies
@@ -334,7 +353,9 @@ __device__ __forceinline__ void GiveRegisters() {
 #else
 
 inline void PinSum(float&) {}
+inline void PrefetchTensorMap(const CUtensorMap*) {}
 
+using cuda_emulator::ElectLane;
 using cuda_emulator::FenceProxyAsync;
 using cuda_emulator::GiveRegisters;
 using cuda_emulator::MbarrierArrive;

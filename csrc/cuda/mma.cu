@@ -8,9 +8,9 @@
 
 #include "../kernel.h"
 #include "geometry.cuh"
+#include "kernel_table.h"
 #include "planning.h"
 #include "platform.cuh"
-#include "rungs.h"
 
 namespace convgrad {
 

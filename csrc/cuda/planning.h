@@ -1,4 +1,4 @@
-// What the plan functions of several rungs need to know about a problem. Needs no CUDA.
+// What the plan functions of several kernels need to know about a problem. Needs no CUDA.
 
 #pragma once
 

@@ -10,7 +10,34 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <mutex>
+#include <set>
+#include <utility>
+
 namespace convgrad {
+
+// Lets a kernel have all the shared memory that a block may have on the current device.
+// Once for each: the calls may wait for copies that are under way. The limit is the
+// kernel's, not the launch's: threads that each set what they need would undo each
+// other's.
+inline cudaError_t AllowSharedMemory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0, most = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (allowed.count({kernel, device}) > 0) return cudaSuccess;
+  cudaFuncAttributes attributes{};
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  if (status == cudaSuccess) {
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                  most - static_cast<int>(attributes.sharedSizeBytes));
+  }
+  if (status == cudaSuccess) allowed.insert({kernel, device});
+  return status;
+}
 
 // cudaLaunchKernel rather than <<<>>>, because it returns the status of this very
 // launch: cudaGetLastError would also report, and clear, an error that some earlier
@@ -19,26 +46,13 @@ template <typename... Parameters>
 cudaError_t LaunchKernel(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                          int shared_bytes, cudaStream_t stream, Parameters... arguments) {
   constexpr int kWithoutOptIn = 48 * 1024;
+  const void* const function = reinterpret_cast<const void*>(kernel);
   if (shared_bytes > kWithoutOptIn) {
-    // The limit is the kernel's, not the launch's: threads that each set what they need
-    // would undo each other's. So it is always set to the most that the device allows.
-    const void* const function = reinterpret_cast<const void*>(kernel);
-    int device = 0, most = 0;
-    cudaFuncAttributes attributes{};
-    cudaError_t status = cudaGetDevice(&device);
-    if (status == cudaSuccess) {
-      status =
-          cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    }
-    if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, function);
-    if (status == cudaSuccess) {
-      status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    most - static_cast<int>(attributes.sharedSizeBytes));
-    }
+    const cudaError_t status = AllowSharedMemory(function);
     if (status != cudaSuccess) return status;
   }
   void* pointers[] = {&arguments...};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers,
+  return cudaLaunchKernel(function, grid, block, pointers,
                           static_cast<size_t>(shared_bytes), stream);
 }
 

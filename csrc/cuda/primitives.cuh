@@ -42,8 +42,8 @@ __device__ __forceinline__ void MmaF16(float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d[16][8] += a[16][8] * b[8][8] in TF32: f32 bit patterns of which the tensor core reads
-// the upper 19 bits. A lane holds
+// d[16][8] += a[16][8] * b[8][8] in TF32: the tensor core reads the upper 19 bits of f32
+// bit patterns. A lane holds
 //   a: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)     as (row, k)
 //   b: (t, g), (t + 4, g)                                 as (k, column)
 // and d as above.

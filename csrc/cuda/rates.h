@@ -1,5 +1,5 @@
-// What the planner counts with that only a GPU can tell (docs/performance.md, "The
-// planner's model"). Written by `python -m jax_convgrad calibrate`; a test catches edits.
+// What the planner counts with that only a GPU can tell (docs/cuda.md, "The planner's
+// model"). Written by `python -m jax_convgrad calibrate`; a test catches edits.
 
 #pragma once
 
@@ -14,7 +14,7 @@ constexpr double kRatesLaunchUs = 2.5;  // a kernel that does nothing
 constexpr double kRatesCopyBytesPerUs = 4.3e6;  // a large copy, read and written
 
 constexpr Correction kCorrections[] = {
-    // rung, operands, factors of arithmetic and memory, measurements of each
+    // kernel, operands, factors of arithmetic and memory, measurements of each
     {"direct", Operands::kF64, 1, 1, 0, 0},
     {"direct", Operands::kF32, 1, 1, 0, 0},
     {"direct", Operands::k16Bit, 1, 1, 0, 0},

@@ -1,7 +1,7 @@
-// Tensor maps, which tell the copy engine of sm_90 what to fetch: encoded on the host by
-// the driver, and passed to a kernel as a __grid_constant__ parameter. The driver's
-// functions are looked up at run time: the module links no libcuda, and imports where
-// there is none.
+// Tensor maps, which tell TMA, the tensor memory accelerator of sm_90, what to fetch:
+// encoded on the host by the driver, and passed to a kernel as a __grid_constant__
+// parameter. The driver's functions are looked up at run time: the module links no
+// libcuda, and imports where there is none.
 
 #pragma once
 

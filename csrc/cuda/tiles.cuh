@@ -20,11 +20,11 @@ namespace convgrad {
 // for the largest, and some have nothing to do.
 struct TileGrid {
   int tile_m, tile_n;
-  unsigned row_tiles, channel_tiles, phases[kAxes];
+  Divider<int32_t> row_tiles, channel_tiles, phases[kAxes];
   unsigned total;
 };
 
-// How many blocks a problem is. More than kMaxBlocks (rungs.h) are too many for a
+// How many blocks a problem is. More than kMaxBlocks (kernel_table.h) are too many for a
 // TileGrid.
 inline int64_t CountTiles(const Problem& problem, int64_t tile_m, int64_t tile_n,
                           TileGrid* grid = nullptr) {
@@ -34,7 +34,7 @@ inline int64_t CountTiles(const Problem& problem, int64_t tile_m, int64_t tile_n
     // The first phase has the most positions; a phase beyond `in` has none.
     rows *= MakePhase(a, 0).h_count;
     const int64_t count = PhaseCount(a) < a.in ? PhaseCount(a) : a.in;
-    if (grid != nullptr) grid->phases[i] = static_cast<unsigned>(count);
+    if (grid != nullptr) grid->phases[i] = Divider<int32_t>::Make(count);
     phases *= count;
   }
   const int64_t row_tiles = (rows + tile_m - 1) / tile_m;
@@ -43,8 +43,8 @@ inline int64_t CountTiles(const Problem& problem, int64_t tile_m, int64_t tile_n
   if (grid != nullptr) {
     grid->tile_m = static_cast<int>(tile_m);
     grid->tile_n = static_cast<int>(tile_n);
-    grid->row_tiles = static_cast<unsigned>(row_tiles);
-    grid->channel_tiles = static_cast<unsigned>(channel_tiles);
+    grid->row_tiles = Divider<int32_t>::Make(row_tiles);
+    grid->channel_tiles = Divider<int32_t>::Make(channel_tiles);
     grid->total = static_cast<unsigned>(total);
   }
   return total;
@@ -62,26 +62,30 @@ struct TilePlace {
   Index c0, m0, group;
   Index h0[kAxes], positions[kAxes];
   PhaseTaps<Index> phase[kAxes];
-  Index per_image, row_count;
+  Index row_count;
 };
 
 template <typename Index>
 __device__ __forceinline__ TilePlace<Index> PlaceTile(const Geometry<Index>& g,
                                                       const TileGrid& grid, unsigned id) {
   TilePlace<Index> at;
-  at.c0 = static_cast<Index>(id % grid.channel_tiles) * grid.tile_n;
-  id /= grid.channel_tiles;
+  int32_t rest = static_cast<int32_t>(id);
+  const auto digit = [&rest](const Divider<int32_t>& count) {
+    const int32_t quotient = count.Quotient(rest),
+                  digit = rest - quotient * count.divisor;
+    rest = quotient;
+    return static_cast<Index>(digit);
+  };
+  at.c0 = digit(grid.channel_tiles) * grid.tile_n;
 #pragma unroll
   for (int a = kAxes - 1; a >= 0; --a) {
-    at.h0[a] = static_cast<Index>(id % grid.phases[a]);
-    id /= grid.phases[a];
+    at.h0[a] = digit(grid.phases[a]);
     at.phase[a] = TapsOfPhase(g.axis[a], at.h0[a]);
-    at.positions[a] = g.axis[a].h_step.Quotient(g.axis[a].in - at.h0[a] - 1) + 1;
+    at.positions[a] = PositionsOf(g.axis[a], at.h0[a]).divisor;
   }
-  at.m0 = static_cast<Index>(id % grid.row_tiles) * grid.tile_m;
-  at.group = static_cast<Index>(id / grid.row_tiles);
-  at.per_image = at.positions[0] * at.positions[1] * at.positions[2];
-  at.row_count = g.batch * at.per_image;
+  at.m0 = digit(grid.row_tiles) * grid.tile_m;
+  at.group = static_cast<Index>(rest);
+  at.row_count = g.batch * at.positions[0] * at.positions[1] * at.positions[2];
   return at;
 }
 
@@ -95,15 +99,16 @@ template <typename Index>
 __device__ __forceinline__ RowPlace<Index> PlaceRow(const Geometry<Index>& g,
                                                     const TilePlace<Index>& at, Index m) {
   RowPlace<Index> row;
-  row.n = m / at.per_image;
-  Index rest = m - row.n * at.per_image;
 #pragma unroll
   for (int a = kAxes - 1; a >= 0; --a) {
-    const Index i = rest % at.positions[a];
-    rest /= at.positions[a];
+    const Divider<Index>& positions = PositionsOf(g.axis[a], at.h0[a]);
+    const Index rest = positions.Quotient(m);
+    const Index i = m - rest * positions.divisor;
+    m = rest;
     row.h[a] = at.h0[a] + i * g.axis[a].h_step.divisor;
     row.p[a] = at.phase[a].p0 + i * g.axis[a].p_per_h;
   }
+  row.n = m;
   return row;
 }
 
@@ -205,8 +210,9 @@ __device__ __forceinline__ Index FindLiveTaps(const Geometry<Index>& g,
                                               bool fills,
                                               TapSpan<Index> (&spans)[kAxes]) {
   const Index m_end = at.m0 + tile_m < at.row_count ? at.m0 + tile_m : at.row_count;
-  return LiveTapsBetween(g, at, at.m0 / at.per_image == (m_end - 1) / at.per_image,
-                         rows[0].p, rows[m_end - 1 - at.m0].p, fills, spans);
+  const bool together = PlaceRow(g, at, at.m0).n == PlaceRow(g, at, m_end - 1).n;
+  return LiveTapsBetween(g, at, together, rows[0].p, rows[m_end - 1 - at.m0].p, fills,
+                         spans);
 }
 
 }  // namespace convgrad

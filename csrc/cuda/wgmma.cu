@@ -8,9 +8,9 @@
 #include "../kernel.h"
 #include "../phase.h"
 #include "geometry.cuh"
+#include "kernel_table.h"
 #include "planning.h"
 #include "platform.cuh"
-#include "rungs.h"
 #include "tensor_map.cuh"
 
 namespace convgrad {
@@ -21,7 +21,7 @@ constexpr int64_t kMinSlicesOfPart =
     8;  // fewer, and filling the ring is most of the work
 constexpr int64_t kMaxPartialBytes = int64_t{64} << 20;
 
-// ---- what the copy engine can fetch -----------------------------------------------
+// ---- what TMA can fetch -----------------------------------------------------------
 
 // Of dY's tensor maps: the last axes, without leading ones that are not there.
 int MapAxes(const Problem& problem) {
@@ -81,10 +81,9 @@ bool GroupsFitMaps(const Problem& problem) {
 }
 
 // Whether dX is stored in whole vectors, the rows of dY and W are whole chunks, and every
-// group and phase can be told to the engine. Arrays may be null, which is as good as
-// aligned.
-bool FitsEngine(const Rewritten& rewritten, const void* dy, const void* w, const void* dx,
-                const Epilogue& epilogue) {
+// group and phase can be told to TMA. Arrays may be null, which is as good as aligned.
+bool FitsTma(const Rewritten& rewritten, const void* dy, const void* w, const void* dx,
+             const Epilogue& epilogue) {
   const Problem& problem = rewritten.problem;
   if (!GroupsFitMaps(problem)) return false;
   const int vector = VectorBytes(problem.dtype);
@@ -228,21 +227,30 @@ struct TileChoice {
   double efficiency;  // the part of the tensor cores' rate that it reaches: an estimate
 };
 
+// A slice's operands come from the L2 cache, which gives a multiprocessor about 46 bytes
+// a cycle, while the tensor cores multiply the one before: kCoreProducts a cycle of
+// 16-bit types, half as many, of twice the bytes, of TF32.
 template <typename T, int kM, int kN, int kGroupsN>
-constexpr TileChoice ChoiceOf(double efficiency) {
+constexpr TileChoice ChoiceOf() {
   using S = WgmmaTile<T, kM, kN, kGroupsN>;
-  return {S::kM,     S::kN, S::kK, S::kStages, S::kSharedBytes, S::kCopiesSharedBytes,
-          efficiency};
+  constexpr double kL2BytesPerCycle = 46, kCoreProducts = 2048;
+  constexpr double kCycles = kM * kN * (kSwizzleBytes / 2) / kCoreProducts;
+  constexpr double kBytesPerCycle = (kM + kN) * kSwizzleBytes / kCycles;
+  return {S::kM,
+          S::kN,
+          S::kK,
+          S::kStages,
+          S::kSharedBytes,
+          S::kCopiesSharedBytes,
+          std::min(1.0, kL2BytesPerCycle / kBytesPerCycle)};
 }
 
-// By the bytes of operands that a product reads from shared memory: 64 columns need as
-// many in a cycle as it gives.
 template <typename T>
 constexpr TileChoice kChoices[] = {
-    ChoiceOf<T, 128, 256, 1>(1.0),
-    ChoiceOf<T, 128, 128, 1>(0.9),
-    ChoiceOf<T, 256, 64, 1>(0.75),
-    ChoiceOf<T, 64, 128, 2>(0.65),
+    ChoiceOf<T, 128, 256, 1>(),  // 48 bytes a cycle
+    ChoiceOf<T, 128, 128, 1>(),  // 64
+    ChoiceOf<T, 256, 64, 1>(),   // 80
+    ChoiceOf<T, 64, 128, 2>(),   // 96
 };
 
 // Calls launch(tile) with the WgmmaTile of a plan.
@@ -257,22 +265,23 @@ cudaError_t WithTile(int64_t m, int64_t n, Launch launch) {
 
 // ---- plans ------------------------------------------------------------------------
 
-// The part of the rate that is left where threads copy instead of the engine, by the
-// bytes of a copy: an estimate, by the number of instructions. Values that go through
-// registers are waited for in every slice.
+// The part of the rate that is left where threads copy instead of TMA, by the bytes of a
+// copy: an estimate, by the number of instructions. Values that go through registers are
+// waited for in every slice.
 double RateOfCopies(int width) {
   return width >= 16 ? 0.9 : width == 8 ? 0.85 : width == 4 ? 0.75 : 0.2;
 }
 
 // What a problem cut up like this costs: items are dealt out to blocks, one on each
-// multiprocessor. What an item costs besides its products is its way out, during which
-// the tensor cores wait.
+// multiprocessor. What an item costs besides its products are the instructions that find
+// its place and store its sums, during which the tensor cores wait.
 Cost CostOf(const Problem& problem, const TileChoice& tile, int64_t tiles, int64_t parts,
             const TapCounts& taps, double products_per_us) {
   constexpr double kStartUs = 1.5;  // until the first products
-  // What a multiprocessor writes to the L2 cache, which goes on from there meanwhile: 64
-  // bytes a cycle, an estimate.
-  constexpr double kStoreBytesPerUs = 64 * ReferenceGpu::kCyclesPerUs;
+  // Of a warp, for each strip and for each tile besides, counted in the machine code for
+  // bfloat16. A multiprocessor starts four a cycle, one of every fourth warp.
+  constexpr double kStripInstructions = 150, kTileInstructions = 550;
+  constexpr double kInstructionsPerUs = 4 * ReferenceGpu::kCyclesPerUs;
   const double multiprocessors = ReferenceGpu::kMultiprocessors;
   const double rate = products_per_us / multiprocessors * tile.efficiency;
   const double products_of_tap = static_cast<double>(
@@ -283,11 +292,11 @@ Cost CostOf(const Problem& problem, const TileChoice& tile, int64_t tiles, int64
   // The last round is as long as its longest item, the others take the average.
   const double multiply_us =
       products_of_tap * std::max(rounds * taps.average, taps.most) / of_parts / rate;
-  const double item_bytes =
-      static_cast<double>(tile.m * tile.n) *
-      (parts > 1 ? 4.0 : static_cast<double>(SizeInBytes(problem.dtype)));
+  const double strips = static_cast<double>(tile.m * tile.n) / kMmaStripElements;
+  const double instructions =
+      kWgmmaConsumerWarps * kTileInstructions + strips * kStripInstructions;
   const double copy_rate = ReferenceGpu::kCopyBytesPerUs;
-  const double store_us = rounds * item_bytes / kStoreBytesPerUs;
+  const double store_us = rounds * instructions / kInstructionsPerUs;
   Cost cost{1, kStartUs, multiply_us + store_us, BytesMoved(problem) / copy_rate, 0};
   if (parts > 1) {
     const double partial_bytes = static_cast<double>(tiles * parts * tile.m * tile.n) * 4;
@@ -309,7 +318,7 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
   if (!HasWholeGroups(problem) || !FitsRepack(problem)) return false;
   if (problem.dy.channel != 1 && problem.out_channels > 1) return false;
   if (problem.w.in_channel != 1 && problem.in_channels > 1) return false;
-  const bool copies = !FitsEngine(rewritten, nullptr, nullptr, nullptr, {});
+  const bool copies = !FitsTma(rewritten, nullptr, nullptr, nullptr, {});
   if (copies) {
     const int w_width = sizeof(T) == 4 ? kWidestCopy : WidthOfW(problem, nullptr);
     products_per_us *= RateOfCopies(std::min(WidthOfDy(problem, nullptr), w_width));
@@ -357,6 +366,19 @@ bool PlanTyped(const Problem& given, int64_t shared_bytes, double products_per_u
 
 // ---- launches ---------------------------------------------------------------------
 
+// Of the device that launches: an H100 for PCIe has fewer than the reference GPU.
+unsigned Multiprocessors() {
+  int device = 0, count = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess) {
+    status = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (ErrorText(status) != nullptr || count < 1) {
+    return static_cast<unsigned>(ReferenceGpu::kMultiprocessors);
+  }
+  return static_cast<unsigned>(count);
+}
+
 // One part of the batch.
 template <typename T>
 cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const Plan& plan,
@@ -371,18 +393,20 @@ cudaError_t EnqueuePart(cudaStream_t stream, const Rewritten& rewritten, const P
     params.mma =
         MakeMmaParams(rewritten, S::kM, S::kN, plan.split_k, dy, w, dx, epilogue);
     params.items = params.mma.grid.total * params.mma.parts;
+    params.tiles = Divider<int32_t>::Make(params.mma.grid.total);
     for (int i = 0; i < kAxes; ++i) params.win[i] = static_cast<int>(problem.axis[i].win);
     params.repacked = repacked;
     params.repacked_row = static_cast<int32_t>(RepackedRow(problem));
     const auto launch = [&](auto kernel, int shared_bytes) {
-      const unsigned blocks =
-          std::min(params.items, static_cast<unsigned>(ReferenceGpu::kMultiprocessors));
+      const unsigned blocks = std::min(params.items, Multiprocessors());
+      params.blocks = Divider<int32_t>::Make(blocks);
+      params.turn = params.mma.grid.channel_tiles.divisor % params.blocks.divisor;
       return CU_LAUNCH(kernel, dim3(blocks), dim3(kWgmmaThreads), shared_bytes, stream,
                        params, dy, w, dx, partial);
     };
     cudaError_t status;
     // A plan assumes aligned arrays. These may not be.
-    if (FitsEngine(rewritten, dy, w, dx, epilogue)) {
+    if (FitsTma(rewritten, dy, w, dx, epilogue)) {
       status = EncodeDy<T>(problem, dy, S::kM, &params);
       if (status != cudaSuccess) return status;
       if constexpr (sizeof(T) == 4) {

@@ -1,5 +1,5 @@
-// "wgmma": implicit GEMM on the tensor cores of sm_90a, fed by the copy engine, or by
-// threads where that cannot fetch.
+// "wgmma": implicit GEMM on the tensor cores of sm_90a, fed by TMA (the tensor memory
+// accelerator), or by threads where that cannot fetch.
 //
 // The product is that of mma.cuh. What differs is how it is done. A block has three
 // warpgroups: the third, the producer, fetches slices of both operands into a ring of
@@ -7,18 +7,17 @@
 // The ring goes on from tile to tile, so that the next
 // one's slices come while a tile's sums are stored. Blocks stay and take tile after tile.
 //
-// The copy engine is told by one thread (wgmma_producers.cuh). Operand A, kM rows by 128
-// bytes of channels of dY, is one copy in im2col mode. For one
-// phase (phase.h), position i reads, at tap t, the pixel p0 + i*p_per_h - t*p_per_r of dY
-// on each axis; p_per_h is 1 unless dX was dilated (lhs_dilation), whatever the stride.
-// With T taps and H positions it is
+// TMA is told by one thread (wgmma_producers.cuh). Operand A, kM rows by 128 bytes of
+// channels of dY, is one copy in im2col mode. For one phase (phase.h), position i reads,
+// at tap t, the pixel p0 + i*p_per_h - t*p_per_r of dY on each axis; p_per_h is 1 unless
+// dX was dilated (lhs_dilation), whatever the stride. With T taps and H positions it is
 //
 //   (p0 - (T-1)*p_per_r) + i*p_per_h + (T-1-t)*p_per_r,   0 <= i < H
 //
 // where the first term is the lower corner of the map's bounding box, which holds H
 // pixels p_per_h apart, and the last term the copy's offset. So each phase has a map of
-// its own, which the host encodes, and the engine goes from row to row and from image to
-// image in the order of the tile's rows. What lies outside dY becomes zero.
+// its own, which the host encodes, and TMA goes from row to row and from image to image
+// in the order of the tile's rows. What lies outside dY becomes zero.
 //
 // Operand B, of 16-bit types: 128 bytes of input channels by 64 k, as they lie in W, in
 // kN / 64 copies; wgmma takes it by rows. For TF32 wgmma wants K along the rows, so a
@@ -45,10 +44,10 @@
 // more taps than others.
 //
 // Limits: those of mma.cuh; several groups only if each has out channels that are whole
-// slices and input channels that are whole vectors, of 16 bytes (8 of f32). The copy
-// engine is used for whole vectors of input channels; rows of dY that are whole chunks of
-// 16 bytes, as are W's of 16-bit types; groups side by side; at most kWgmmaPhases phases;
-// taps, padding and lhs_dilation within its corners, offsets and steps (tensor_map.cuh).
+// slices and input channels that are whole vectors, of 16 bytes (8 of f32). TMA is used
+// for whole vectors of input channels; rows of dY that are whole chunks of 16 bytes, as
+// are W's of 16-bit types; groups side by side; at most kWgmmaPhases phases; taps,
+// padding and lhs_dilation within its corners, offsets and steps (tensor_map.cuh).
 
 #pragma once
 
@@ -207,7 +206,7 @@ __device__ __forceinline__ void Consume(const WgmmaParams& params,
   for (unsigned round = 0; round < Rounds(params); ++round) {
     const unsigned item = ItemOfRound(params, round);
     if (item >= params.items) continue;
-    const unsigned part = item / grid.total, tile = item - part * grid.total;
+    const unsigned part = PartOfItem(params, item), tile = item - part * grid.total;
     int32_t slices = 0;
     {
       const TilePlace<int32_t> at = PlaceTile(g, grid, tile);
@@ -274,8 +273,9 @@ __global__ void __launch_bounds__(kWgmmaThreads, 1)
     GiveRegisters<Registers::kProducer>();
     if constexpr (kCopies) {
       ProduceByCopies<T, S>(params, ring, full, empty, dy, w);
-    } else if (threadIdx.x == kWgmmaConsumers * kWarpgroupThreads) {
-      ProduceByEngine<T, S>(params, ring, full, empty);
+    } else if (__shfl_sync(0xffffffffu, threadIdx.x / 32, 0) == kWgmmaConsumerWarps) {
+      // A shuffle, so that ptxas sees: for all lanes.
+      if (ElectLane()) ProduceByTma<T, S>(params, ring, full, empty);
     }
   } else {
     TakeRegisters<Registers::kConsumer>();

@@ -1,5 +1,5 @@
-// The producers of "wgmma" (wgmma.cuh): one thread and the copy engine, or a warpgroup
-// whose threads copy by themselves.
+// The producers of "wgmma" (wgmma.cuh): one thread and TMA, or a warpgroup whose threads
+// copy by themselves.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace convgrad {
 
-// ---- the copy engine --------------------------------------------------------------
+// ---- TMA --------------------------------------------------------------------------
 
 // One copy of dY: channels k0.. of the rows from `pixel` on, `offset` beyond each.
 __device__ __forceinline__ void CopyRows(const WgmmaParams& params,
@@ -35,12 +35,13 @@ __device__ __forceinline__ void CopyRows(const WgmmaParams& params,
   }
 }
 
-// One thread has the copy engine fill stages with the slices of all of the block's tiles.
+// One thread has TMA fill stages with the slices of all of the block's tiles.
 template <typename T, typename S>
-__device__ __forceinline__ void ProduceByEngine(const WgmmaParams& params,
-                                                unsigned char* ring, uint64_t* full,
-                                                uint64_t* empty) {
+__device__ __forceinline__ void ProduceByTma(const WgmmaParams& params,
+                                             unsigned char* ring, uint64_t* full,
+                                             uint64_t* empty) {
   const Geometry<int32_t>& g = params.mma.geometry;
+  PrefetchTensorMap(&params.w);
   RingPlace<S::kStages> place;
   for (unsigned round = 0; round < Rounds(params); ++round) {
     TilePlace<int32_t> at;
@@ -50,7 +51,8 @@ __device__ __forceinline__ void ProduceByEngine(const WgmmaParams& params,
     int pixel[kAxes], furthest[kAxes];
 #pragma unroll
     for (int a = 0; a < kAxes; ++a) {
-      phase = phase * params.mma.grid.phases[a] + static_cast<unsigned>(at.h0[a]);
+      phase = phase * static_cast<unsigned>(params.mma.grid.phases[a].divisor) +
+              static_cast<unsigned>(at.h0[a]);
       furthest[a] = (at.phase[a].r_count - 1) * g.axis[a].p_per_r.divisor;
       pixel[a] = work.first.p[a] - furthest[a];
     }

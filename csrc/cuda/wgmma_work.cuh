@@ -63,11 +63,14 @@ struct WgmmaTile {
 
 struct WgmmaParams {
   MmaParams mma;
-  unsigned items;         // parts of tiles
-  int win[kAxes];         // taps of the filter
-  const float* repacked;  // W for TF32: [group][tap][C][K], rows so far apart
+  unsigned items;  // parts of tiles
+  Divider<int32_t> tiles;
+  Divider<int32_t> blocks;  // of the launch
+  int32_t turn;             // channel tiles, as a remainder of these
+  int win[kAxes];           // taps of the filter
+  const float* repacked;    // W for TF32: [group][tap][C][K], rows so far apart
   int32_t repacked_row;
-  // For the copy engine.
+  // For TMA.
   int axes;  // of dY's maps: the last ones, without leading axes of size one
   CUtensorMap w;
   CUtensorMap dy[kWgmmaPhases];  // by the number of the phase
@@ -107,7 +110,8 @@ struct SlicePlace {
 
 template <typename S>
 __device__ __forceinline__ SlicePlace FirstSlice(const WgmmaWork& work) {
-  SlicePlace slice;
+  SlicePlace slice = {};
+  if (work.first_slice == 0) return slice;  // as where a sum is not split
   int32_t tap = work.first_slice / work.slices_per_tap;
   slice.k0 = (work.first_slice - tap * work.slices_per_tap) * S::kK;
 #pragma unroll
@@ -157,8 +161,16 @@ __device__ __forceinline__ int32_t RepackedTap(const WgmmaParams& params, int32_
 // The tile that a block takes in a round, as a part's and a tile's number.
 __device__ __forceinline__ unsigned ItemOfRound(const WgmmaParams& params,
                                                 unsigned round) {
-  const unsigned turn = blockIdx.x + round * params.mma.grid.channel_tiles;
-  return round * gridDim.x + turn % gridDim.x;
+  const auto of_blocks = [&](int32_t n) {  // the remainder
+    return n - params.blocks.Quotient(n) * params.blocks.divisor;
+  };
+  const int32_t turns = of_blocks(static_cast<int32_t>(round)) * params.turn;
+  const int32_t turn = of_blocks(static_cast<int32_t>(blockIdx.x) + turns);
+  return round * gridDim.x + static_cast<unsigned>(turn);
+}
+
+__device__ __forceinline__ unsigned PartOfItem(const WgmmaParams& params, unsigned item) {
+  return static_cast<unsigned>(params.tiles.Quotient(static_cast<int32_t>(item)));
 }
 
 __device__ __forceinline__ unsigned Rounds(const WgmmaParams& params) {
@@ -185,7 +197,7 @@ __device__ __forceinline__ bool PlanRound(const WgmmaParams& params, unsigned ro
                                           TilePlace<int32_t>& at, WgmmaWork& work) {
   const unsigned item = ItemOfRound(params, round);
   if (item >= params.items) return false;
-  const unsigned part = item / params.mma.grid.total;
+  const unsigned part = PartOfItem(params, item);
   at = PlaceTile(params.mma.geometry, params.mma.grid,
                  item - part * params.mma.grid.total);
   if (at.m0 >= at.row_count || IsDead(at)) return false;

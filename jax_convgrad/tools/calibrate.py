@@ -14,8 +14,8 @@ The JSON is what `machine.describe` gives, `options`, `complete`, and
     copy_bytes_per_us  of a large copy, read and written
     problems           one object each: name, geometry (text), dtype, precision, bytes (least
                        traffic), launch (true: so small that only the launch counts), planned
-                       (the planner's kernel), and rungs, one object for each measured kernel:
-      rung, operands   which is its row of the table
+                       (the planner's kernel), and kernels, one object for each measured kernel:
+      kernel, operands   which is its row of the table
       cost             of its plan, as `rates.Cost`
       error            normwise distance from the result of "direct", None for that one
       time_us          {median, q1, q3, rounds, instances, calls}, None after a failure
@@ -60,7 +60,7 @@ _POOL, _POOL_BYTES = 16, 2**28
 def _problem(workload: Workload, table: Rates, found: dict[str, Planned]) -> dict[str, Any]:
     planned = min(
         found.values(),
-        key=lambda p: table.model_us(p.cost, table.correction(p.rung, p.operands)),
+        key=lambda p: table.model_us(p.cost, table.correction(p.kernel, p.operands)),
     )
     return {
         "name": workload.name,
@@ -68,7 +68,7 @@ def _problem(workload: Workload, table: Rates, found: dict[str, Planned]) -> dic
         "dtype": workload.dtype,
         "precision": workload.precision,
         "bytes": workload.bytes_moved,
-        "planned": planned.rung,
+        "planned": planned.kernel,
     }
 
 
@@ -84,11 +84,11 @@ def measure(
         row_seconds: time to spend on timing.
 
     Returns:
-        The `rungs` of the JSON. Failures are recorded, not raised.
+        The `kernels` of the JSON. Failures are recorded, not raised.
     """
     rows = [
         {
-            "rung": planned.rung,
+            "kernel": planned.kernel,
             "operands": planned.operands,
             "cost": dataclasses.asdict(planned.cost),
             "error": None,
@@ -117,17 +117,17 @@ def _check_and_time(
     count = max(2, min(_POOL, _POOL_BYTES // max(1, workload.bytes_moved)))
     pool = [tuple(map(jax.device_put, pair)) for pair in make_pool(workload, seed, count)]
 
-    def peer(rung: str) -> JaxPeer:
-        function = forced_kernel(workload.geometry, workload.dtype, "cuda", rung, precision)
-        return JaxPeer(rung, function, pool)
+    def peer(kernel: str) -> JaxPeer:
+        function = forced_kernel(workload.geometry, workload.dtype, "cuda", kernel, precision)
+        return JaxPeer(kernel, function, pool)
 
     expected = peer("direct").result()
     ready = []
     for row in rows:
         try:
-            candidate = peer(row["rung"])
+            candidate = peer(row["kernel"])
             out = candidate.result()
-            if row["rung"] != "direct":
+            if row["kernel"] != "direct":
                 row["error"] = error = float(distance(out, expected))
                 if not error <= 2 * workload.bound:
                     row["failure"] = f"{error:.3e} away from direct, above {2 * workload.bound:.3e}"
@@ -139,8 +139,8 @@ def _check_and_time(
         return
     timings = timing.measure(ready, pool=count, batched=True, row_seconds=row_seconds)
     for row in rows:
-        if row["rung"] in timings:
-            row["time_us"] = results.time_entry(timings[row["rung"]])
+        if row["kernel"] in timings:
+            row["time_us"] = results.time_entry(timings[row["kernel"]])
 
 
 def _require_gpu() -> tuple[Any, Any]:
@@ -197,7 +197,7 @@ def _measure_all(
                     break
                 entry = _problem(workload, table, rate_problems.plans(workload, capability))
                 entry["launch"] = index < len(tiny)
-                entry["rungs"] = measure(workload, chosen, seed=seed, row_seconds=row_seconds)
+                entry["kernels"] = measure(workload, chosen, seed=seed, row_seconds=row_seconds)
                 problems.append(entry)
                 report["complete"] = len(problems) == len(tiny) + len(todo)
                 if json_path is not None:
@@ -250,10 +250,10 @@ def main(
     for line in rate_fit.describe(fitted):
         console.line(line)
     failures = [
-        f"FAIL {row['rung']} {row['operands']} {problem['name']} {problem['geometry']}: "
+        f"FAIL {row['kernel']} {row['operands']} {problem['name']} {problem['geometry']}: "
         f"{row['failure']}"
         for problem in report["problems"]
-        for row in problem["rungs"]
+        for row in problem["kernels"]
         if row["failure"] is not None
     ]
     for failure in failures:
@@ -272,7 +272,7 @@ def _write(path: pathlib.Path, text: str, report: dict[str, Any]) -> None:
     if found["gpu"] not in (None, found["model"]):
         raise ToolError(
             f"--write: the planner's models count with {found['model']} multiprocessors "
-            f"(csrc/cuda/rungs.h), the measurements are from a GPU of {found['gpu']}"
+            f"(csrc/cuda/kernel_table.h), the measurements are from a GPU of {found['gpu']}"
         )
     results.check_writable(path)
     try:

@@ -1,6 +1,6 @@
 """From measurements to the planner's table: robust factors, and what they are worth.
 
-Every rung's model is arithmetic and memory traffic that hide behind each other, plus what
+Every kernel's model is arithmetic and memory traffic that hide behind each other, plus what
 nothing hides (`rates.Cost`). A measurement says something about the longer of the two alone,
 so a factor is the median, over the measurements that it bounds, of what was measured over
 what the model says, nothing hidden taken off both. Which of the two bounds a measurement
@@ -32,11 +32,11 @@ _MOST_ROUNDS = 20
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One rung on one problem: the model's cost, and the microseconds measured."""
+    """One kernel on one problem: the model's cost, and the microseconds measured."""
 
     problem: int
     name: str
-    rung: str
+    kernel: str
     operands: str
     cost: Cost
     us: float
@@ -44,7 +44,7 @@ class Sample:
     @property
     def key(self) -> tuple[str, str]:
         """The table's row that it belongs to."""
-        return self.rung, self.operands
+        return self.kernel, self.operands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +164,11 @@ def _samples(report: dict[str, Any], *, launch: bool) -> Iterator[Sample]:
         if problem["launch"] != launch:
             continue
         name = f"{problem['name']} {problem['geometry']}"
-        for row in problem["rungs"]:
+        for row in problem["kernels"]:
             if row["time_us"] is not None:
                 cost = Cost(**row["cost"])
                 us = row["time_us"]["median"]
-                yield Sample(index, name, row["rung"], row["operands"], cost, us)
+                yield Sample(index, name, row["kernel"], row["operands"], cost, us)
 
 
 def _launch_us(samples: Sequence[Sample], before: Rates) -> float:
@@ -220,7 +220,7 @@ def fit(report: dict[str, Any]) -> Fit:
 
 def row_key(row: Correction) -> tuple[str, str]:
     """What a row is found by."""
-    return row.rung, row.operands
+    return row.kernel, row.operands
 
 
 def _source(report: dict[str, Any]) -> str:
@@ -243,7 +243,7 @@ def _source(report: dict[str, Any]) -> str:
 
 
 def _planned(samples: Sequence[Sample], fitted: Fit, rates: Rates) -> list[tuple[float, bool]]:
-    """By problem with several rungs: time of the planned one over the fastest, and if it is."""
+    """By problem with several kernels: time of the planned one over the fastest, and if it is."""
     by_problem: dict[int, list[Sample]] = {}
     for sample in samples:
         by_problem.setdefault(sample.problem, []).append(sample)
@@ -257,15 +257,15 @@ def _planned(samples: Sequence[Sample], fitted: Fit, rates: Rates) -> list[tuple
 
 
 def choice_line(fitted: Fit, rates: Rates, name: str) -> str:
-    """How often a table's choice among the measured rungs is the fastest, and what it costs."""
+    """How often a table's choice among the measured kernels is the fastest, and what it costs."""
     losses = _planned(fitted.samples, fitted, rates)
     if not losses:
-        return f"{name}: no problem was measured with more than one rung"
+        return f"{name}: no problem was measured with more than one kernel"
     ratios = [ratio for ratio, _ in losses]
     return (
-        f"{name}: the rung planned is the fastest measured in {sum(best for _, best in losses)} of "
-        f"{len(losses)} problems; its time over the fastest's: geometric mean "
-        f"{geometric_mean(ratios):.3g}, worst {max(ratios):.3g}"
+        f"{name}: the kernel planned is the fastest measured in "
+        f"{sum(best for _, best in losses)} of {len(losses)} problems; its time over the "
+        f"fastest's: geometric mean {geometric_mean(ratios):.3g}, worst {max(ratios):.3g}"
     )
 
 
@@ -279,8 +279,8 @@ def describe(fitted: Fit) -> list[str]:
         bound, _ = after.correction(*s.key).bound(s.cost)
         ratios.setdefault((s.key, bound), []).append(s.us / model[1])
         cells = (f"{s.us:.4g}", *(f"{us:.4g} ({s.us / us:.2f}x)" for us in model))
-        rows.append((s.name, s.rung, s.operands, bound, *cells))
-    headers = ("problem", "rung", "operands", "bound", "us", "model before", "model after")
+        rows.append((s.name, s.kernel, s.operands, bound, *cells))
+    headers = ("problem", "kernel", "operands", "bound", "us", "model before", "model after")
     factors = []
     for row in after.corrections:
         of_bound: tuple[tuple[Bound, float, int], ...] = (
@@ -295,12 +295,12 @@ def describe(fitted: Fit) -> list[str]:
                 if spread is None
                 else tuple(f"{v:.2f}" for v in (spread.q1, spread.median, spread.q3))
             )
-            factors.append((row.rung, row.operands, bound, f"{factor:.4g}", str(count), *cells))
+            factors.append((row.kernel, row.operands, bound, f"{factor:.4g}", str(count), *cells))
     return [
         table(headers, rows),
         "",
         "measured over the model, after the fit:",
-        table(("rung", "operands", "bound", "factor", "used", "q1", "median", "q3"), factors),
+        table(("kernel", "operands", "bound", "factor", "used", "q1", "median", "q3"), factors),
         "",
         f"launch {before.launch_us:.4g} -> {after.launch_us:.4g} us; a large copy "
         f"{fitted.copy_bytes_per_us / 1e6:.4g} TB/s, bytes are counted at "

@@ -37,7 +37,7 @@ _BESIDE, _WITHIN = 3, 1.5
 class Planned:
     """A kernel's plan for a problem: the table's row it belongs to, and what it costs."""
 
-    rung: str
+    kernel: str
     operands: str
     cost: Cost
 
@@ -79,15 +79,15 @@ def plans(workload: Workload, capability: int) -> dict[str, Planned]:
     g, module = workload.geometry, native.cuda
     assert module is not None
     found = {}
-    for rung in module.kernel_names():
-        attributes = custom_call.attributes(g, "cuda", precision, rung)
+    for kernel in module.kernel_names():
+        attributes = custom_call.attributes(g, "cuda", precision, kernel)
         try:
             cost = module.cost(
                 workload.dtype, g.lhs_shape, g.rhs_shape, g.out_shape, attributes, capability
             )
         except ValueError:
             continue
-        found[rung] = Planned(rung, cost.pop("operands"), Cost(**cost))
+        found[kernel] = Planned(kernel, cost.pop("operands"), Cost(**cost))
     return found
 
 
@@ -122,33 +122,33 @@ def select(
     beside: list[list[Planned]] = []
     for index, (workload, operands, found) in enumerate(candidates):
         model = {
-            rung: table.model_us(p.cost, table.correction(rung, p.operands))
-            for rung, p in found.items()
+            kernel: table.model_us(p.cost, table.correction(kernel, p.operands))
+            for kernel, p in found.items()
         }
-        order = sorted(model, key=lambda rung, model=model: model[rung])  # type: ignore[misc]
+        order = sorted(model, key=lambda kernel, model=model: model[kernel])  # type: ignore[misc]
         least_us = model[order[0]]
-        near = [found[rung] for rung in order if model[rung] <= _WITHIN * least_us]
+        near = [found[kernel] for kernel in order if model[kernel] <= _WITHIN * least_us]
         beside.append(near[:_BESIDE])
-        for rung, p in found.items():
-            bound, clearness = table.correction(rung, p.operands).bound(p.cost)
-            hidden_us = model[rung] - table.launch_us * p.cost.launches - p.cost.fixed_us
+        for kernel, p in found.items():
+            bound, clearness = table.correction(kernel, p.operands).bound(p.cost)
+            hidden_us = model[kernel] - table.launch_us * p.cost.launches - p.cost.fixed_us
             if (
                 p.operands == operands
                 and clearness >= _LEAST_CLEAR
                 and workload.bytes_moved <= _MOST_BYTES
-                and hidden_us >= _SHARE * model[rung]
-                and _RANGE_US[0] <= model[rung] <= _RANGE_US[1]
+                and hidden_us >= _SHARE * model[kernel]
+                and _RANGE_US[0] <= model[kernel] <= _RANGE_US[1]
             ):
-                away = math.floor(math.log2(model[rung] / least_us))
+                away = math.floor(math.log2(model[kernel] / least_us))
                 entry = _Entry(index, p, clearness, away)
-                queues.setdefault((rung, operands, bound), []).append(entry)
+                queues.setdefault((kernel, operands, bound), []).append(entry)
     chosen: dict[int, dict[str, Planned]] = {}
     for turn in itertools.zip_longest(*(_spread(queue, per_bound) for queue in queues.values())):
         for entry in filter(None, turn):
-            rungs = chosen.setdefault(entry.index, {})
+            kernels = chosen.setdefault(entry.index, {})
             for each in (entry.planned, *beside[entry.index]):
-                rungs.setdefault(each.rung, each)
-    return [(candidates[index][0], list(rungs.values())) for index, rungs in chosen.items()]
+                kernels.setdefault(each.kernel, each)
+    return [(candidates[index][0], list(kernels.values())) for index, kernels in chosen.items()]
 
 
 def _spread(queue: list[_Entry], count: int) -> list[_Entry]:

@@ -1,7 +1,7 @@
 """The planner's table of rates, csrc/cuda/rates.h, and the model that it corrects.
 
-The model is that of csrc/cuda/rungs.h: a kernel takes its launches, what nothing hides, and
-the longer of its arithmetic and its memory traffic. A table has one row for each rung and
+The model is that of csrc/cuda/kernel_table.h: a kernel takes its launches, what nothing hides, and
+the longer of its arithmetic and its memory traffic. A table has one row for each kernel and
 kind of operands, with a factor for either; its rows without a measurement are estimates.
 """
 
@@ -18,8 +18,8 @@ OPERANDS = {"f64": "kF64", "f32": "kF32", "tf32": "kTf32", "16bit": "k16Bit"}
 Bound = Literal["arithmetic", "memory"]
 
 _TEMPLATE = """\
-// What the planner counts with that only a GPU can tell (docs/performance.md, "The
-// planner's model"). Written by `python -m jax_convgrad calibrate`; a test catches edits.
+// What the planner counts with that only a GPU can tell (docs/cuda.md, "The planner's
+// model"). Written by `python -m jax_convgrad calibrate`; a test catches edits.
 
 #pragma once
 
@@ -34,7 +34,7 @@ constexpr double kRatesLaunchUs = {launch_us};  // a kernel that does nothing
 constexpr double kRatesCopyBytesPerUs = {copy_bytes_per_us};  // a large copy, read and written
 
 constexpr Correction kCorrections[] = {{
-    // rung, operands, factors of arithmetic and memory, measurements of each
+    // kernel, operands, factors of arithmetic and memory, measurements of each
 {rows}
 }};
 // clang-format on
@@ -58,7 +58,7 @@ class Cost:
 class Correction:
     """One row: factors of the model's arithmetic and memory time, and their measurements."""
 
-    rung: str
+    kernel: str
     operands: str
     arithmetic: float = 1.0
     memory: float = 1.0
@@ -100,15 +100,15 @@ class Rates:
         ]
         return cls(**{**value, "corrections": tuple(rows)})
 
-    def correction(self, rung: str, operands: str) -> Correction:
-        """The row of a rung, or an uncorrected one where there is none."""
+    def correction(self, kernel: str, operands: str) -> Correction:
+        """The row of a kernel, or an uncorrected one where there is none."""
         for row in self.corrections:
-            if (row.rung, row.operands) == (rung, operands):
+            if (row.kernel, row.operands) == (kernel, operands):
                 return row
-        return Correction(rung, operands)
+        return Correction(kernel, operands)
 
     def model_us(self, cost: Cost, correction: Correction) -> float:
-        """The estimate that the planner compares: `ModelUs` of csrc/cuda/rungs.h."""
+        """The estimate that the planner compares: `ModelUs` of csrc/cuda/kernel_table.h."""
         parts = (correction.arithmetic * cost.arithmetic_us, correction.memory * cost.memory_us)
         hidden = max(parts) + cost.unhidden * min(parts)
         return self.launch_us * cost.launches + cost.fixed_us + hidden
@@ -134,7 +134,7 @@ def render(rates: Rates) -> str:
         if not re.fullmatch(r'[^"\\\n?]+', text):
             raise ToolError(f"the table cannot hold the text {text!r}")
     rows = [
-        f'    {{"{row.rung}", Operands::{OPERANDS[row.operands]}, {_number(row.arithmetic)}, '
+        f'    {{"{row.kernel}", Operands::{OPERANDS[row.operands]}, {_number(row.arithmetic)}, '
         f"{_number(row.memory)}, {row.arithmetic_rows}, {row.memory_rows}}},"
         for row in rates.corrections
     ]
@@ -170,8 +170,8 @@ def parse(text: str) -> Rates:
             float(constant("LaunchUs")),
             float(constant("CopyBytesPerUs")),
             tuple(
-                Correction(rung, names[code], float(a), float(m), int(a_rows), int(m_rows))
-                for rung, code, a, m, a_rows, m_rows in found
+                Correction(kernel, names[code], float(a), float(m), int(a_rows), int(m_rows))
+                for kernel, code, a, m, a_rows, m_rows in found
             ),
         )
     except (KeyError, ValueError) as e:

@@ -159,7 +159,7 @@ def hopper_cases() -> list[Case]:
 
 
 def copied_cases() -> list[Case]:
-    """Geometries that the kernel for sm_90a takes without the copy engine, for every path."""
+    """Geometries that the kernel for sm_90a takes without TMA, for every path."""
     g = make_geometry
     table = {
         # Rows of dY, of W and of dX in pieces of 16, 8, 4 and, of 16-bit types, 2 bytes.
@@ -187,7 +187,7 @@ def copied_cases() -> list[Case]:
                            lhs_dilation=(9, 1), feature_groups=3),
         "copied_batch_groups": g((5, 4), (3, 3), (8, 128), batch=4, stride=2,
                                  padding=((2, 2), (1, 1)), lhs_dilation=(9, 1), batch_groups=2),
-        # Beyond the copy engine: its steps, its corners, its offsets, one map for each phase.
+        # Beyond TMA: its steps, its corners, its offsets, one map for each phase.
         "copied_lhs_dilated": g((4, 5), (3, 3), (16, 16), lhs_dilation=(9, 11), padding=3),
         "copied_far_padding": g((6, 5), (3, 3), (16, 16), padding=((130, 2), (1, 140))),
         "copied_3d_dilated": g((3, 3, 20), (1, 1, 3), (16, 8), rhs_dilation=(1, 1, 17),
@@ -199,7 +199,7 @@ def copied_cases() -> list[Case]:
 
 
 def hopper_random_cases(count: int, seed: int) -> Iterator[Case]:
-    """Random dense geometries: with whole rows, for the copy engine, and as they are."""
+    """Random dense geometries: with whole rows, for TMA, and as they are."""
     for case in random_cases(count, seed):
         g = case.geometry
         if g.groups == 1 and 0 not in (*g.lhs_shape, *g.rhs_shape, *g.out_shape):
@@ -354,8 +354,8 @@ APART = (1 << 29) + 64
 SHIFTED = -1
 
 
-def _of_every_rung(apart: int) -> Iterator[str]:
-    """Small problems for every rung, their images so far apart."""
+def _of_every_kernel(apart: int) -> Iterator[str]:
+    """Small problems for every kernel, their images so far apart."""
     g = make_geometry
     table = {
         "far_dense": g((5, 6), (3, 3), (16, 24), batch=5, stride=2, padding=1),
@@ -373,13 +373,13 @@ def _of_every_rung(apart: int) -> Iterator[str]:
 
 
 def far_lines() -> Iterator[str]:
-    """Problems for every rung whose images are far apart in memory."""
-    return _of_every_rung(APART)
+    """Problems for every kernel whose images are far apart in memory."""
+    return _of_every_kernel(APART)
 
 
 def shifted_lines() -> Iterator[str]:
-    """Problems for every rung whose arrays begin an element later than aligned ones would."""
-    return _of_every_rung(SHIFTED)
+    """Problems for every kernel whose arrays begin an element later than aligned ones would."""
+    return _of_every_kernel(SHIFTED)
 
 
 def write(path: pathlib.Path, lines: Iterable[str]) -> pathlib.Path:

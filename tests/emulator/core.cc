@@ -273,11 +273,16 @@ int RunLine(const Line& line, size_t number, int repeats) {
   Problem launched = problem;
   if (line.apart > 0) launched.dx.batch = launched.dy.batch = line.apart;
 
+  Gpu gpu{};
+  if (const char* error = CurrentGpu(&gpu); error != nullptr) {
+    std::printf("%s\n", error);
+    return 1;
+  }
   int failures = 0;
   for (const char* const* kernel = CudaKernelNames(); *kernel != nullptr; ++kernel) {
     Plan plan{};
     if ((line.kernel != "*" && line.kernel != *kernel) ||
-        !PlanCuda(launched, *kernel, CurrentGpu(), &plan)) {
+        !PlanCuda(launched, *kernel, gpu, &plan)) {
       continue;
     }
     if (line.tile_m != 0) {
@@ -300,7 +305,7 @@ int RunLine(const Line& line, size_t number, int repeats) {
                      line.lhs_shape, dx);
     }
     const double off = error == nullptr ? Error(dx, expected) : 0;
-    // The pass of a rung that does not apply it by itself wants dX without gaps.
+    // The pass of a kernel that does not apply it by itself wants dX without gaps.
     const bool gaps = line.apart > 0 && std::string(*kernel) == "depthwise";
     // One of the three epilogues or none. Drawn, since lines repeat in fours: in turn
     // some dtypes or tiles would never see one.

@@ -11,7 +11,7 @@
 //   - a barrier that part of a block reaches, lanes of a warp at different collectives,
 //     a deadlock, a shuffle from a lane that takes no part;
 //   - misaligned or oversized operands of ldmatrix and cp.async;
-//   - tensor maps that the driver would not encode; copies of the copy engine that nobody
+//   - tensor maps that the driver would not encode; copies of TMA that nobody
 //     waited for, bytes that a barrier was told of and that never came; products of a
 //     warpgroup without their fence, or of operands that differ between its warps;
 //   - products of a warpgroup that read what a thread stored in shared memory, by itself
@@ -27,7 +27,7 @@
 // Environment, read at every launch:
 // - CUDA_EMULATOR_ORDER: 0 natural (the default), 1 reversed, n shuffled by seed n
 // - CUDA_EMULATOR_EAGER: 1 for copies and products that happen when they are issued, else
-//   when they are waited for; those of the copy engine when nothing else can happen
+//   when they are waited for; those of TMA when nothing else can happen
 // - CUDA_EMULATOR_POISON: the byte that memory holds before it is written (255: NaNs)
 // - CUDA_EMULATOR_SHARED: the bytes of shared memory that a block may have
 // - CUDA_EMULATOR_THREADS: blocks in flight; always one under a sanitizer

@@ -561,6 +561,29 @@ void TestBarriers() {
   Expect(to == expected, "MbarrierWait", to);
 }
 
+// ---- one lane of a warp -----------------------------------------------------------
+
+__global__ void ElectKernel(int* to) {
+#ifdef CONVGRAD_HOPPER
+  to[threadIdx.x] = ElectLane();
+#endif
+}
+
+void TestElection() {
+  constexpr int kWarps = 3;
+  std::vector<int> to(kWarps * 32, -1);
+  DeviceMemory there(to.data(), to.size() * sizeof(int));
+  cudaError_t status = CU_LAUNCH(ElectKernel, dim3(1), dim3(kWarps * 32), 0,
+                                 cudaStream_t{}, static_cast<int*>(there.get()));
+  if (status == cudaSuccess) status = there.Fetch();
+  Expect(status == cudaSuccess, "ElectKernel", 0);
+  for (int warp = 0; warp < kWarps; ++warp) {
+    const auto first = to.begin() + warp * 32;
+    Expect(std::count(first, first + 32, 1) == 1, "ElectLane elects one", warp);
+    Expect(std::count(first, first + 32, 0) == 31, "ElectLane elects one alone", warp);
+  }
+}
+
 int Main() {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||
@@ -580,6 +603,7 @@ int Main() {
   TestFilterMap();
   TestMostSharedMemory();
   TestBarriers();
+  TestElection();
   TestRefusals();
   TestTiled<3>();
   TestTiled<5>();

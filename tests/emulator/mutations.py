@@ -54,7 +54,7 @@ _PLATFORM, _KERNEL = "csrc/cuda/platform.cuh", "csrc/kernel.cu"
 _PUBLISH_BARRIER = "const bool masked = __syncthreads_or(special) != 0;"
 
 MUTATIONS = [
-    # ---- geometry, shared by the rungs
+    # ---- geometry, shared by the kernels
     Mutation("first live tap one too late", _GEOMETRY,
              "a.p_per_r.Quotient(p_low - a.out) + 1", "a.p_per_r.Quotient(p_low - a.out) + 2"),
     Mutation("first live tap one too early", _GEOMETRY,
@@ -78,7 +78,9 @@ MUTATIONS = [
              "together ? first[a] : lowest, together ? last[a] : highest",
              "first[a], last[a]"),
     Mutation("phases in the order of the wrong axis", _TILES,
-             "    id /= grid.phases[a];", "    id /= grid.phases[kAxes - 1 - a];"),
+             "digit(grid.phases[a])", "digit(grid.phases[kAxes - 1 - a])"),
+    Mutation("long phases have as many positions as short ones", _GEOMETRY,
+             "phase < a.longer ? 1 : 0", "0"),
     # ---- types and planner
     Mutation("bfloat16 sums are narrowed as they grow", _DIRECT,
              "Narrow(sum, T{}), dx_at", "Narrow(sum * 1.02f, T{}), dx_at"),
@@ -272,7 +274,7 @@ MUTATIONS = [
              "work.spans[a].r + slice.t[a] * g.axis[a].r_step",
              "work.spans[a].r + slice.t[a]"),
     Mutation("wgmma takes another phase's map", _WGMMA_FEED,
-             "phase * params.mma.grid.phases[a] +", "phase +"),
+             "phase * static_cast<unsigned>(params.mma.grid.phases[a].divisor) +", "phase +"),
     Mutation("wgmma copies the first panel of W again", _WGMMA_FEED,
              "{at.c0 + panel * S::kPanel", "{at.c0"),
     Mutation("wgmma drops slices that its parts do not share evenly", _WGMMA_WORK,
@@ -287,8 +289,8 @@ MUTATIONS = [
              "params.mma, at,\n"
              f"{'':75}thread, dx);\n", ""),
     Mutation("wgmma takes the first round's tiles only", _WGMMA_WORK,
-             "return round * gridDim.x + turn % gridDim.x;", "return turn % gridDim.x;",
-             check="walking"),
+             "return round * gridDim.x + static_cast<unsigned>(turn);",
+             "return static_cast<unsigned>(turn);", check="walking"),
     Mutation("wgmma repairs the first four strips only", _WGMMA,
              "special[s / 4] |=", "special[0] |=", check="special"),
     Mutation("wgmma repairs nothing", _WGMMA,
@@ -300,7 +302,7 @@ MUTATIONS = [
              "- (a.out - 1)", "- (a.out - 2)"),
     Mutation("wgmma takes every pixel of a dilated gradient", _WGMMA_HOST,
              "static_cast<int>(f.p_per_h)", "1"),
-    Mutation("wgmma asks the copy engine for steps that it has not", _WGMMA_HOST,
+    Mutation("wgmma asks TMA for steps that it has not", _WGMMA_HOST,
              "if (f.p_per_h > kMostStep) return false;", ""),
     Mutation("wgmma's threads fill a stage that is being read", _WGMMA_FEED,
              "MbarrierWait(empty + place.stage, place.parity ^ 1);\n      unsigned",
@@ -326,7 +328,7 @@ MUTATIONS = [
              "const int rest = kBytes;", variant="address"),
     Mutation("wgmma stores whole vectors of any channels", _WGMMA,
              "Consume<!kCopies, T, S>", "Consume<true, T, S>", variant="address"),
-    Mutation("wgmma has the engine copy the first group only", _WGMMA_FEED,
+    Mutation("wgmma has TMA copy the first group only", _WGMMA_FEED,
              "at.group * g.out_channels + next.k0", "next.k0"),
     Mutation("wgmma's threads copy the first group's filter only", _WGMMA_FEED,
              "w_tap = at.group * g.w_group;", "w_tap = 0;"),
@@ -467,7 +469,7 @@ _VARIANTS = {"plain": "", "address": ", ASan", "thread": ", TSan"}
 
 
 def table() -> list[str]:
-    """The lines of the table in docs/performance.md."""
+    """The lines of the table in docs/cuda.md."""
     return [
         f"| {m.name} | `{pathlib.Path(m.file).name}` | {m.check}, {_COPIES[m.mode[0]]}, "
         f"{_ORDERS[m.mode[1]]}{_VARIANTS[m.variant]} |"

@@ -79,9 +79,9 @@ def full_problems(kernel: str) -> list[str]:
 def short_problems(kernel: str, core: pathlib.Path, folder: pathlib.Path) -> list[str]:
     """Lines for core.cc, spread over what the kernel takes."""
     if kernel == "wgmma":
-        engine, copied = cases.hopper_cases(), cases.copied_cases()
+        tma, copied = cases.hopper_cases(), cases.copied_cases()
         return [
-            *spread(list(cases.hopper_lines(engine))),
+            *spread(list(cases.hopper_lines(tma))),
             *spread(list(cases.hopper_lines(copied))),
         ]
     small = list(cases.small_cases(0, 0, 1 << 16))

@@ -1,5 +1,5 @@
 // The planner alone, on the problems of cases.py: usage planner FILE. For every problem a
-// line for each rung that takes it, and one of what is planned:
+// line for each kernel that takes it, and one of what is planned:
 //
 //   name kernel launches fixed_us arithmetic_us memory_us unhidden model_us
 

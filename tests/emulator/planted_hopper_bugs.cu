@@ -45,11 +45,10 @@ enum class Bug {
   kOneThreadFences,
 };
 
-// How the last slice of B comes: by the copy engine, by the threads' own stores, by their
-// cp.async.
-enum class By { kEngine, kStores, kCopies };
+// How the last slice of B comes: by TMA, by the threads' own stores, by their cp.async.
+enum class By { kTma, kStores, kCopies };
 
-// The threads themselves store an operand, permuted as the engine does.
+// The threads themselves store an operand, permuted as TMA does.
 __device__ void StoreOperand(unsigned char* to, const __nv_bfloat16* from, int k0) {
   for (int i = static_cast<int>(threadIdx.x); i < kSize * kSlice;
        i += kWarpgroupThreads) {
@@ -69,7 +68,7 @@ __device__ void CopyOperand(unsigned char* to, const __nv_bfloat16* from, int k0
   CopyAsyncCommit();
 }
 
-// One warp fills a ring of stages, a warpgroup multiplies. A is copied by the engine.
+// One warp fills a ring of stages, a warpgroup multiplies. A is copied by TMA.
 template <Bug kBug, By kBy>
 __global__ void Multiply(const __grid_constant__ CUtensorMap map_a,
                          const __grid_constant__ CUtensorMap map_b,
@@ -94,7 +93,7 @@ __global__ void Multiply(const __grid_constant__ CUtensorMap map_a,
     for (int slice = 0; slice < kSlices; ++slice) {
       const int stage = slice % kStages;
       const unsigned round = static_cast<unsigned>(slice / kStages);
-      const bool stored = kBy != By::kEngine && slice == kSlices - 1;
+      const bool stored = kBy != By::kTma && slice == kSlices - 1;
       if (kBug != Bug::kNoWaitForSpace) MbarrierWait(empty + stage, ~round & 1);
       unsigned bytes = stored ? kTileBytes : kStageBytes;
       if (kBug == Bug::kTooFewBytes) bytes -= kTileBytes;
@@ -122,7 +121,7 @@ __global__ void Multiply(const __grid_constant__ CUtensorMap map_a,
       MbarrierWait(full + stage, (kBug == Bug::kWrongParity ? ~round : round) & 1);
     }
     unsigned char* const at = ring + stage * kStageBytes;
-    if (kBy != By::kEngine && slice == kSlices - 1) {
+    if (kBy != By::kTma && slice == kSlices - 1) {
       if constexpr (kBy == By::kStores) {
         StoreOperand(at + kTileBytes, b, slice * kSlice);
       } else {
@@ -165,7 +164,7 @@ struct Pair {
   {                                                                             \
     #bug, { Multiply<Bug::k##bug, By::k##by>, Multiply<Bug::kNone, By::k##by> } \
   }
-#define PAIR(bug) PAIR_BY(bug, Engine)
+#define PAIR(bug) PAIR_BY(bug, Tma)
 const std::map<std::string, Pair> kKernels = {
     PAIR(TooFewBytes),
     PAIR(TooManyBytes),

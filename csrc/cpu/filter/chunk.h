@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "../reach.h"
+#include "../footprint.h"
 #include "../vec.h"
 #include "job.h"
 

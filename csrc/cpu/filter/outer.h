@@ -35,7 +35,7 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 namespace {
 
-// ---- the product --------------------------------------------------------------------
+// ---- the product ------------------------------------------------------------------
 
 // R rows of sums, each a block. kVectors: x has a number for each lane.
 template <typename A, int R, bool kVectors>
@@ -93,7 +93,7 @@ CONVGRAD_INLINE void TileOf(int64_t rows, const A* x, const int64_t* offset, con
   }
 }
 
-// ---- the task -------------------------------------------------------------------------
+// ---- the task ---------------------------------------------------------------------
 
 // The products of some taps in a chunk, and where both operands begin. `strides` are
 // those of one position.

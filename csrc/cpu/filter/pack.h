@@ -183,7 +183,7 @@ CONVGRAD_INLINE bool PackY(const FilterArgs& a, const Chunk& c, int64_t group,
   for (const A* at = packed; at < to; at += N) sum += Load<N>(at) * A{0};
   A total = 0;
   for (int i = 0; i < N; ++i) total += sum[i];
-  return IsTainted(total);
+  return HasNonfinite(total);
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ int64_t FilterElements(const Problem& p) {
   return p.groups * p.in_channels * p.out_channels * Taps(p);
 }
 
-// ---- the problem as the kernel takes it --------------------------------------------
+// ---- the problem as the kernel takes it -------------------------------------------
 
 // With the axes first along which nothing moves, or little, since packing goes along the
 // last one. That is the images where these are next to each other in memory: to a sum of
@@ -85,7 +85,7 @@ bool IsEmpty(const Problem& p) {
                      [](const Axis& x) { return x.in == 0 || x.out == 0; });
 }
 
-// ---- chunks and tasks ---------------------------------------------------------------
+// ---- chunks and tasks -------------------------------------------------------------
 
 // Of a chunk, which shares a second- or third-level cache.
 constexpr int64_t kPackedXBytes = 2 << 20;
@@ -94,10 +94,10 @@ constexpr int64_t kPackedXBytes = 2 << 20;
 void SetExtents(const Problem& p, FilterPlan* plan) {
   for (int a = 0; a < kAxes; ++a) {
     const Axis& x = p.axis[a];
-    const int64_t reach =
+    const int64_t footprint =
         (plan->chunk[1 + a] - 1) * x.stride + (x.win - 1) * x.rhs_dilation;
-    plan->extent[a] = plan->each_tap ? std::min(x.in, reach / x.lhs_dilation + 1)
-                                     : reach / plan->x_step[a] + 1;
+    plan->extent[a] = plan->each_tap ? std::min(x.in, footprint / x.lhs_dilation + 1)
+                                     : footprint / plan->x_step[a] + 1;
   }
   plan->packed_x = plan->chunk[0] * plan->extent[0] * plan->extent[1] * plan->extent[2] *
                    p.in_channels * (plan->many_groups ? plan->lanes : 1);
@@ -230,11 +230,11 @@ bool SpansPadding(const Problem& p) {
     const auto positions = static_cast<double>(std::min(x.out, kChunkPositions));
     const int64_t step = std::max<int64_t>(
         1, Gcd(x.out == 1 ? 0 : x.stride, x.win == 1 ? 0 : x.rhs_dilation));
-    const double reach =
+    const double footprint =
         (positions - 1) * static_cast<double>(x.stride) +
         static_cast<double>(x.win - 1) * static_cast<double>(x.rhs_dilation);
-    padded *= reach / static_cast<double>(step) + 1;
-    inside *= std::min(static_cast<double>(x.in), reach + 1);
+    padded *= footprint / static_cast<double>(step) + 1;
+    inside *= std::min(static_cast<double>(x.in), footprint + 1);
   }
   return padded > kTimes * inside + kChunkPositions;
 }

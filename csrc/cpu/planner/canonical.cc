@@ -145,7 +145,7 @@ void LengthenRow(int64_t times, Problem* p) {
 }
 
 // Images, too. Not where their number would then decide between two kernels
-// (PlanesBeatGemm): an image's bits do not depend on its batch.
+// (FewChannelsBeatGemm): an image's bits do not depend on its batch.
 void MergePointwiseImages(Problem* p) {
   const bool decides = p->axis[2].in < kLongRow && p->in_channels <= kMaxFewChannels &&
                        p->out_channels <= kMaxRowChannels;

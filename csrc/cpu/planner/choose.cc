@@ -42,7 +42,7 @@ bool RowsFillVectors(const Problem& p) { return PhasePositions(p.axis[2]) >= kLo
 
 // Whether pixels in lanes beat channels in lanes, for up to kMaxFewChannels of them: on
 // rows that fill vectors, if dY has so few channels that a gemm's sums are short.
-bool PlanesBeatGemm(const Problem& p) {
+bool FewChannelsBeatGemm(const Problem& p) {
   const bool in_rows = LiesInRows(p);
   if (!RowsFillVectors(p)) return false;
   // But gemm has bfloat16 arithmetic.
@@ -55,7 +55,7 @@ bool PlanesBeatGemm(const Problem& p) {
          p.out_channels <= (in_rows ? kMaxRowChannels : 8);
 }
 
-// Whether the channels kernel's permutations, where groups have several channels, cost
+// Whether the depthwise kernel's permutations, where groups have several channels, cost
 // more than they save. In float64 they span several vectors.
 bool PermutesTooMuch(const Problem& p) {
   constexpr int64_t kLargeGroup = 6;
@@ -64,7 +64,7 @@ bool PermutesTooMuch(const Problem& p) {
 }
 
 // Or whether its vectors would be nearly empty.
-bool ChannelsAreSlow(const Problem& p) {
+bool DepthwiseIsSlow(const Problem& p) {
   constexpr int64_t kFewGroups = 10;
   if (p.in_channels == 1 && p.out_channels == 1) return p.groups < 4;
   return p.groups <= kFewGroups || PermutesTooMuch(p);
@@ -87,47 +87,51 @@ bool HasSmallGroups(const Problem& p) {
 
 Chosen Named(Kernel kernel) { return {kernel, RowOf(kernel).name}; }
 
-// The kernel for planes, by the name of the one for channels, whose place it takes.
-Chosen DepthwisePlanes() { return {Kernel::kPlanes, RowOf(Kernel::kChannels).name}; }
+// few_channels by the name of depthwise, whose place it takes.
+Chosen DepthwiseByPixels() {
+  return {Kernel::kFewChannels, RowOf(Kernel::kDepthwise).name};
+}
 
 bool ChooseByName(const Problem& p, const char* name, Chosen* chosen) {
   for (const Kernel kernel : kKernels) {
     if (std::strcmp(name, RowOf(kernel).name) != 0) continue;
     *chosen = Named(kernel);
     if (Takes(kernel, p)) return true;
-    if (kernel != Kernel::kChannels || !HasSmallGroups(p)) return false;
-    *chosen = DepthwisePlanes();
-    return Takes(Kernel::kPlanes, p);
+    if (kernel != Kernel::kDepthwise || !HasSmallGroups(p)) return false;
+    *chosen = DepthwiseByPixels();
+    return Takes(Kernel::kFewChannels, p);
   }
   return false;
 }
 
 Chosen ChooseForGroups(const Problem& p) {
-  const bool channels = Takes(Kernel::kChannels, p);
-  const bool planes = HasSmallGroups(p) && Takes(Kernel::kPlanes, p);
-  if (HasSmallGroups(p) && ChannelsAreSlow(p)) {
-    // Gathering a row of each channel: in float64 from as many cache lines as pixels, of
-    // each of which every group takes a little.
+  const bool channels = Takes(Kernel::kDepthwise, p);
+  const bool planes = HasSmallGroups(p) && Takes(Kernel::kFewChannels, p);
+  if (HasSmallGroups(p) && DepthwiseIsSlow(p)) {
+    // The kernel gathers a row of each channel. In float64 that is a cache line for each
+    // pixel, and every group fetches the same lines for a little of each.
     constexpr int64_t kManyGroups = 32;
     const bool cheap = LiesInRows(p) || p.dtype != DType::kF64 || p.groups < kManyGroups;
-    if (cheap && RowsFillVectors(p) && planes) return Named(Kernel::kPlanes);
+    if (cheap && RowsFillVectors(p) && planes) return Named(Kernel::kFewChannels);
     if (channels && PermutesTooMuch(p)) return Named(Kernel::kGemm);
   }
-  if (channels) return Named(Kernel::kChannels);
-  if (planes && LiesInRows(p)) return DepthwisePlanes();
+  if (channels) return Named(Kernel::kDepthwise);
+  if (planes && LiesInRows(p)) return DepthwiseByPixels();
   const bool few = Columns(p) <= kFewChannels;
-  return Named(few && Takes(Kernel::kPlanes, p) ? Kernel::kPlanes : Kernel::kGemm);
+  return Named(few && Takes(Kernel::kFewChannels, p) ? Kernel::kFewChannels
+                                                     : Kernel::kGemm);
 }
 
 Chosen ChooseDense(const Problem& p) {
   if (IsMostlyZeros(p)) return Named(Kernel::kGemm);
   const int64_t columns = Columns(p);
-  const bool planes = Takes(Kernel::kPlanes, p);
-  if (planes && columns == p.in_channels && PlanesBeatGemm(p)) {
-    return Named(Kernel::kPlanes);
+  const bool planes = Takes(Kernel::kFewChannels, p);
+  if (planes && columns == p.in_channels && FewChannelsBeatGemm(p)) {
+    return Named(Kernel::kFewChannels);
   }
-  if (DotsAreFaster(p, columns) && Takes(Kernel::kDots, p)) return Named(Kernel::kDots);
-  return Named(planes && columns <= kFewChannels ? Kernel::kPlanes : Kernel::kGemm);
+  if (DotsAreFaster(p, columns) && Takes(Kernel::kFewChannelsDot, p))
+    return Named(Kernel::kFewChannelsDot);
+  return Named(planes && columns <= kFewChannels ? Kernel::kFewChannels : Kernel::kGemm);
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ bool TakesAny(const Problem&) { return true; }
 bool GemmTakes(const Problem& p) { return !IsEmpty(p); }
 
 // Channels of the groups side by side, and vectors that whole groups can fill.
-bool ChannelsTakes(const Problem& p) {
+bool DepthwiseTakes(const Problem& p) {
   const int64_t k = p.out_channels, c = p.in_channels;
   if (IsEmpty(p) || p.axis[0].win * p.axis[1].win > kMaxFilterRows) return false;
   if ((k > 1 && p.dy.channel != 1) || (c > 1 && p.dx.channel != 1)) return false;
@@ -61,11 +61,11 @@ PlaneTile ChoosePlaneTile(const Problem& p, int64_t window_bytes) {
   return none;
 }
 
-bool PlanesTakes(const Problem& p) {
+bool FewChannelsTakes(const Problem& p) {
   return p.in_channels <= kMaxFewChannels && ChoosePlaneTile(p).rows > 0;
 }
 
-bool DotsTakes(const Problem& p) {
+bool FewChannelsDotTakes(const Problem& p) {
   return !IsEmpty(p) && p.in_channels <= kMaxFewChannels && p.out_channels >= kMaxLanes;
 }
 
@@ -94,13 +94,13 @@ void LayOutGemm(const Problem& p, Workspace* out) {
   const int64_t filter = FilterBytes(p);
   out->filter = out->Take(p.groups * columns *
                           (p.dtype == DType::kBF16 ? std::max(filter, tiles) : filter));
-  out->taint = out->Take(p.groups * CeilDiv(p.in_channels, kMinPanelColumns) *
-                         CeilDiv(p.out_channels, kFilterPackChannels));
+  out->nonfinite = out->Take(p.groups * CeilDiv(p.in_channels, kMinPanelColumns) *
+                             CeilDiv(p.out_channels, kFilterPackChannels));
   out->zeros = out->Take(p.groups * p.out_channels * AccBytes(p));
   TakePackedDy(p, out);
 }
 
-void LayOutChannels(const Problem& p, Workspace* out) {
+void LayOutDepthwise(const Problem& p, Workspace* out) {
   const int64_t largest = std::max(p.in_channels, p.out_channels);
   int64_t lanes = 0, blocks = 0;
   for (const int64_t n : {1, 2, 4, 8, 16}) {
@@ -110,18 +110,18 @@ void LayOutChannels(const Problem& p, Workspace* out) {
     blocks = std::max(blocks, CeilDiv(p.groups, in_block));
   }
   out->filter = out->Take(lanes * FilterBytes(p));
-  out->taint = out->Take(blocks);
+  out->nonfinite = out->Take(blocks);
 }
 
-void LayOutPlanes(const Problem& p, Workspace* out) {
+void LayOutFewChannels(const Problem& p, Workspace* out) {
   out->filter = out->Take(p.groups * p.in_channels * FilterBytes(p));
-  out->taint = out->Take(p.groups);
+  out->nonfinite = out->Take(p.groups);
 }
 
-void LayOutDots(const Problem& p, Workspace* out) {
+void LayOutFewChannelsDot(const Problem& p, Workspace* out) {
   const int64_t k = CeilDiv(p.out_channels, kMaxLanes) * kMaxLanes;
   out->filter = out->Take(p.groups * p.in_channels * Taps(p) * k * AccBytes(p));
-  out->taint = out->Take(p.groups);
+  out->nonfinite = out->Take(p.groups);
   out->zeros = out->Take(p.out_channels * AccBytes(p));
   TakePackedDy(p, out);
 }
@@ -137,9 +137,11 @@ PrepareJob OfIsa(const Isa& isa, const Problem&) {
 constexpr KernelRow kTable[] = {
     {"direct", TakesAny, LayOutNothing, OfIsa<&CpuKernels::direct>},
     {"gemm", GemmTakes, LayOutGemm, GemmOf},
-    {"depthwise", ChannelsTakes, LayOutChannels, OfIsa<&CpuKernels::channels>},
-    {"few_channels", PlanesTakes, LayOutPlanes, OfIsa<&CpuKernels::planes>},
-    {"few_channels_dot", DotsTakes, LayOutDots, OfIsa<&CpuKernels::dots>},
+    {"depthwise", DepthwiseTakes, LayOutDepthwise, OfIsa<&CpuKernels::depthwise>},
+    {"few_channels", FewChannelsTakes, LayOutFewChannels,
+     OfIsa<&CpuKernels::few_channels>},
+    {"few_channels_dot", FewChannelsDotTakes, LayOutFewChannelsDot,
+     OfIsa<&CpuKernels::few_channels_dot>},
 };
 static_assert(std::size(kTable) == std::size(kKernels), "a row for each kernel");
 

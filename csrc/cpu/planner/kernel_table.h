@@ -1,11 +1,13 @@
 // The kernels for y and dX: which problems each takes, and what memory it wants. A new
 // one is a row of this table, and a rule in choose.cc.
 //
-//   direct        any problem, by the definition                       cpu/direct.h
-//   gemm          dense, and groups with enough channels               cpu/gemm.h
-//   channels      few channels a group, channels-last: in lanes        cpu/channels.h
-//   planes        few channels (a group), any layout: pixels in lanes  cpu/planes.h
-//   dots          few input channels, many out channels, in lanes      cpu/dots.h
+//   direct            any problem, by the definition
+//   gemm              dense, and groups with enough channels
+//   depthwise         few channels a group, channels-last: channels in lanes
+//   few_channels      few channels (a group), any layout: pixels in lanes
+//   few_channels_dot  few input channels, many out channels: these in lanes
+//
+// Each is in the file of its name in cpu/.
 
 #pragma once
 
@@ -14,15 +16,15 @@
 
 namespace convgrad {
 
-enum class Kernel { kDirect, kGemm, kChannels, kPlanes, kDots };
+enum class Kernel { kDirect, kGemm, kDepthwise, kFewChannels, kFewChannelsDot };
 
-constexpr Kernel kKernels[] = {Kernel::kDirect, Kernel::kGemm, Kernel::kChannels,
-                               Kernel::kPlanes, Kernel::kDots};
+constexpr Kernel kKernels[] = {Kernel::kDirect, Kernel::kGemm, Kernel::kDepthwise,
+                               Kernel::kFewChannels, Kernel::kFewChannelsDot};
 
 // What a kernel's workspace holds. Offsets in bytes; sizes are bounds over all
 // instruction sets.
 struct Workspace {
-  int64_t filter, taint, zeros, packed_dy;
+  int64_t filter, nonfinite, zeros, packed_dy;
   bool pack_dy;
   int64_t bytes;
 
@@ -35,8 +37,8 @@ struct Workspace {
 };
 
 struct KernelRow {
-  // As explain() and the custom call's attribute `kernel` have it. The kernel for planes
-  // has a second one, that of the kernel for channels, where it takes its place.
+  // As explain() and the custom call's attribute `kernel` have it. few_channels goes by
+  // the name of depthwise where it takes its place.
   const char* name;
   bool (*takes)(const Problem& p);
   void (*lay_out)(const Problem& p, Workspace* out);
@@ -53,7 +55,7 @@ Workspace LayOut(const Problem& p, Kernel kernel);
 
 bool IsEmpty(const Problem& p);
 
-// The tile of the kernel for planes, whose rows are 0 if it does not take the problem.
+// The tile of few_channels, whose rows are 0 if it does not take the problem.
 PlaneTile ChoosePlaneTile(const Problem& p);
 
 // A patch embedding, where every input sees exactly one tap, is a matrix product whose

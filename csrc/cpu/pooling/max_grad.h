@@ -9,8 +9,8 @@
 //
 // A task makes a tile of dX: some groups along each axis (job.h) of some channels. First
 // it finds the winner of each window that covers the tile, as the number of its tap. Then
-// it gathers: a position knows by which tap it lies in which window, and adds the dY of
-// those windows whose winner is that tap. It adds a zero for the others, which changes no
+// it gathers. A position lies in several windows, in each under another tap; it adds the
+// dY of those whose winner is that tap. It adds a zero for the others, which changes no
 // bit, since no sum is -0. The windows at the edge of a tile are looked at by its
 // neighbour, too; in return no two tasks write to one place, and the order of the sums is
 // fixed.
@@ -32,7 +32,7 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 namespace {
 
-// ---- the sums -------------------------------------------------------------------------
+// ---- the sums ---------------------------------------------------------------------
 
 // A sum of two values of T, rounded to T. Its NaNs and, for float16, its subnormal values
 // have no bits that rounding would drop.
@@ -56,7 +56,7 @@ CONVGRAD_INLINE Vec<Acc<T>, N> Rounded(const Vec<Acc<T>, N>& sum) {
   }
 }
 
-// The windows first .. last along an axis in which a position lies, and of a tile.
+// The windows first .. last along an axis that cover a position, or a tile.
 struct PoolCover {
   int64_t first, last;
 };
@@ -191,7 +191,7 @@ CONVGRAD_INLINE void MakeRow(const PoolTile<T>& tile, const PoolRow& row, T* to)
   }
 }
 
-// ---- the task -------------------------------------------------------------------------
+// ---- the task ---------------------------------------------------------------------
 
 // The positions of x that a tile makes along an axis, as positions with the padding.
 CONVGRAD_INLINE PoolCover PositionsOf(const PoolAxis& x, const PoolSpan& s) {

@@ -34,7 +34,7 @@ constexpr int kExtraBits<BF16> = 16;
 template <>
 constexpr int kExtraBits<F16> = 13;
 
-// ---- the tile of a task -------------------------------------------------------------
+// ---- the tile of a task -----------------------------------------------------------
 
 // Along an axis: the groups of dX, first_group .. end_group - 1, and the windows.
 struct PoolSpan {
@@ -82,7 +82,7 @@ CONVGRAD_INLINE void FetchRow(const PoolTile<T>& tile, const T* row, int64_t col
   }
 }
 
-// ---- the winners ----------------------------------------------------------------------
+// ---- the winners ------------------------------------------------------------------
 
 template <typename A>
 CONVGRAD_INLINE void FillLowest(A* to, int64_t count) {
@@ -159,12 +159,12 @@ CONVGRAD_NOINLINE void PackRow(const PoolTile<T>& tile, const T* from, int64_t f
 }
 
 // Has the taps of some packed rows compete for windows, those of row i from number +
-// i * row_taps on. `anew` for the windows' first rows; `last` for the last ones, after
-// which no one needs the values of the winners.
+// i * row_taps on. `fresh` for the windows' first rows; `last` for the last ones: nobody
+// needs the winners' values after that.
 template <typename A>
 CONVGRAD_NOINLINE void Compete(const A* const* rows, int64_t row_count,
                                const PackedRow& packed, int64_t number, int64_t row_taps,
-                               bool anew, bool last, int64_t lanes, A* best_row,
+                               bool fresh, bool last, int64_t lanes, A* best_row,
                                typename IntOf<A>::type* winner_row) {
   constexpr int N = kLanes<A>, V = kPoolVectors;
   using E = typename IntOf<A>::type;
@@ -176,9 +176,9 @@ CONVGRAD_NOINLINE void Compete(const A* const* rows, int64_t row_count,
     CONVGRAD_UNROLL
     for (int v = 0; v < V; ++v) {
       // Of a window of -Inf alone the first tap is the winner.
-      best[v] =
-          anew ? F{} - static_cast<A>(__builtin_inf()) : Load<N>(best_row + lane + v * N);
-      winner[v] = anew ? I{} : LoadRaw<E, N>(winner_row + lane + v * N);
+      best[v] = fresh ? F{} - static_cast<A>(__builtin_inf())
+                      : Load<N>(best_row + lane + v * N);
+      winner[v] = fresh ? I{} : LoadRaw<E, N>(winner_row + lane + v * N);
     }
     for (int64_t row = 0; row < row_count; ++row) {
       const A* from = rows[row] + lane;

@@ -21,7 +21,7 @@ struct Mbarrier {
   unsigned count = 0, pending = 0;
   int64_t bytes = 0;       // expected less those that came
   unsigned phase = 0;      // completed ones
-  bool announced = false;  // to the copy engine, by fence.mbarrier_init
+  bool announced = false;  // to TMA, by fence.mbarrier_init
   std::vector<Thread*> waiting;
   char tokens[2] = {};  // for TSan, by the phase's parity
 

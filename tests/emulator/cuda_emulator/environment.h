@@ -24,4 +24,12 @@ inline int MostSharedBytes() {
   return static_cast<int>(EnvironmentNumber("CUDA_EMULATOR_SHARED", 227 * 1024));
 }
 
+// Whether the driver is as new as the toolkit: else there is no device.
+inline bool HasDriver() { return EnvironmentNumber("CUDA_EMULATOR_DRIVER", 1) != 0; }
+
+// Of the device, by default as on an H100 with NVLink.
+inline int Multiprocessors() {
+  return static_cast<int>(EnvironmentNumber("CUDA_EMULATOR_MULTIPROCESSORS", 132));
+}
+
 }  // namespace cuda_emulator

@@ -46,7 +46,7 @@ CUDA_EMULATOR_UNWATCHED inline void MbarrierInit(uint64_t* at, unsigned arrivals
   block.async.barriers[at] = barrier;
 }
 
-// Lets the copy engine see the barriers that this thread has initialised.
+// Lets TMA see the barriers that this thread has initialised.
 CUDA_EMULATOR_UNWATCHED inline void MbarrierFenceInit() {
   const Unwatched unwatched;
   for (auto& entry : current_block->async.barriers) entry.second.announced = true;

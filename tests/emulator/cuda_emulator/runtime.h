@@ -15,6 +15,7 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorInsufficientDriver = 35,
   cudaErrorNotSupported = 801,
   cudaErrorLaunchFailure = 719,
 };
@@ -53,6 +54,8 @@ inline const char* cudaGetErrorString(cudaError_t status) {
     case cudaSuccess: return "no error";
     case cudaErrorInvalidValue: return "invalid argument";
     case cudaErrorInvalidConfiguration: return "invalid configuration argument";
+    case cudaErrorInsufficientDriver:
+      return "CUDA driver version is insufficient for CUDA runtime version";
     case cudaErrorNotSupported: return "operation not supported";
     case cudaErrorLaunchFailure: return cuda_emulator::LastFailure::Get();
   }
@@ -66,11 +69,13 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return cudaSuccess;
+  return cuda_emulator::HasDriver() ? cudaSuccess : cudaErrorInsufficientDriver;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrMultiProcessorCount: *value = 132; return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      *value = cuda_emulator::Multiprocessors();
+      return cudaSuccess;
     case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:

@@ -35,7 +35,7 @@ enum CUtensorMapL2promotion {
 };
 enum CUtensorMapFloatOOBfill { CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE = 0 };
 
-struct alignas(64) CUtensorMap {
+struct alignas(128) CUtensorMap {
   cuuint64_t opaque[16];
 };
 
@@ -85,7 +85,7 @@ inline bool EncodeTensor(TensorMap* map, CUtensorMapDataType type, uint32_t rank
 }
 
 inline CUresult Store(const TensorMap& map, bool valid, CUtensorMap* to) {
-  if (!valid || reinterpret_cast<uintptr_t>(to) % 64 != 0) {
+  if (!valid || reinterpret_cast<uintptr_t>(to) % alignof(CUtensorMap) != 0) {
     return CUDA_ERROR_INVALID_VALUE;
   }
   std::memcpy(static_cast<void*>(to), &map, sizeof(map));

@@ -1,7 +1,6 @@
-// The copy engine: boxes of a tensor, and columns of pixels of an image (im2col), from
-// global to shared memory. A copy happens when it is issued, or, as late as CUDA allows,
-// when no thread can go on without it; in the order of issue or backwards, as CUDA
-// promises none.
+// TMA: boxes of a tensor, and columns of pixels of an image (im2col), from global to
+// shared memory. A copy happens when it is issued, or, as late as CUDA allows, when no
+// thread can go on without it; in the order of issue or backwards, as CUDA promises none.
 
 #pragma once
 
@@ -47,8 +46,8 @@ void StoreShared(void* to, const T& value, Place place = Place::Here()) {
   block.Stored(to, sizeof(T));
 }
 
-// Shows this thread's stores to shared memory to the copy engine and the tensor cores:
-// those of StoreShared, and copies of cp.async that have been waited for.
+// Shows this thread's stores to shared memory to TMA and the tensor cores: those of
+// StoreShared, and copies of cp.async that have been waited for.
 CUDA_EMULATOR_UNWATCHED inline void FenceProxyAsync() {
   const Unwatched unwatched;
   Block& block = *current_block;
@@ -120,7 +119,7 @@ inline void CopyBox(const TmaCopy& copy) {
 }
 
 // Pixels follow each other within the bounding box, innermost axis first, then from image
-// to image; what is copied lies `offset` beyond each.
+// to image, by the map's steps; what is copied lies `offset` beyond each.
 inline void CopyColumn(const TmaCopy& copy) {
   const TensorMap& map = copy.map;
   const unsigned axes = map.rank - 2u;
@@ -141,7 +140,7 @@ inline void CopyColumn(const TmaCopy& copy) {
       if (pixel[i + 1] <= int64_t{map.size[i + 1]} - 1 + map.upper[i]) break;
       pixel[i + 1] = map.lower[i];
     }
-    if (i == axes) ++pixel[map.rank - 1];
+    if (i == axes) pixel[map.rank - 1] += map.step[map.rank - 1];
   }
 }
 
@@ -166,7 +165,9 @@ CUDA_EMULATOR_UNWATCHED inline void IssueTma(const char* call, void* to,
     block.Fail("%s at %s:%d: %s", call, place.file, place.line, what);
   };
   if (copy.map.magic != kTensorMapMagic) wrong("no tensor map was encoded there");
-  if (reinterpret_cast<uintptr_t>(encoded) % 64 != 0) wrong("the map is not aligned");
+  if (reinterpret_cast<uintptr_t>(encoded) % alignof(CUtensorMap) != 0) {
+    wrong("the map is not aligned");
+  }
   if (copy.map.rank != rank) wrong("the map has another number of dimensions");
   if ((copy.map.im2col != 0) != (offset != nullptr))
     wrong("the map is of the other kind");

@@ -164,6 +164,19 @@ inline unsigned __ballot_sync(uint32_t mask, int predicate,
                             cuda_emulator::CombineBallot, false, place);
   return ballot;
 }
+namespace cuda_emulator {
+
+// CUDA does not say which lane it is.
+inline bool ElectLane(Place place = Place::Here()) {
+  constexpr unsigned kElected = 5;
+  Collective(
+      "ElectLane", kWholeWarp, nullptr, nullptr, [](Block&, const Warp&) {}, false,
+      place);
+  return current_block->thread->number % kWarpSize == kElected;
+}
+
+}  // namespace cuda_emulator
+
 inline int __any_sync(uint32_t mask, int predicate,
                       cuda_emulator::Place place = cuda_emulator::Place::Here()) {
   return __ballot_sync(mask, predicate, place) != 0;

@@ -1,6 +1,6 @@
-// The ladder of CUDA kernels as the planner sees it: for each rung a function that plans
-// a problem and one that launches the plan. A rung lives in one .cu file of this folder,
-// which the host compiler or nvcc reads; this header needs no CUDA.
+// The table of CUDA kernels as the planner sees it: for each a function that plans
+// a problem and one that launches the plan. A kernel lives in one .cu file of this
+// folder, which the host compiler or nvcc reads; this header needs no CUDA.
 //
 // A plan function returns false if its kernel does not take the problem. Otherwise it
 // fills in the whole plan except the kernel's name, from its arguments and rates.h
@@ -28,8 +28,9 @@ struct ReferenceGpu {
   // the corrections of rates.h are relative to.
   static constexpr double kFmaF32PerUs = 30e6;  // on the FP32 units
   static constexpr double kFmaF64PerUs = 15e6;  // on the FP64 units
-  static constexpr double kMma16PerUs = 300e6;  // mma.sync, bf16 and f16
-  static constexpr double kMmaTf32PerUs = 150e6;
+  // mma.sync, bf16 and f16: two thirds of what its instructions alone reach, an estimate.
+  static constexpr double kMma16PerUs = 200e6;
+  static constexpr double kMmaTf32PerUs = 100e6;
   static constexpr double kWgmma16PerUs = 350e6;  // wgmma, an estimate
   static constexpr double kWgmmaTf32PerUs = 175e6;
   // The roof: what its largest matrix products reach, whatever the instructions. The
@@ -61,20 +62,20 @@ inline Operands OperandsOf(const Problem& problem) {
   return Operands::k16Bit;
 }
 
-// Of a rung by name. Where it might round to TF32 and has no row for that, it does not.
-inline Correction CorrectionOf(const char* rung, const Problem& problem) {
-  const auto row = [rung](Operands operands) {
-    return std::find_if(std::begin(kCorrections), std::end(kCorrections),
-                        [=](const Correction& c) {
-                          return c.operands == operands && std::strcmp(c.rung, rung) == 0;
-                        });
+// Of a kernel by name. Where it might round to TF32 and has no row for that, it does not.
+inline Correction CorrectionOf(const char* kernel, const Problem& problem) {
+  const auto row = [kernel](Operands operands) {
+    return std::find_if(
+        std::begin(kCorrections), std::end(kCorrections), [=](const Correction& c) {
+          return c.operands == operands && std::strcmp(c.kernel, kernel) == 0;
+        });
   };
   const Operands operands = OperandsOf(problem);
   const Correction* found = row(operands);
   if (found == std::end(kCorrections) && operands == Operands::kTf32) {
     found = row(Operands::kF32);
   }
-  return found == std::end(kCorrections) ? Correction{rung, operands, 1, 1, 0, 0}
+  return found == std::end(kCorrections) ? Correction{kernel, operands, 1, 1, 0, 0}
                                          : *found;
 }
 
@@ -85,7 +86,7 @@ inline Cost Repeated(const Cost& cost, int64_t times) {
           n * cost.memory_us, cost.unhidden};
 }
 
-// The estimate that plans are compared by, of a rung's tiles and between rungs.
+// The estimate that plans are compared by, of a kernel's tiles and between kernels.
 inline double ModelUs(const Cost& cost, const Correction& correction) {
   const double arithmetic_us = correction.arithmetic * cost.arithmetic_us;
   const double memory_us = correction.memory * cost.memory_us;

@@ -1,5 +1,5 @@
 // Pixels in lanes: depthwise and small groups channels-first, and few channels in any
-// layout where there are too few out channels for dots.h.
+// layout where there are too few out channels for few_channels_dot.h.
 //
 // A task makes a tile of dX, `rows` x `width` pixels of every channel of a group, from
 // a window of dY that it first copies to its stack: [p0][p1][k][column] in the
@@ -8,7 +8,7 @@
 //
 //   dX[c, i] += dY[k, p - t*p_per_r + i] * W[k, t, c]      i in lanes,
 //
-// a register tile of kChannels x kVecs accumulators that shares the loads of dY among
+// a register tile of kDepthwise x kVecs accumulators that shares the loads of dY among
 // channels and each filter scalar among vectors. The phases of a row are put together in
 // a row buffer and stored contiguously. Taps that miss dY along axes 0 and 1 are skipped.
 //
@@ -28,15 +28,15 @@
 
 #include "direct.h"
 #include "epilogue.h"
+#include "footprint.h"
 #include "job.h"
-#include "reach.h"
 #include "vec.h"
 
 namespace convgrad {
 namespace CONVGRAD_ISA {
 namespace {
 
-struct PlanesState {
+struct FewChannelsState {
   CpuArgs args;
   PlaneTile tile;
   int64_t row_tasks, column_tasks;
@@ -44,14 +44,14 @@ struct PlanesState {
 
 // The packed filter is [group][r0][r1][r2][k][c].
 template <typename T>
-void PlanesPackTask(const void* state, int64_t g) {
+void FewChannelsPackTask(const void* state, int64_t g) {
   using A = Acc<T>;
-  const PlanesState& s = *static_cast<const PlanesState*>(state);
+  const FewChannelsState& s = *static_cast<const FewChannelsState*>(state);
   const Problem& p = s.args.problem;
   const int64_t taps = p.axis[0].win * p.axis[1].win * p.axis[2].win;
   A* to = static_cast<A*>(s.args.filter) + g * p.out_channels * taps * p.in_channels;
   const T* w = static_cast<const T*>(s.args.w) + g * p.w.group;
-  A taint = 0;
+  A nonfinite = 0;
   for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
     for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
       for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
@@ -60,24 +60,24 @@ void PlanesPackTask(const void* state, int64_t g) {
                           r2 * p.w.axis[2];
           for (int64_t c = 0; c < p.in_channels; ++c) {
             const A value = LoadOne(from + c * p.w.in_channel);
-            taint += value * 0;
+            nonfinite += value * 0;
             *to++ = value;
           }
         }
       }
     }
   }
-  s.args.taint[g] = IsTainted(taint);
+  s.args.nonfinite[g] = HasNonfinite(nonfinite);
 }
 
 // The window of dY on the stack.
 template <typename A>
 struct Window {
   A* data;
-  Reach p0, p1;     // clipped to dY
-  int64_t column;   // which position of dY column 0 is
-  int64_t cols;     // elements from channel to channel
-  int64_t strands;  // column i is element i / strands of strand i % strands
+  Footprint p0, p1;  // clipped to dY
+  int64_t column;    // which position of dY column 0 is
+  int64_t cols;      // elements from channel to channel
+  int64_t strands;   // column i is element i / strands of strand i % strands
   int64_t row_step;
 };
 
@@ -196,14 +196,14 @@ struct PlaneTaps {
   int64_t parts;
 };
 
-// kVecs vectors of positions from i on, of kChannels channels; stored in the row buffer,
+// kVecs vectors of positions from i on, of kDepthwise channels; stored in the row buffer,
 // whose channels are c_step apart.
-template <typename A, int kChannels, int kVecs>
+template <typename A, int kDepthwise, int kVecs>
 __attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& taps, int64_t i, A* to,
                                              int64_t c_step) {
   constexpr int L = kLanes<A>;
   using V = Vec<A, L>;
-  V sum[kChannels][kVecs] = {};
+  V sum[kDepthwise][kVecs] = {};
   for (int64_t part = 0; part < taps.parts; ++part) {
     const PlanePart<A>& f = taps.part[part];
     const PlaneLoop* loop = f.loop;
@@ -216,14 +216,14 @@ __attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& taps, int64_t i
                        i2 * loop[2].filter_step;
           for (int64_t i3 = 0; i3 < loop[3].count; ++i3) {
             // Each load of dY is likely to straddle two cache lines: load it once.
-            V scale[kChannels];
+            V scale[kDepthwise];
             CONVGRAD_UNROLL
-            for (int c = 0; c < kChannels; ++c) scale[c] = V{} + w[c];
+            for (int c = 0; c < kDepthwise; ++c) scale[c] = V{} + w[c];
             CONVGRAD_UNROLL
             for (int v = 0; v < kVecs; ++v) {
               const V in = Load<L>(x + v * L);
               CONVGRAD_UNROLL
-              for (int c = 0; c < kChannels; ++c) sum[c][v] += in * scale[c];
+              for (int c = 0; c < kDepthwise; ++c) sum[c][v] += in * scale[c];
             }
             x += loop[3].dy_step;
             w += loop[3].filter_step;
@@ -233,35 +233,35 @@ __attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& taps, int64_t i
     }
   }
   CONVGRAD_UNROLL
-  for (int c = 0; c < kChannels; ++c) {
+  for (int c = 0; c < kDepthwise; ++c) {
     CONVGRAD_UNROLL
     for (int v = 0; v < kVecs; ++v) Store<L>(to + c * c_step + i + v * L, sum[c][v]);
   }
 }
 
 // All vectors of a phase of a row.
-template <typename A, int kChannels>
+template <typename A, int kDepthwise>
 inline void PlanePhase(const PlaneTaps<A>& f, int64_t vectors, A* to, int64_t c_step) {
   constexpr int L = kLanes<A>;
   constexpr int kMost =
-      kVectorRegisters == 32 ? (kChannels == 1 ? 8 : 4) : (kChannels > 2 ? 2 : 4);
+      kVectorRegisters == 32 ? (kDepthwise == 1 ? 8 : 4) : (kDepthwise > 2 ? 2 : 4);
   int64_t v = 0;
   for (; v + kMost <= vectors; v += kMost) {
-    PlaneMultiply<A, kChannels, kMost>(f, v * L, to, c_step);
+    PlaneMultiply<A, kDepthwise, kMost>(f, v * L, to, c_step);
   }
   if constexpr (kMost > 4) {
     if (v + 4 <= vectors) {
-      PlaneMultiply<A, kChannels, 4>(f, v * L, to, c_step);
+      PlaneMultiply<A, kDepthwise, 4>(f, v * L, to, c_step);
       v += 4;
     }
   }
   if constexpr (kMost > 2) {
     if (v + 2 <= vectors) {
-      PlaneMultiply<A, kChannels, 2>(f, v * L, to, c_step);
+      PlaneMultiply<A, kDepthwise, 2>(f, v * L, to, c_step);
       v += 2;
     }
   }
-  if (v < vectors) PlaneMultiply<A, kChannels, 1>(f, v * L, to, c_step);
+  if (v < vectors) PlaneMultiply<A, kDepthwise, 1>(f, v * L, to, c_step);
 }
 
 // The largest row buffer: kPlaneChannels rows, every phase rounded up to whole vectors.
@@ -307,10 +307,10 @@ inline int64_t TapsApart(int64_t strands, const Phase& row) {
 }
 
 template <typename T>
-void PlanesTask(const void* state, int64_t index) {
+void FewChannelsTask(const void* state, int64_t index) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
-  const PlanesState& s = *static_cast<const PlanesState*>(state);
+  const FewChannelsState& s = *static_cast<const FewChannelsState*>(state);
   const CpuArgs& a = s.args;
   const Problem& p = a.problem;
   const int64_t column_task = index % s.column_tasks;
@@ -331,10 +331,10 @@ void PlanesTask(const void* state, int64_t index) {
 
   const auto finish_row = [&] {
     h[2] = w_lo;
-    FinishBox<T>(a, OutputAt<T>(a, n, g, 0, h) - static_cast<T*>(a.dx), p.in_channels,
-                 p.dx.channel, w_hi - w_lo, p.dx.axis[2]);
+    ApplyEpilogueToBox<T>(a, OutputAt<T>(a, n, g, 0, h) - static_cast<T*>(a.dx),
+                          p.in_channels, p.dx.channel, w_hi - w_lo, p.dx.axis[2]);
   };
-  if (a.taint[g]) {
+  if (a.nonfinite[g]) {
     for (h[1] = h1_lo; h[1] < h1_hi; ++h[1]) {
       for (h[2] = w_lo; h[2] < w_hi; ++h[2]) {
         for (int64_t c = 0; c < p.in_channels; ++c) {
@@ -350,9 +350,9 @@ void PlanesTask(const void* state, int64_t index) {
   alignas(64) A buffer[kRowBuffer<A>];
   Window<A> win;
   win.data = data;
-  win.p0 = Clip(ReachOf(p.axis[0], h[0], h[0] + 1), p.axis[0].out);
-  win.p1 = Clip(ReachOf(p.axis[1], h1_lo, h1_hi), p.axis[1].out);
-  win.column = ReachOf(p.axis[2], w_lo, w_hi).lo;
+  win.p0 = Clip(FootprintOf(p.axis[0], h[0], h[0] + 1), p.axis[0].out);
+  win.p1 = Clip(FootprintOf(p.axis[1], h1_lo, h1_hi), p.axis[1].out);
+  win.column = FootprintOf(p.axis[2], w_lo, w_hi).lo;
   win.cols = s.tile.cols;
   win.strands = a.phase[2][0].p_per_h;
   const int64_t box1 = win.p1.hi - win.p1.lo;
@@ -439,18 +439,18 @@ void PlanesTask(const void* state, int64_t index) {
 }
 
 template <typename T>
-void PreparePlanes(const CpuArgs& a, CpuJob* job) {
+void PrepareFewChannels(const CpuArgs& a, CpuJob* job) {
   const Problem& p = a.problem;
-  PlanesState s{};
+  FewChannelsState s{};
   s.args = a;
   s.tile = a.plane_tile;
   s.row_tasks = CeilDiv(p.axis[1].in, s.tile.rows);
   s.column_tasks = CeilDiv(p.axis[2].in, s.tile.width);
   SetState(job, s);
   job->stages = 2;
-  job->stage[0] = {p.groups, PlanesPackTask<T>};
+  job->stage[0] = {p.groups, FewChannelsPackTask<T>};
   job->stage[1] = {p.batch * p.groups * p.axis[0].in * s.row_tasks * s.column_tasks,
-                   PlanesTask<T>};
+                   FewChannelsTask<T>};
 }
 
 }  // namespace

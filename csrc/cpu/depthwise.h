@@ -32,7 +32,7 @@ namespace convgrad {
 namespace CONVGRAD_ISA {
 namespace {
 
-struct ChannelsState {
+struct DepthwiseState {
   CpuArgs args;
   int64_t lanes;         // of the vectors in use
   int64_t block_groups;  // groups that share one
@@ -41,7 +41,7 @@ struct ChannelsState {
 };
 
 // First group of a block. The last block is moved back to end with the last group.
-CONVGRAD_INLINE int64_t FirstGroup(const ChannelsState& s, int64_t block) {
+CONVGRAD_INLINE int64_t FirstGroup(const DepthwiseState& s, int64_t block) {
   const int64_t g = block * s.block_groups;
   const int64_t last = s.args.problem.groups - s.block_groups;
   return g < last ? g : last;
@@ -49,14 +49,14 @@ CONVGRAD_INLINE int64_t FirstGroup(const ChannelsState& s, int64_t block) {
 
 // The packed filter is [block][r0][r1][r2][k][lane].
 template <typename T>
-void ChannelsPackTask(const void* state, int64_t block) {
+void DepthwisePackTask(const void* state, int64_t block) {
   using A = Acc<T>;
-  const ChannelsState& s = *static_cast<const ChannelsState*>(state);
+  const DepthwiseState& s = *static_cast<const DepthwiseState*>(state);
   const Problem& p = s.args.problem;
   const int64_t taps = p.axis[0].win * p.axis[1].win * p.axis[2].win;
   A* to = static_cast<A*>(s.args.filter) + block * taps * p.out_channels * s.lanes;
   const T* w = static_cast<const T*>(s.args.w) + FirstGroup(s, block) * p.w.group;
-  A taint = 0;
+  A nonfinite = 0;
   for (int64_t l = 0; l < s.lanes; ++l) {
     const bool live = l < s.block_groups * p.in_channels;
     const T* lane =
@@ -68,7 +68,7 @@ void ChannelsPackTask(const void* state, int64_t block) {
           for (int64_t k = 0; k < p.out_channels; ++k) {
             const int64_t at = r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[2];
             const A value = live ? LoadOne(lane + at + k * p.w.out_channel) : 0;
-            taint += value * 0;
+            nonfinite += value * 0;
             *out = value;
             out += s.lanes;
           }
@@ -76,7 +76,7 @@ void ChannelsPackTask(const void* state, int64_t block) {
       }
     }
   }
-  s.args.taint[block] = IsTainted(taint);
+  s.args.nonfinite[block] = HasNonfinite(nonfinite);
 }
 
 // A row of dY that the current row of dX reads, and its row of the packed filter.
@@ -88,7 +88,7 @@ struct ReadRow {
 
 // What a tile needs to know of its row, phase and block.
 template <typename T, int N>
-struct ChannelsRow {
+struct DepthwiseRow {
   using Lanes = Vec<typename IntOf<Acc<T>>::type, N>;
 
   const ReadRow<T>* rows;  // of channel 0 and block 0
@@ -125,7 +125,7 @@ CONVGRAD_INLINE void Opaque(V& value) {
 // to for j = 0. In a border tap some of these are outside of dY; they count as zeros.
 template <typename T, int N, int kWidth, bool kShared, bool kBorder>
 CONVGRAD_INLINE void AddTap(const T* x, int64_t q, const Acc<T>* filter,
-                            const ChannelsRow<T, N>& c, Vec<Acc<T>, N>* sum) {
+                            const DepthwiseRow<T, N>& c, Vec<Acc<T>, N>* sum) {
   using V = Vec<Acc<T>, N>;
   const int64_t step = c.tile_step;
   const T* zeros = reinterpret_cast<const T*>(kZeroLanes);
@@ -152,8 +152,8 @@ CONVGRAD_INLINE void AddTap(const T* x, int64_t q, const Acc<T>* filter,
 
 // Positions [i, i + kWidth) of the phase, taps [t_lo, t_hi); tap 0 of i reads p.
 template <typename T, int N, int kWidth, bool kShared>
-__attribute__((noinline)) void ChannelsTile(const ChannelsRow<T, N>& c, int64_t i,
-                                            int64_t p, int64_t t_lo, int64_t t_hi) {
+__attribute__((noinline)) void DepthwiseTile(const DepthwiseRow<T, N>& c, int64_t i,
+                                             int64_t p, int64_t t_lo, int64_t t_hi) {
   using A = Acc<T>;
   using V = Vec<A, N>;
   V sum[kWidth] = {};
@@ -214,11 +214,11 @@ __attribute__((noinline)) void ChannelsTile(const ChannelsRow<T, N>& c, int64_t 
 template <typename T, int N>
 struct WidthTile {
   int64_t width;
-  void (*tile)(const ChannelsRow<T, N>&, int64_t, int64_t, int64_t, int64_t);
+  void (*tile)(const DepthwiseRow<T, N>&, int64_t, int64_t, int64_t, int64_t);
 };
 
 template <typename T, int N, int kWidth, bool kShared>
-constexpr WidthTile<T, N> kTile = {kWidth, ChannelsTile<T, N, kWidth, kShared>};
+constexpr WidthTile<T, N> kTile = {kWidth, DepthwiseTile<T, N, kWidth, kShared>};
 
 // Fewer widths where they matter less: rare types, narrow vectors, shared groups.
 template <typename T, int N, bool kShared>
@@ -251,21 +251,21 @@ struct WidthTiles<BF16, kLanes<float>, false> {
 
 // The blocks of a task, and how their vectors of dY are permuted.
 template <typename T, int N>
-struct ChannelsBlocks {
-  const ChannelsState& state;
+struct DepthwiseBlocks {
+  const DepthwiseState& state;
   int64_t first, end, block_size;
-  typename ChannelsRow<T, N>::Lanes perm[kMaxSharedGroup];
+  typename DepthwiseRow<T, N>::Lanes perm[kMaxSharedGroup];
 };
 
 // All positions of a phase in tiles. The blocks are innermost, so that dX is written, and
 // dY read, nearly in the order of memory.
 template <typename T, int N, bool kShared>
-__attribute__((noinline)) void ChannelsPhase(const ChannelsBlocks<T, N>& blocks,
-                                             const Phase& f, ChannelsRow<T, N>& c) {
+__attribute__((noinline)) void DepthwisePhase(const DepthwiseBlocks<T, N>& blocks,
+                                              const Phase& f, DepthwiseRow<T, N>& c) {
   const Problem& problem = blocks.state.args.problem;
   constexpr auto& tiles = WidthTiles<T, N, kShared>::tiles;
   constexpr int kTiles = sizeof(tiles) / sizeof(tiles[0]);
-  typename ChannelsRow<T, N>::Lanes late_perm[kMaxSharedGroup];
+  typename DepthwiseRow<T, N>::Lanes late_perm[kMaxSharedGroup];
   int64_t width = 0;
   for (int64_t start = 0; start < f.h_count; start += width) {
     // The widest tile that fits, or the narrowest one that covers the rest of the row,
@@ -295,7 +295,7 @@ __attribute__((noinline)) void ChannelsPhase(const ChannelsBlocks<T, N>& blocks,
         }
         c.perm = early > 0 ? late_perm : blocks.perm;
       }
-      if (inside || blocks.state.args.taint[block] == 0) {
+      if (inside || blocks.state.args.nonfinite[block] == 0) {
         tiles[pick].tile(c, i, p, 0, f.r_count);
         continue;
       }
@@ -309,9 +309,9 @@ __attribute__((noinline)) void ChannelsPhase(const ChannelsBlocks<T, N>& blocks,
 
 // A task makes some rows of dX, along axis 1, for some blocks of channels.
 template <typename T, int N, bool kShared>
-void ChannelsTask(const void* state, int64_t index) {
+void DepthwiseTask(const void* state, int64_t index) {
   using A = Acc<T>;
-  const ChannelsState& s = *static_cast<const ChannelsState*>(state);
+  const DepthwiseState& s = *static_cast<const DepthwiseState*>(state);
   const CpuArgs& a = s.args;
   const Problem& p = a.problem;
   const int64_t block_task = index % s.block_tasks;
@@ -330,7 +330,7 @@ void ChannelsTask(const void* state, int64_t index) {
   const int64_t block_size = p.axis[0].win * p.axis[1].win * win2 * tap_size;
 
   ReadRow<T> rows[kMaxFilterRows];
-  ChannelsRow<T, N> c;
+  DepthwiseRow<T, N> c;
   c.rows = rows;
   c.out = p.axis[2].out;
   c.dy_step = p.dy.axis[2];
@@ -339,7 +339,7 @@ void ChannelsTask(const void* state, int64_t index) {
 
   const int64_t first = block_task * s.task_blocks;
   const int64_t end = first + s.task_blocks < s.blocks ? first + s.task_blocks : s.blocks;
-  ChannelsBlocks<T, N> blocks = {s, first, end, block_size, {}};
+  DepthwiseBlocks<T, N> blocks = {s, first, end, block_size, {}};
   for (int64_t k = 0; kShared && k < p.out_channels; ++k) {
     for (int l = 0; l < N; ++l) {
       const int64_t lane = l < c.lanes ? l / p.in_channels * p.out_channels : 0;
@@ -391,14 +391,14 @@ void ChannelsTask(const void* state, int64_t index) {
       c.dx = dx + f.h0 * p.dx.axis[2];
       c.dx_step = f.h_step * p.dx.axis[2];
       for (int64_t r = 0; r < count; ++r) rows[r].filter += f.r0 * tap_size;
-      ChannelsPhase<T, N, kShared>(blocks, f, c);
+      DepthwisePhase<T, N, kShared>(blocks, f, c);
       c.next_dy = nullptr;
       for (int64_t r = 0; r < count; ++r) rows[r].filter -= f.r0 * tap_size;
     }
     const int64_t first_group = FirstGroup(s, first);
     const int64_t groups = FirstGroup(s, end - 1) + s.block_groups - first_group;
-    FinishBox<T>(a, dx - static_cast<T*>(a.dx) + first_group * p.dx.group, p.axis[2].in,
-                 p.dx.axis[2], groups * p.in_channels, 1);
+    ApplyEpilogueToBox<T>(a, dx - static_cast<T*>(a.dx) + first_group * p.dx.group,
+                          p.axis[2].in, p.dx.axis[2], groups * p.in_channels, 1);
   }
 }
 
@@ -408,7 +408,7 @@ inline void PrepareLanes(const CpuArgs& a, CpuJob* job) {
   constexpr int64_t kLeastWork = 100000;  // multiply-adds of vectors
   constexpr int64_t kTaskRows = 8;
   const Problem& p = a.problem;
-  ChannelsState s{};
+  DepthwiseState s{};
   s.args = a;
   s.lanes = N;
   s.block_groups = N / (p.in_channels > p.out_channels ? p.in_channels : p.out_channels);
@@ -444,14 +444,14 @@ inline void PrepareLanes(const CpuArgs& a, CpuJob* job) {
   s.row_tasks = CeilDiv(p.axis[1].in, s.task_rows);
   SetState(job, s);
   job->stages = 2;
-  job->stage[0] = {s.blocks, ChannelsPackTask<T>};
+  job->stage[0] = {s.blocks, DepthwisePackTask<T>};
   job->stage[1] = {p.batch * p.axis[0].in * s.row_tasks * s.block_tasks,
-                   ChannelsTask<T, N, kShared>};
+                   DepthwiseTask<T, N, kShared>};
 }
 
 // The widest vectors that the problem can fill; the planner has made sure of one.
 template <typename T>
-void PrepareChannels(const CpuArgs& a, CpuJob* job) {
+void PrepareDepthwise(const CpuArgs& a, CpuJob* job) {
   using A = Acc<T>;
   const Problem& p = a.problem;
   constexpr int kNative = kLanes<A>;

@@ -2,10 +2,10 @@
 //
 //   dX[c, i] = sum over taps t, k   dY[p(i) - t*p_per_r, k] * W[t][c][k]
 //
-// A register tile is kPixels neighbouring positions of a phase x kChannels channels. Each
-// of its sums is a vector of partial sums over k, so that dY and the filter are both read
-// along k, contiguously, and dY is not transposed: kPixels + kChannels loads for
-// kPixels * kChannels multiply-adds. At the end the vectors are added up across their
+// A register tile is kPixels neighbouring positions of a phase x kDepthwise channels.
+// Each of its sums is a vector of partial sums over k, so that dY and the filter are both
+// read along k, contiguously, and dY is not transposed: kPixels + kDepthwise loads for
+// kPixels * kDepthwise multiply-adds. At the end the vectors are added up across their
 // lanes, L of them at a time, in about three instructions each. That is little where a
 // phase has many taps and out channels; PlanesTask is for the rest.
 //
@@ -22,9 +22,9 @@
 #pragma once
 
 #include "epilogue.h"
+#include "footprint.h"
 #include "gemm_pack.h"
 #include "job.h"
-#include "reach.h"
 #include "vec.h"
 
 namespace convgrad {
@@ -61,8 +61,8 @@ struct DotsState {
   int64_t channel_step;     // elements of the packed filter from channel to channel
   int64_t rows, columns;    // of dX, of a task
   int64_t row_tasks, column_tasks;
-  void (*store)();   // a DotStore of the accumulation type
-  void (*finish)();  // FinishBox of the element type
+  void (*store)();           // a DotStore of the accumulation type
+  void (*apply_epilogue)();  // ApplyEpilogueToBox of the element type
 };
 
 // The packed filter is [group][r0][r1][r2][c][k], k in whole vectors; the last of them
@@ -74,7 +74,7 @@ inline void PackDotFilter(const DotsState& s, int64_t g) {
   const Problem& p = s.args.problem;
   A* to = static_cast<A*>(s.args.filter) + g * Taps(p) * p.in_channels * s.channel_step;
   const T* w = static_cast<const T*>(s.args.w) + g * p.w.group;
-  A taint = 0;
+  A nonfinite = 0;
   for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
     for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
       for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
@@ -83,7 +83,7 @@ inline void PackDotFilter(const DotsState& s, int64_t g) {
                           c * p.w.in_channel;
           for (int64_t k = 0; k < p.out_channels; ++k) {
             const A value = LoadOne(from + k * p.w.out_channel);
-            taint += value * 0;
+            nonfinite += value * 0;
             to[k < s.vectors * L ? k : k + L - s.tail] = value;
           }
           for (int64_t i = 0; s.tail > 0 && i < L - s.tail; ++i)
@@ -92,7 +92,7 @@ inline void PackDotFilter(const DotsState& s, int64_t g) {
       }
     }
   }
-  s.args.taint[g] = IsTainted(taint);
+  s.args.nonfinite[g] = HasNonfinite(nonfinite);
 }
 
 // The first stage: packs the filter, clears the zeros that stand for positions outside
@@ -153,12 +153,12 @@ CONVGRAD_INLINE void KeepInRegister(V& v) {
 // sum[j][c] += dY[x + (j - t)*step + k] * w[t][c][k] over kTaps taps and whole vectors.
 // Four addresses share a base, because there are fewer registers for addresses than
 // positions; `step` is made to look variable, or the compiler would undo that.
-template <typename A, int kChannels, int kTaps>
+template <typename A, int kDepthwise, int kTaps>
 CONVGRAD_INLINE void AddInside(
     const A* x, int64_t step, const A* w, int64_t w_step, int64_t tap_step,
-    int64_t vectors, Vec<A, kLanes<A>> (&sum)[DotPixels(kChannels)][kChannels]) {
+    int64_t vectors, Vec<A, kLanes<A>> (&sum)[DotPixels(kDepthwise)][kDepthwise]) {
   constexpr int L = kLanes<A>;
-  constexpr int kPixels = DotPixels(kChannels);
+  constexpr int kPixels = DotPixels(kDepthwise);
   constexpr int kLoads = kPixels + kTaps - 1;  // the first is that of the last tap
   constexpr int kBases = (kLoads + 3) / 4;
   using V = Vec<A, L>;
@@ -168,23 +168,23 @@ CONVGRAD_INLINE void AddInside(
   int64_t step3 = 3 * step;
   for (int64_t v = 0; v < vectors; ++v) {
     asm("" : "+r"(step), "+r"(step3), "+r"(w_step));
-    V scale[kTaps][kChannels];
+    V scale[kTaps][kDepthwise];
     CONVGRAD_UNROLL
     for (int t = 0; t < kTaps; ++t) {
       CONVGRAD_UNROLL
-      for (int c = 0; c < kChannels; ++c) {
+      for (int c = 0; c < kDepthwise; ++c) {
         scale[t][c] = Load<L>(w + t * tap_step + c * w_step);
       }
     }
     CONVGRAD_UNROLL
     for (int i = 0; i < kPixels; ++i) {
       V in = Load<L>(base[i / 4] + (i % 4 == 3 ? step3 : (i % 4) * step));
-      if constexpr (kChannels * kTaps > 1) KeepInRegister(in);
+      if constexpr (kDepthwise * kTaps > 1) KeepInRegister(in);
       CONVGRAD_UNROLL
       for (int t = 0; t < kTaps; ++t) {
         const int j = i - (kTaps - 1) + t;
         CONVGRAD_UNROLL
-        for (int c = 0; c < kChannels; ++c) {
+        for (int c = 0; c < kDepthwise; ++c) {
           if (j >= 0) sum[j][c] += in * scale[t][c];
         }
       }
@@ -194,7 +194,7 @@ CONVGRAD_INLINE void AddInside(
       static_assert(kTaps == 2, "one load more than there are positions");
       const V in = Load<L>(base[kPixels / 4] + kPixels % 4 * step);
       CONVGRAD_UNROLL
-      for (int c = 0; c < kChannels; ++c) sum[kPixels - 1][c] += in * scale[0][c];
+      for (int c = 0; c < kDepthwise; ++c) sum[kPixels - 1][c] += in * scale[0][c];
     }
     CONVGRAD_UNROLL
     for (int b = 0; b < kBases; ++b) base[b] += L;
@@ -203,13 +203,13 @@ CONVGRAD_INLINE void AddInside(
 }
 
 // Positions whose tap 0 reads p, p + p_per_h, ...
-template <typename A, int kChannels>
+template <typename A, int kDepthwise>
 __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
   constexpr int L = kLanes<A>;
-  constexpr int kPixels = DotPixels(kChannels);
+  constexpr int kPixels = DotPixels(kDepthwise);
   using V = Vec<A, L>;
   using Mask = Vec<typename IntOf<A>::type, L>;
-  V sum[kPixels][kChannels] = {};
+  V sum[kPixels][kDepthwise] = {};
   for (int64_t t0 = 0; t0 < f.count[0]; ++t0) {
     for (int64_t t1 = 0; t1 < f.count[1]; ++t1) {
       const A* row = f.dy - t0 * f.dy_back[0] - t1 * f.dy_back[1];
@@ -218,12 +218,12 @@ __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
       for (int64_t t2 = 0; t2 < f.count[2]; ++t2, tap += f.tap_step[2], at -= f.p_per_r) {
         int64_t v = 0;
         const int64_t last_read = at + (kPixels - 1) * f.p_per_h;
-        if constexpr (kChannels == 1) {
+        if constexpr (kDepthwise == 1) {
           // With one sum a load the loads would be the limit: two taps share them.
           if (at >= f.p_per_r && last_read < f.out && t2 + 1 < f.count[2] &&
               f.p_per_h == f.p_per_r && f.tail == 0) {
-            AddInside<A, kChannels, 2>(row + at * f.dy_step, f.pixel_step, tap,
-                                       f.channel_step, f.tap_step[2], f.vectors, sum);
+            AddInside<A, kDepthwise, 2>(row + at * f.dy_step, f.pixel_step, tap,
+                                        f.channel_step, f.tap_step[2], f.vectors, sum);
             ++t2;
             tap += f.tap_step[2];
             at -= f.p_per_r;
@@ -231,8 +231,8 @@ __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
           }
         }
         if (at >= 0 && last_read < f.out) {
-          AddInside<A, kChannels, 1>(row + at * f.dy_step, f.pixel_step, tap,
-                                     f.channel_step, 0, f.vectors, sum);
+          AddInside<A, kDepthwise, 1>(row + at * f.dy_step, f.pixel_step, tap,
+                                      f.channel_step, 0, f.vectors, sum);
           if (f.tail == 0) continue;
           v = f.vectors;
         }
@@ -251,9 +251,9 @@ __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
           const int64_t k = v * L - (last ? L - f.tail : 0);
           Mask mask{};
           for (int l = 0; l < L; ++l) mask[l] = last && l < L - f.tail ? 0 : -1;
-          V scale[kChannels];
+          V scale[kDepthwise];
           CONVGRAD_UNROLL
-          for (int c = 0; c < kChannels; ++c) {
+          for (int c = 0; c < kDepthwise; ++c) {
             scale[c] = Load<L>(tap + c * f.channel_step + v * L);
           }
           CONVGRAD_UNROLL
@@ -261,13 +261,13 @@ __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
             V in = (V)((Mask)Load<L>(x[j] + k) & mask);
             KeepInRegister(in);
             CONVGRAD_UNROLL
-            for (int c = 0; c < kChannels; ++c) sum[j][c] += in * scale[c];
+            for (int c = 0; c < kDepthwise; ++c) sum[j][c] += in * scale[c];
           }
         }
       }
     }
   }
-  StoreSums<A, kPixels * kChannels>(&sum[0][0], to);
+  StoreSums<A, kPixels * kDepthwise>(&sum[0][0], to);
 }
 
 // ---- rows and tasks ---------------------------------------------------------------
@@ -299,7 +299,7 @@ void StoreDots(const Acc<T>* sums, int64_t i, int64_t pixels, int64_t channels,
 template <typename A>
 CONVGRAD_INLINE void DotSegment(const DotsState& s, const DotTaps<A>& f,
                                 const Phase& phase, int64_t i, int64_t end,
-                                int64_t channels, bool exact, const DotOut& out) {
+                                int64_t channels, bool mask_taps, const DotOut& out) {
   const auto store = reinterpret_cast<DotStore<A>>(s.store);
   auto* tile = channels == 1 ? DotTile<A, 1> : DotTile<A, 2>;
   if constexpr (kDotChannels<A> == 4) {
@@ -312,7 +312,7 @@ CONVGRAD_INLINE void DotSegment(const DotsState& s, const DotTaps<A>& f,
     // The last tile overlaps the one before, if there is one.
     if (i + width > end && end - first >= width) i = end - width;
     const int64_t pixels = end - i < width ? end - i : width;
-    if (!exact) {
+    if (!mask_taps) {
       tile(f, phase.p0 + i * f.p_per_h, sums);
       store(sums, i, pixels, channels, out);
       continue;
@@ -358,10 +358,11 @@ void DotsTask(const void* state, int64_t index) {
   const int64_t w_hi = w_lo + s.columns < x[2].in ? w_lo + s.columns : x[2].in;
   const int64_t h_lo = row_task * s.rows;
   const int64_t h_hi = h_lo + s.rows < x[1].in ? h_lo + s.rows : x[1].in;
-  const Reach columns = Clip(ReachOf(x[2], w_lo, w_hi), x[2].out);
-  int64_t fetched = Clip(ReachOf(x[1], h_lo, h_lo + 1), x[1].out).hi;
+  const Footprint columns = Clip(FootprintOf(x[2], w_lo, w_hi), x[2].out);
+  int64_t fetched = Clip(FootprintOf(x[1], h_lo, h_lo + 1), x[1].out).hi;
   for (int64_t h1 = h_lo; h1 < h_hi; ++h1) {
-    const Reach next = Clip(ReachOf(x[1], h_lo, h1 + 2 < h_hi ? h1 + 2 : h_hi), x[1].out);
+    const Footprint next =
+        Clip(FootprintOf(x[1], h_lo, h1 + 2 < h_hi ? h1 + 2 : h_hi), x[1].out);
     for (; fetched < next.hi; ++fetched) {
       const A* row = dy + fetched * s.dy_at.axis[1] + columns.lo * s.dy_at.axis[2];
       const int64_t elements = (columns.hi - columns.lo) * s.dy_at.axis[2];
@@ -397,19 +398,20 @@ void DotsTask(const void* state, int64_t index) {
       for (int64_t c = 0; c < p.in_channels; c += kDotChannels<A>) {
         const int64_t channels =
             p.in_channels - c < kDotChannels<A> ? p.in_channels - c : kDotChannels<A>;
-        DotSegment(s, f, f2, w_lo / phases, end, channels, a.taint[g] != 0, out);
+        DotSegment(s, f, f2, w_lo / phases, end, channels, a.nonfinite[g] != 0, out);
         f.filter += kDotChannels<A> * s.channel_step;
         out.at += kDotChannels<A> * p.dx.channel;
       }
     }
-    const auto finish = reinterpret_cast<decltype(&FinishBox<A>)>(s.finish);
-    finish(a, dx + h1 * p.dx.axis[1] + w_lo * p.dx.axis[2], w_hi - w_lo, p.dx.axis[2],
-           p.in_channels, p.dx.channel);
+    const auto apply_epilogue =
+        reinterpret_cast<decltype(&ApplyEpilogueToBox<A>)>(s.apply_epilogue);
+    apply_epilogue(a, dx + h1 * p.dx.axis[1] + w_lo * p.dx.axis[2], w_hi - w_lo,
+                   p.dx.axis[2], p.in_channels, p.dx.channel);
   }
 }
 
 template <typename T>
-void PrepareDots(const CpuArgs& a, CpuJob* job) {
+void PrepareFewChannelsDot(const CpuArgs& a, CpuJob* job) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   constexpr int64_t kWindow = 14 * 1024;  // bytes of dY that should stay in L1
@@ -418,7 +420,7 @@ void PrepareDots(const CpuArgs& a, CpuJob* job) {
   DotsState s{};
   s.args = a;
   s.store = reinterpret_cast<void (*)()>(static_cast<DotStore<A>>(StoreDots<T>));
-  s.finish = reinterpret_cast<void (*)()>(&FinishBox<T>);
+  s.apply_epilogue = reinterpret_cast<void (*)()>(&ApplyEpilogueToBox<T>);
   const bool pack_dy = !ReadsDyInPlace<T>(a);
   s.dy = pack_dy ? a.packed_dy : a.dy;
   s.dy_at = DyOperandStrides<T>(a);
