@@ -179,12 +179,12 @@ void WriteJson(const std::string& path, const std::string& head,
 }
 
 // The planner's cut for every kernel that takes the line's, or the line's tile.
-std::vector<Plan> PlansOf(const Line& line, const Problem& problem) {
+std::vector<Plan> PlansOf(const Line& line, const Problem& problem, const Gpu& gpu) {
   std::vector<Plan> plans;
   for (const char* const* kernel = CudaKernelNames(); *kernel != nullptr; ++kernel) {
     Plan plan{};
     if ((line.kernel != "*" && line.kernel != *kernel) ||
-        !PlanCuda(problem, *kernel, CurrentGpu(), &plan)) {
+        !PlanCuda(problem, *kernel, gpu, &plan)) {
       continue;
     }
     if (line.tile_m != 0) {
@@ -231,6 +231,11 @@ int Main(const char* path, const std::string& to, double seconds,
     head += Text(", \"cublas_%s_tflop_per_s\": %.1f", name, rate);
   }
 
+  Gpu gpu{};
+  if (const char* error = CurrentGpu(&gpu); error != nullptr) {
+    std::printf("%s\n", error);
+    return 1;
+  }
   std::vector<Row> rows;
   WriteJson(to, head, rows);
   std::ifstream file(path);
@@ -272,8 +277,8 @@ int Main(const char* path, const std::string& to, double seconds,
       }
     }
     Plan chosen{};
-    (void)PlanCuda(problem, "auto", CurrentGpu(), &chosen);
-    for (const Plan& plan : PlansOf(line, problem)) {
+    (void)PlanCuda(problem, "auto", gpu, &chosen);
+    for (const Plan& plan : PlansOf(line, problem, gpu)) {
       if (plan.workspace_bytes > workspace_bytes) {
         workspace.reset();
         workspace = std::make_unique<Memory>(static_cast<size_t>(plan.workspace_bytes));

@@ -187,6 +187,8 @@ bool PlanForm(const Problem& given, const char* kernel, Plan* plan) {
   // The most special first, then what the workspace holds at any cost: `direct`, which
   // takes everything and wants next to nothing, is the slowest.
   const auto make_fitting = [&](Kernel k) { return make(RowOf(k).name) && fits(); };
+  // Of groups depthwise first: stored programs of float64 bring its workspace.
+  if (problem.groups > 1 && make_fitting(Kernel::kDepthwise) && packs_little) return true;
   constexpr int kCount = sizeof(kKernels) / sizeof(kKernels[0]);
   for (int i = kCount; i-- > 1;) {
     if (make_fitting(kKernels[i]) && packs_little) return true;

@@ -146,6 +146,6 @@ def is_faster_in_float32(geometry: ConvGeometry, dtype: Any, map_: Map, kernel: 
     _, rhs_spec, _ = geometry.dimension_numbers
     summed = geometry.rhs_shape[rhs_spec[1 if map_ is FORWARD else 0]]
     taps = math.prod(geometry.window_sizes)
-    # Results fewer than taps do not pay for widening the filter.
+    # With fewer positions of y than taps, widening the filter outweighs the sums.
     pays = _MANY_TAPS <= taps <= math.prod(geometry.out_sizes)
     return summed <= _FEW_SUMMED and pays

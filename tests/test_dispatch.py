@@ -125,12 +125,19 @@ def test_sixteen_bits_of_few_channels_are_widened(monkeypatch, rng, map_):
 @pytest.mark.native
 @pytest.mark.parametrize("channels", [(8, 8), (4, 8), (12, 8)])
 @pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD])
-def test_groups_of_several_channels_in_float64_are_not_permuted(channels, map_):
+def test_groups_of_several_channels_in_float64_are_not_permuted(x64, rng, channels, map_):
     g = make_geometry((20, 20), (3, 3), channels, feature_groups=4)
     assert oracles.plan(g, "float64", map_=map_)[0] == "few_channels"
     g = make_geometry((20, 20), (3, 3), [16 * n for n in channels], feature_groups=64)
     assert oracles.plan(g, "float64", map_=map_)[0] == "gemm"
     assert oracles.plan(g, "float32", map_=map_)[0] == "depthwise"
+    # A program stored before that brings the other kernel's workspace, which is smaller.
+    stored = "auto", oracles.plan(g, "float64", "depthwise", map_=map_)[1]
+    assert stored[1] < oracles.plan(g, "float64", map_=map_)[1]
+    operands = oracles.operands(rng, g, map_=map_)
+    actual = oracles._call(*operands, g, stored, "cpu", None, map_=map_)[0]
+    results = oracles.call_kernels_of_map(operands, g, map_)
+    np.testing.assert_array_equal(actual, results["depthwise"])
 
 
 @pytest.mark.native

@@ -8,7 +8,7 @@
 //
 //   dX[c, i] += dY[k, p - t*p_per_r + i] * W[k, t, c]      i in lanes,
 //
-// a register tile of kDepthwise x kVecs accumulators that shares the loads of dY among
+// a register tile of kChannels x kVecs accumulators that shares the loads of dY among
 // channels and each filter scalar among vectors. The phases of a row are put together in
 // a row buffer and stored contiguously. Taps that miss dY along axes 0 and 1 are skipped.
 //
@@ -196,14 +196,14 @@ struct PlaneTaps {
   int64_t parts;
 };
 
-// kVecs vectors of positions from i on, of kDepthwise channels; stored in the row buffer,
+// kVecs vectors of positions from i on, of kChannels channels; stored in the row buffer,
 // whose channels are c_step apart.
-template <typename A, int kDepthwise, int kVecs>
+template <typename A, int kChannels, int kVecs>
 __attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& taps, int64_t i, A* to,
                                              int64_t c_step) {
   constexpr int L = kLanes<A>;
   using V = Vec<A, L>;
-  V sum[kDepthwise][kVecs] = {};
+  V sum[kChannels][kVecs] = {};
   for (int64_t part = 0; part < taps.parts; ++part) {
     const PlanePart<A>& f = taps.part[part];
     const PlaneLoop* loop = f.loop;
@@ -216,14 +216,14 @@ __attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& taps, int64_t i
                        i2 * loop[2].filter_step;
           for (int64_t i3 = 0; i3 < loop[3].count; ++i3) {
             // Each load of dY is likely to straddle two cache lines: load it once.
-            V scale[kDepthwise];
+            V scale[kChannels];
             CONVGRAD_UNROLL
-            for (int c = 0; c < kDepthwise; ++c) scale[c] = V{} + w[c];
+            for (int c = 0; c < kChannels; ++c) scale[c] = V{} + w[c];
             CONVGRAD_UNROLL
             for (int v = 0; v < kVecs; ++v) {
               const V in = Load<L>(x + v * L);
               CONVGRAD_UNROLL
-              for (int c = 0; c < kDepthwise; ++c) sum[c][v] += in * scale[c];
+              for (int c = 0; c < kChannels; ++c) sum[c][v] += in * scale[c];
             }
             x += loop[3].dy_step;
             w += loop[3].filter_step;
@@ -233,35 +233,35 @@ __attribute__((noinline)) void PlaneMultiply(const PlaneTaps<A>& taps, int64_t i
     }
   }
   CONVGRAD_UNROLL
-  for (int c = 0; c < kDepthwise; ++c) {
+  for (int c = 0; c < kChannels; ++c) {
     CONVGRAD_UNROLL
     for (int v = 0; v < kVecs; ++v) Store<L>(to + c * c_step + i + v * L, sum[c][v]);
   }
 }
 
 // All vectors of a phase of a row.
-template <typename A, int kDepthwise>
+template <typename A, int kChannels>
 inline void PlanePhase(const PlaneTaps<A>& f, int64_t vectors, A* to, int64_t c_step) {
   constexpr int L = kLanes<A>;
   constexpr int kMost =
-      kVectorRegisters == 32 ? (kDepthwise == 1 ? 8 : 4) : (kDepthwise > 2 ? 2 : 4);
+      kVectorRegisters == 32 ? (kChannels == 1 ? 8 : 4) : (kChannels > 2 ? 2 : 4);
   int64_t v = 0;
   for (; v + kMost <= vectors; v += kMost) {
-    PlaneMultiply<A, kDepthwise, kMost>(f, v * L, to, c_step);
+    PlaneMultiply<A, kChannels, kMost>(f, v * L, to, c_step);
   }
   if constexpr (kMost > 4) {
     if (v + 4 <= vectors) {
-      PlaneMultiply<A, kDepthwise, 4>(f, v * L, to, c_step);
+      PlaneMultiply<A, kChannels, 4>(f, v * L, to, c_step);
       v += 4;
     }
   }
   if constexpr (kMost > 2) {
     if (v + 2 <= vectors) {
-      PlaneMultiply<A, kDepthwise, 2>(f, v * L, to, c_step);
+      PlaneMultiply<A, kChannels, 2>(f, v * L, to, c_step);
       v += 2;
     }
   }
-  if (v < vectors) PlaneMultiply<A, kDepthwise, 1>(f, v * L, to, c_step);
+  if (v < vectors) PlaneMultiply<A, kChannels, 1>(f, v * L, to, c_step);
 }
 
 // The largest row buffer: kPlaneChannels rows, every phase rounded up to whole vectors.

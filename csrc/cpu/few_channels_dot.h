@@ -2,12 +2,12 @@
 //
 //   dX[c, i] = sum over taps t, k   dY[p(i) - t*p_per_r, k] * W[t][c][k]
 //
-// A register tile is kPixels neighbouring positions of a phase x kDepthwise channels.
+// A register tile is kPixels neighbouring positions of a phase x kChannels channels.
 // Each of its sums is a vector of partial sums over k, so that dY and the filter are both
-// read along k, contiguously, and dY is not transposed: kPixels + kDepthwise loads for
-// kPixels * kDepthwise multiply-adds. At the end the vectors are added up across their
+// read along k, contiguously, and dY is not transposed: kPixels + kChannels loads for
+// kPixels * kChannels multiply-adds. At the end the vectors are added up across their
 // lanes, L of them at a time, in about three instructions each. That is little where a
-// phase has many taps and out channels; PlanesTask is for the rest.
+// phase has many taps and out channels; FewChannelsTask is for the rest.
 //
 // A task makes some rows of dX (axis 1) of a segment of columns, so short that the rows
 // of dY under it stay in L1 from one row of dX to the next.
@@ -153,12 +153,12 @@ CONVGRAD_INLINE void KeepInRegister(V& v) {
 // sum[j][c] += dY[x + (j - t)*step + k] * w[t][c][k] over kTaps taps and whole vectors.
 // Four addresses share a base, because there are fewer registers for addresses than
 // positions; `step` is made to look variable, or the compiler would undo that.
-template <typename A, int kDepthwise, int kTaps>
+template <typename A, int kChannels, int kTaps>
 CONVGRAD_INLINE void AddInside(
     const A* x, int64_t step, const A* w, int64_t w_step, int64_t tap_step,
-    int64_t vectors, Vec<A, kLanes<A>> (&sum)[DotPixels(kDepthwise)][kDepthwise]) {
+    int64_t vectors, Vec<A, kLanes<A>> (&sum)[DotPixels(kChannels)][kChannels]) {
   constexpr int L = kLanes<A>;
-  constexpr int kPixels = DotPixels(kDepthwise);
+  constexpr int kPixels = DotPixels(kChannels);
   constexpr int kLoads = kPixels + kTaps - 1;  // the first is that of the last tap
   constexpr int kBases = (kLoads + 3) / 4;
   using V = Vec<A, L>;
@@ -168,23 +168,23 @@ CONVGRAD_INLINE void AddInside(
   int64_t step3 = 3 * step;
   for (int64_t v = 0; v < vectors; ++v) {
     asm("" : "+r"(step), "+r"(step3), "+r"(w_step));
-    V scale[kTaps][kDepthwise];
+    V scale[kTaps][kChannels];
     CONVGRAD_UNROLL
     for (int t = 0; t < kTaps; ++t) {
       CONVGRAD_UNROLL
-      for (int c = 0; c < kDepthwise; ++c) {
+      for (int c = 0; c < kChannels; ++c) {
         scale[t][c] = Load<L>(w + t * tap_step + c * w_step);
       }
     }
     CONVGRAD_UNROLL
     for (int i = 0; i < kPixels; ++i) {
       V in = Load<L>(base[i / 4] + (i % 4 == 3 ? step3 : (i % 4) * step));
-      if constexpr (kDepthwise * kTaps > 1) KeepInRegister(in);
+      if constexpr (kChannels * kTaps > 1) KeepInRegister(in);
       CONVGRAD_UNROLL
       for (int t = 0; t < kTaps; ++t) {
         const int j = i - (kTaps - 1) + t;
         CONVGRAD_UNROLL
-        for (int c = 0; c < kDepthwise; ++c) {
+        for (int c = 0; c < kChannels; ++c) {
           if (j >= 0) sum[j][c] += in * scale[t][c];
         }
       }
@@ -194,7 +194,7 @@ CONVGRAD_INLINE void AddInside(
       static_assert(kTaps == 2, "one load more than there are positions");
       const V in = Load<L>(base[kPixels / 4] + kPixels % 4 * step);
       CONVGRAD_UNROLL
-      for (int c = 0; c < kDepthwise; ++c) sum[kPixels - 1][c] += in * scale[0][c];
+      for (int c = 0; c < kChannels; ++c) sum[kPixels - 1][c] += in * scale[0][c];
     }
     CONVGRAD_UNROLL
     for (int b = 0; b < kBases; ++b) base[b] += L;
@@ -203,13 +203,13 @@ CONVGRAD_INLINE void AddInside(
 }
 
 // Positions whose tap 0 reads p, p + p_per_h, ...
-template <typename A, int kDepthwise>
+template <typename A, int kChannels>
 __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
   constexpr int L = kLanes<A>;
-  constexpr int kPixels = DotPixels(kDepthwise);
+  constexpr int kPixels = DotPixels(kChannels);
   using V = Vec<A, L>;
   using Mask = Vec<typename IntOf<A>::type, L>;
-  V sum[kPixels][kDepthwise] = {};
+  V sum[kPixels][kChannels] = {};
   for (int64_t t0 = 0; t0 < f.count[0]; ++t0) {
     for (int64_t t1 = 0; t1 < f.count[1]; ++t1) {
       const A* row = f.dy - t0 * f.dy_back[0] - t1 * f.dy_back[1];
@@ -218,12 +218,12 @@ __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
       for (int64_t t2 = 0; t2 < f.count[2]; ++t2, tap += f.tap_step[2], at -= f.p_per_r) {
         int64_t v = 0;
         const int64_t last_read = at + (kPixels - 1) * f.p_per_h;
-        if constexpr (kDepthwise == 1) {
+        if constexpr (kChannels == 1) {
           // With one sum a load the loads would be the limit: two taps share them.
           if (at >= f.p_per_r && last_read < f.out && t2 + 1 < f.count[2] &&
               f.p_per_h == f.p_per_r && f.tail == 0) {
-            AddInside<A, kDepthwise, 2>(row + at * f.dy_step, f.pixel_step, tap,
-                                        f.channel_step, f.tap_step[2], f.vectors, sum);
+            AddInside<A, kChannels, 2>(row + at * f.dy_step, f.pixel_step, tap,
+                                       f.channel_step, f.tap_step[2], f.vectors, sum);
             ++t2;
             tap += f.tap_step[2];
             at -= f.p_per_r;
@@ -231,8 +231,8 @@ __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
           }
         }
         if (at >= 0 && last_read < f.out) {
-          AddInside<A, kDepthwise, 1>(row + at * f.dy_step, f.pixel_step, tap,
-                                      f.channel_step, 0, f.vectors, sum);
+          AddInside<A, kChannels, 1>(row + at * f.dy_step, f.pixel_step, tap,
+                                     f.channel_step, 0, f.vectors, sum);
           if (f.tail == 0) continue;
           v = f.vectors;
         }
@@ -251,9 +251,9 @@ __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
           const int64_t k = v * L - (last ? L - f.tail : 0);
           Mask mask{};
           for (int l = 0; l < L; ++l) mask[l] = last && l < L - f.tail ? 0 : -1;
-          V scale[kDepthwise];
+          V scale[kChannels];
           CONVGRAD_UNROLL
-          for (int c = 0; c < kDepthwise; ++c) {
+          for (int c = 0; c < kChannels; ++c) {
             scale[c] = Load<L>(tap + c * f.channel_step + v * L);
           }
           CONVGRAD_UNROLL
@@ -261,13 +261,13 @@ __attribute__((noinline)) void DotTile(const DotTaps<A>& f, int64_t p, A* to) {
             V in = (V)((Mask)Load<L>(x[j] + k) & mask);
             KeepInRegister(in);
             CONVGRAD_UNROLL
-            for (int c = 0; c < kDepthwise; ++c) sum[j][c] += in * scale[c];
+            for (int c = 0; c < kChannels; ++c) sum[j][c] += in * scale[c];
           }
         }
       }
     }
   }
-  StoreSums<A, kPixels * kDepthwise>(&sum[0][0], to);
+  StoreSums<A, kPixels * kChannels>(&sum[0][0], to);
 }
 
 // ---- rows and tasks ---------------------------------------------------------------

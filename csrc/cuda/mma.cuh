@@ -433,10 +433,9 @@ __device__ __forceinline__ bool HasAllTaps(const Geometry<int32_t>& g,
 }
 
 // Computes again, by the definition, the elements of `special`, except where no zero took
-// part: bit 16*i + 4*j + e for
-// e of tile j of strip i of a warp, whose first row and channel are m and c; the next
-// strip is so many rows or channels on. A lane's results may have been stored by another
-// one, hence the barrier.
+// part. Bit 16*i + 4*j + e stands for e of tile j of strip i of a warp, whose first row
+// and channel are m and c; the next strip is so many rows or channels on. A lane's
+// results may have been stored by another one, hence the barrier.
 template <typename T, int kStripsApartM = kMmaStripRows, int kStripsApartN = 0>
 __device__ __forceinline__ void Repair(const MmaParams& params,
                                        const TilePlace<int32_t>& at, uint64_t special,

@@ -22,7 +22,8 @@ namespace convgrad {
 // other's.
 inline cudaError_t AllowSharedMemory(const void* kernel) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> allowed;
+  // Never destroyed: threads of XLA's may still launch while the process ends.
+  static auto& allowed = *new std::set<std::pair<const void*, int>>;
   int device = 0, most = 0;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;

@@ -15,7 +15,7 @@ The JSON is what `machine.describe` gives, `options`, `complete`, and
     problems           one object each: name, geometry (text), dtype, precision, bytes (least
                        traffic), launch (true: so small that only the launch counts), planned
                        (the planner's kernel), and kernels, one object for each measured kernel:
-      kernel, operands   which is its row of the table
+      kernel, operands its row of the table
       cost             of its plan, as `rates.Cost`
       error            normwise distance from the result of "direct", None for that one
       time_us          {median, q1, q3, rounds, instances, calls}, None after a failure
