@@ -32,7 +32,7 @@ RANDOM_COUNT = 200
 ALWAYS = (
     "dense_3x3", "dense_s2_nchw", "stem_7x7_s2", "gray_5x5", "odd_channels", "odd_depthwise",
     "depthwise_3x3_nchw", "depthwise_multiplier", "depthwise_1d", "grouped_s2", "all_dilated",
-    "batch_groups", "odd_layouts_3d", "dense_3x3_deep", "dense_deep_s2",
+    "batch_groups", "odd_layouts_3d", "dense_3x3_deep", "dense_deep_s2", "dots_rows",
     "no_images", "no_output_channels", "window_beyond_input",
 )  # fmt: skip
 PER_PROGRAM = 100
