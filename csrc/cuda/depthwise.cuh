@@ -219,15 +219,6 @@ __device__ __forceinline__ void Advance(T*& p, int64_t bytes) {
   Forget(p);
 }
 
-// Takes an item's number apart: the remainder, and the quotient in its place.
-__device__ __forceinline__ int32_t TakeDigit(const Divider<int32_t>& size,
-                                             int32_t* rest) {
-  const int32_t quotient = size.Quotient(*rest);
-  const int32_t digit = *rest - quotient * size.divisor;
-  *rest = quotient;
-  return digit;
-}
-
 // Computes an element of dX again if what was stored is not finite. Stores go through
 // pointers whose origin the compiler has forgotten, so that dX must not be __restrict__.
 template <typename T>

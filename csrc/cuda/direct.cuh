@@ -108,9 +108,7 @@ __global__ void __launch_bounds__(kDirectThreads, kDirectMinBlocks<Index>)
 #pragma unroll
     for (int d = 0; d < kOutputDimensions; ++d) {
       const OutputDimension<Index>& dimension = params.dimension[d];
-      const Index quotient = dimension.size.Quotient(rest);
-      const Index i = rest - quotient * dimension.size.divisor;
-      rest = quotient;
+      const Index i = TakeDigit(dimension.size, &rest);
       dx_at += i * dimension.dx;
       dy_at += i * dimension.dy;
       w_at += i * dimension.w;

@@ -53,6 +53,15 @@ struct Divider<int32_t> {
   }
 };
 
+// Takes a number apart: the remainder, and the quotient in its place.
+template <typename Index>
+__device__ __forceinline__ Index TakeDigit(const Divider<Index>& size, Index* rest) {
+  const Index quotient = size.Quotient(*rest);
+  const Index digit = *rest - quotient * size.divisor;
+  *rest = quotient;
+  return digit;
+}
+
 // What tells the phases of one axis apart; the names are those of Phase.
 template <typename Index>
 struct PhaseTaps {

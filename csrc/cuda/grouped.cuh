@@ -141,9 +141,7 @@ __device__ __forceinline__ GroupedPlace PlaceOfTile(const GroupedParams& params,
   GroupedPlace at;
 #pragma unroll
   for (int a = kAxes - 1; a >= 0; --a) {
-    const int32_t rest = params.tiles[a].Quotient(tile);
-    at.i[a] = (tile - rest * params.tiles[a].divisor) * params.size[a];
-    tile = rest;
+    at.i[a] = TakeDigit(params.tiles[a], &tile) * params.size[a];
   }
   at.n = tile * params.images;
   return at;
@@ -168,7 +166,7 @@ __device__ __forceinline__ GroupedPhase PhaseOf(const GroupedParams& params, int
     const AxisGeometry<int32_t>& axis = g.axis[a];
     phase.h0[a] = id % params.phases[a];
     id /= params.phases[a];
-    phase.positions[a] = axis.h_step.Quotient(axis.in - phase.h0[a] - 1) + 1;
+    phase.positions[a] = PositionsOf(axis, phase.h0[a]).divisor;
     phase.dx += phase.h0[a] * axis.dx_stride;
     chunks *= TapsOfPhase(axis, phase.h0[a]).r_count;
   }

@@ -70,20 +70,14 @@ __device__ __forceinline__ TilePlace<Index> PlaceTile(const Geometry<Index>& g,
                                                       const TileGrid& grid, unsigned id) {
   TilePlace<Index> at;
   int32_t rest = static_cast<int32_t>(id);
-  const auto digit = [&rest](const Divider<int32_t>& count) {
-    const int32_t quotient = count.Quotient(rest),
-                  digit = rest - quotient * count.divisor;
-    rest = quotient;
-    return static_cast<Index>(digit);
-  };
-  at.c0 = digit(grid.channel_tiles) * grid.tile_n;
+  at.c0 = static_cast<Index>(TakeDigit(grid.channel_tiles, &rest)) * grid.tile_n;
 #pragma unroll
   for (int a = kAxes - 1; a >= 0; --a) {
-    at.h0[a] = digit(grid.phases[a]);
+    at.h0[a] = static_cast<Index>(TakeDigit(grid.phases[a], &rest));
     at.phase[a] = TapsOfPhase(g.axis[a], at.h0[a]);
     at.positions[a] = PositionsOf(g.axis[a], at.h0[a]).divisor;
   }
-  at.m0 = digit(grid.row_tiles) * grid.tile_m;
+  at.m0 = static_cast<Index>(TakeDigit(grid.row_tiles, &rest)) * grid.tile_m;
   at.group = static_cast<Index>(rest);
   at.row_count = g.batch * at.positions[0] * at.positions[1] * at.positions[2];
   return at;
@@ -101,10 +95,7 @@ __device__ __forceinline__ RowPlace<Index> PlaceRow(const Geometry<Index>& g,
   RowPlace<Index> row;
 #pragma unroll
   for (int a = kAxes - 1; a >= 0; --a) {
-    const Divider<Index>& positions = PositionsOf(g.axis[a], at.h0[a]);
-    const Index rest = positions.Quotient(m);
-    const Index i = m - rest * positions.divisor;
-    m = rest;
+    const Index i = TakeDigit(PositionsOf(g.axis[a], at.h0[a]), &m);
     row.h[a] = at.h0[a] + i * g.axis[a].h_step.divisor;
     row.p[a] = at.phase[a].p0 + i * g.axis[a].p_per_h;
   }

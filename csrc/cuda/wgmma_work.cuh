@@ -161,12 +161,10 @@ __device__ __forceinline__ int32_t RepackedTap(const WgmmaParams& params, int32_
 // The tile that a block takes in a round, as a part's and a tile's number.
 __device__ __forceinline__ unsigned ItemOfRound(const WgmmaParams& params,
                                                 unsigned round) {
-  const auto of_blocks = [&](int32_t n) {  // the remainder
-    return n - params.blocks.Quotient(n) * params.blocks.divisor;
-  };
-  const int32_t turns = of_blocks(static_cast<int32_t>(round)) * params.turn;
-  const int32_t turn = of_blocks(static_cast<int32_t>(blockIdx.x) + turns);
-  return round * gridDim.x + static_cast<unsigned>(turn);
+  int32_t rounds = static_cast<int32_t>(round);
+  const int32_t turns = TakeDigit(params.blocks, &rounds) * params.turn;
+  int32_t turn = static_cast<int32_t>(blockIdx.x) + turns;
+  return round * gridDim.x + static_cast<unsigned>(TakeDigit(params.blocks, &turn));
 }
 
 __device__ __forceinline__ unsigned PartOfItem(const WgmmaParams& params, unsigned item) {

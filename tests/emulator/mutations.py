@@ -78,7 +78,7 @@ MUTATIONS = [
              "together ? first[a] : lowest, together ? last[a] : highest",
              "first[a], last[a]"),
     Mutation("phases in the order of the wrong axis", _TILES,
-             "digit(grid.phases[a])", "digit(grid.phases[kAxes - 1 - a])"),
+             "TakeDigit(grid.phases[a]", "TakeDigit(grid.phases[kAxes - 1 - a]"),
     Mutation("long phases have as many positions as short ones", _GEOMETRY,
              "phase < a.longer ? 1 : 0", "0"),
     # ---- types and planner
@@ -289,8 +289,8 @@ MUTATIONS = [
              "params.mma, at,\n"
              f"{'':75}thread, dx);\n", ""),
     Mutation("wgmma takes the first round's tiles only", _WGMMA_WORK,
-             "return round * gridDim.x + static_cast<unsigned>(turn);",
-             "return static_cast<unsigned>(turn);", check="walking"),
+             "return round * gridDim.x + static_cast<unsigned>(", "return static_cast<unsigned>(",
+             check="walking"),
     Mutation("wgmma repairs the first four strips only", _WGMMA,
              "special[s / 4] |=", "special[0] |=", check="special"),
     Mutation("wgmma repairs nothing", _WGMMA,

@@ -105,18 +105,18 @@ bool ChooseByName(const Problem& p, const char* name, Chosen* chosen) {
 }
 
 Chosen ChooseForGroups(const Problem& p) {
-  const bool channels = Takes(Kernel::kDepthwise, p);
-  const bool planes = HasSmallGroups(p) && Takes(Kernel::kFewChannels, p);
+  const bool depthwise = Takes(Kernel::kDepthwise, p);
+  const bool few_channels = HasSmallGroups(p) && Takes(Kernel::kFewChannels, p);
   if (HasSmallGroups(p) && DepthwiseIsSlow(p)) {
     // The kernel gathers a row of each channel. In float64 that is a cache line for each
     // pixel, and every group fetches the same lines for a little of each.
     constexpr int64_t kManyGroups = 32;
     const bool cheap = LiesInRows(p) || p.dtype != DType::kF64 || p.groups < kManyGroups;
-    if (cheap && RowsFillVectors(p) && planes) return Named(Kernel::kFewChannels);
-    if (channels && PermutesTooMuch(p)) return Named(Kernel::kGemm);
+    if (cheap && RowsFillVectors(p) && few_channels) return Named(Kernel::kFewChannels);
+    if (depthwise && PermutesTooMuch(p)) return Named(Kernel::kGemm);
   }
-  if (channels) return Named(Kernel::kDepthwise);
-  if (planes && LiesInRows(p)) return DepthwiseByPixels();
+  if (depthwise) return Named(Kernel::kDepthwise);
+  if (few_channels && LiesInRows(p)) return DepthwiseByPixels();
   const bool few = Columns(p) <= kFewChannels;
   return Named(few && Takes(Kernel::kFewChannels, p) ? Kernel::kFewChannels
                                                      : Kernel::kGemm);
@@ -125,13 +125,14 @@ Chosen ChooseForGroups(const Problem& p) {
 Chosen ChooseDense(const Problem& p) {
   if (IsMostlyZeros(p)) return Named(Kernel::kGemm);
   const int64_t columns = Columns(p);
-  const bool planes = Takes(Kernel::kFewChannels, p);
-  if (planes && columns == p.in_channels && FewChannelsBeatGemm(p)) {
+  const bool few_channels = Takes(Kernel::kFewChannels, p);
+  if (few_channels && columns == p.in_channels && FewChannelsBeatGemm(p)) {
     return Named(Kernel::kFewChannels);
   }
   if (DotsAreFaster(p, columns) && Takes(Kernel::kFewChannelsDot, p))
     return Named(Kernel::kFewChannelsDot);
-  return Named(planes && columns <= kFewChannels ? Kernel::kFewChannels : Kernel::kGemm);
+  return Named(few_channels && columns <= kFewChannels ? Kernel::kFewChannels
+                                                       : Kernel::kGemm);
 }
 
 }  // namespace
