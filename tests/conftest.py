@@ -95,13 +95,18 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "native: needs the compiled CPU module")
 
 
-# Run only by -m with their name.
+# Run only by -m with their name. Where one stands beside `emulator`, by that one alone.
 LONG = ("slow", "thorough", "emulator", "sanitizer", "cross", "mutation", "static")
 
 
 def pytest_collection_modifyitems(config, items):
-    left_out = [marker for marker in LONG if not chosen(config, marker)]
-    deselected = {item for item in items if any(map(item.get_closest_marker, left_out))}
+    left_out = {marker for marker in LONG if not chosen(config, marker)}
+
+    def is_left_out(item):
+        markers = {marker.name for marker in item.iter_markers()} & set(LONG)
+        return bool((markers - {"emulator"} or markers) & left_out)
+
+    deselected = set(filter(is_left_out, items))
     if deselected:
         config.hook.pytest_deselected(items=list(deselected))
         items[:] = [item for item in items if item not in deselected]

@@ -82,29 +82,48 @@ def test_kernels_under_a_sanitizer(tmp_path, variant, isa):
     cpu_programs.check(cpu_programs.run(program, lines, tmp_path, threads=threads, isa=isa), isa)
 
 
+def reads_to_the_end(g):
+    """Whether some window's last tap meets the last element of x."""
+    return all(
+        (out - 1) * stride + (taps - 1) * dilation - low >= (extent - 1) * lhs_dilation
+        for out, stride, taps, dilation, (low, _), extent, lhs_dilation in zip(
+            (g.out_shape[d] for d in g.dimension_numbers.out_spec[2:]),
+            g.window_strides,
+            (g.rhs_shape[d] for d in g.dimension_numbers.rhs_spec[2:]),
+            g.rhs_dilation,
+            g.padding,
+            (g.lhs_shape[d] for d in g.dimension_numbers.lhs_spec[2:]),
+            g.lhs_dilation,
+            strict=True,
+        )
+    )
+
+
 def faulty_problems(program, folder, prefix=""):
-    """{kernel: a problem in float32 that it takes}, the largest of the named cases.
+    """{kernel: problems in float32 that it takes, the largest first}, which read all of x.
 
     The kernels are those of the input gradient, or with the prefix "filter:" of the filter's.
     """
-    named = sorted(named_cases(), key=lambda case: cases.products(case.geometry))
+    found = sorted(
+        [*named_cases(), *larger_cases()], key=lambda case: cases.products(case.geometry)
+    )
     lines = {
         case.name: cases.line(case, "float32", platform="cpu", allow_tf32=False)
-        for case in named
-        if 0 not in case.geometry.lhs_shape and cases.products(case.geometry) <= 1 << 20
+        for case in found
+        if 0 not in case.geometry.lhs_shape
+        and reads_to_the_end(case.geometry)
+        and cases.products(case.geometry) <= 1 << 20
     }
     result = cpu_programs.run(program, lines.values(), folder, threads="1")
     assert result.returncode == 0, result.stdout
     passed = (text.split()[1:4] for text in result.stdout.splitlines() if text[:5] == "pass ")
-    taken = {
-        kernel.removeprefix(prefix): name
-        for name, _, kernel in passed
-        if kernel.startswith(prefix) and ":" not in kernel.removeprefix(prefix)
-    }
-    return {
-        kernel: lines[name].replace(" float32 * ", f" float32 {kernel} ")
-        for kernel, name in taken.items()
-    }
+    taken = {}
+    for name, _, kernel in passed:
+        kernel = kernel.removeprefix(prefix) if kernel.startswith(prefix) else ":"
+        if ":" not in kernel:
+            line = lines[name].replace(" float32 * ", f" float32 {kernel} ")
+            taken[kernel] = [line, *taken.get(kernel, ())]
+    return taken
 
 
 def in_a_kernel(report):
@@ -123,10 +142,10 @@ def test_access_beyond_a_buffer_is_reported(tmp_path, fault):
     of_filter = fault in ("short_x", "short_filter_dy", "short_dw")
     taken = faulty_problems(program, tmp_path, "filter:" if of_filter else "")
     assert len(taken) > 1
-    for kernel, line in taken.items():
+    for kernel, lines in taken.items():
         for isa in cpu_programs.flags_by_set():
             if cpu_programs.lacking(isa) is None:
-                result = cpu_programs.run(program, [line], tmp_path, isa=isa, fault=fault)
+                result = cpu_programs.run(program, lines[:1], tmp_path, isa=isa, fault=fault)
                 assert result.returncode == build.SANITIZER_STATUS, (kernel, isa, result.stdout)
                 assert "ERROR: AddressSanitizer" in result.stdout, (kernel, isa)
                 assert in_a_kernel(result.stdout), (kernel, isa, result.stdout)
@@ -169,16 +188,21 @@ def test_load_of_a_vector_too_many_is_reported(tmp_path):
 def test_race_between_tasks_is_reported(tmp_path):
     program = cpu_programs.driver(build.VARIANTS["thread"])
     taken = faulty_problems(program, tmp_path)
-    early = []
-    for kernel, line in taken.items():
-        result = cpu_programs.run(program, [line], tmp_path, threads="2,2", fault="twice")
+    for kernel, lines in taken.items():
+        result = cpu_programs.run(program, lines[:1], tmp_path, threads="2,2", fault="twice")
         assert result.returncode == build.SANITIZER_STATUS, (kernel, result.stdout)
         assert "data race" in result.stdout, kernel
         assert in_a_kernel(result.stdout), (kernel, result.stdout)
-        # Packing that is still under way when its result is used; not every kernel packs.
-        result = cpu_programs.run(program, [line], tmp_path, threads="2,2", fault="early")
-        early += ["data race" in result.stdout and in_a_kernel(result.stdout)]
-    assert sum(early) >= len(early) - 1
+        # Packing that is still under way when its result is used. One thread alone packs
+        # where there is little, and what a task packs for itself is not shared: not every
+        # problem shows it. `direct` packs nothing.
+        early = (
+            cpu_programs.run(program, [line], tmp_path, threads="2,2", fault="early").stdout
+            for line in lines
+        )
+        assert kernel == "direct" or any(
+            "data race" in report and in_a_kernel(report) for report in early
+        ), kernel
 
 
 # name: compiler, flags, machine
