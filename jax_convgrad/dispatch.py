@@ -17,7 +17,7 @@ import numpy as np
 
 from . import gpu_code, native, planner, preference, symbolic
 from .geometry import ConvGeometry
-from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map
+from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, exchanged
 from .transposed import forward_as_input_grad, is_worth_a_flip
 
 Implementation: TypeAlias = Literal["native", "xla"] | None
@@ -62,12 +62,14 @@ class Choice:
         reason: why, in words.
         plan: of the kernel; None for "xla" and where sizes are symbolic.
         kernel_dtype: dtype that operands are widened to for the kernel, None if they are not.
+        computes: the convolution and the map of it that the kernel computes, None if as asked.
     """
 
     implementation: Literal["native", "xla"]
     reason: str
     plan: planner.NativePlan | None = None
     kernel_dtype: str | None = None
+    computes: tuple[ConvGeometry, Map] | None = None
 
     @property
     def kernel(self) -> str | None:
@@ -168,43 +170,51 @@ def choose(
     if reason is not None:
         require_not_native(implementation, reason)
         return Choice("xla", reason)
-    # Where sizes are symbolic the handler chooses the kernel.
-    planned = None
+    choice = Choice("native", "a kernel covers it")  # the handler chooses it for symbolic sizes
     if geometry.is_static:
-        planned = planner.plan(geometry, dtype, platform, precision, map_=map_)
-    kernel_dtype = None
-    if (
-        planned is not None
-        and platform == "cpu"
-        and preference.is_faster_in_float32(geometry, dtype, map_, planned.kernel)
-    ):
-        kernel_dtype = "float32"
-        planned = planner.plan(geometry, kernel_dtype, platform, precision, map_=map_)
-    covers = "a kernel covers it" if planned is None else f"the {planned.kernel} kernel covers it"
-    if kernel_dtype is not None:
-        covers += f", in {kernel_dtype}"
+        choice = _planned(geometry, dtype, platform, precision, map_)
     if implementation == "native":
-        return Choice("native", "implementation='native'", planned, kernel_dtype)
+        return dataclasses.replace(choice, reason="implementation='native'")
     if switch() == "on":
-        return Choice("native", f"{covers}, and {SWITCH}=on", planned, kernel_dtype)
-    slower = preference.slower_than_xla(geometry, platform, map_)
-    if map_ is FILTER_GRAD and planned is not None:
-        slower = slower or _beyond_workspace(geometry, dtype, planned)
-    if slower is not None:
-        return Choice("xla", slower)
-    return Choice("native", covers, planned, kernel_dtype)
+        return dataclasses.replace(choice, reason=f"{choice.reason}, and {SWITCH}=on")
+    slower = None
+    if choice.computes is None:
+        slower = preference.slower_than_xla(geometry, platform, map_)
+        most_bytes = _most_workspace_bytes(geometry, dtype, map_)
+        if slower is None and map_ is FILTER_GRAD and choice.workspace_bytes > most_bytes:
+            # A filter that is much larger than the activations, with few of the channels that
+            # are in vector lanes: the private sums are mostly empty lanes.
+            slower = f"a workspace of {choice.workspace_bytes} bytes, of at most {most_bytes}"
+    return choice if slower is None else Choice("xla", slower)
 
 
-def _beyond_workspace(
-    geometry: ConvGeometry, dtype: Any, planned: planner.NativePlan
-) -> str | None:
-    """Why the filter gradient's kernel wants too much memory, or None.
+def _planned(
+    geometry: ConvGeometry, dtype: Any, platform: str, precision: Any, map_: Map
+) -> Choice:
+    """The native planner's choice, for what the kernel is best asked."""
 
-    A filter that is much larger than the activations, with few of the channels that are in
-    vector lanes: the private sums are mostly empty lanes.
-    """
-    filter_bytes = max(4, np.dtype(dtype).itemsize) * math.prod(geometry.rhs_shape)
-    most = max(_FILTER_WORKSPACE_BYTES, 4 * filter_bytes)
-    if planned.workspace_bytes <= most:
-        return None
-    return f"a workspace of {planned.workspace_bytes} bytes, of at most {most}"
+    def plan(dtype: Any) -> planner.NativePlan:
+        return planner.plan(geometry, dtype, platform, precision, map_=map_)
+
+    computes, how, kernel_dtype = None, "", None
+    if platform == "cpu" and preference.is_faster_exchanged(geometry, map_):
+        asked = geometry, map_
+        geometry, map_ = exchanged(geometry), FORWARD if map_ is FILTER_GRAD else FILTER_GRAD
+        computes, how = (geometry, map_), f", as a {map_.title} of exchanged operands"
+        if plan(dtype).workspace_bytes > _most_workspace_bytes(asked[0], dtype, asked[1]):
+            (geometry, map_), computes, how = asked, None, ""
+    planned = plan(dtype)
+    if platform == "cpu" and preference.is_faster_in_float32(geometry, dtype, map_, planned.kernel):
+        kernel_dtype = "float32"
+        planned, how = plan(kernel_dtype), f"{how}, in {kernel_dtype}"
+    reason = f"the {planned.kernel} kernel covers it{how}"
+    return Choice("native", reason, planned, kernel_dtype, computes)
+
+
+def _most_workspace_bytes(geometry: ConvGeometry, dtype: Any, map_: Map) -> int:
+    """The workspace that a map may have where lax or another way would need less."""
+    itemsize_bytes = np.dtype(dtype).itemsize
+    if map_ is FILTER_GRAD:
+        filter_bytes = max(4, itemsize_bytes) * math.prod(geometry.rhs_shape)
+        return max(_FILTER_WORKSPACE_BYTES, 4 * filter_bytes)
+    return 4 * geometry.bytes_moved(itemsize_bytes)

@@ -41,19 +41,7 @@ def bind_fused(
 ) -> jax.Array:
     """Binds the primitive, or that without an epilogue where there is none.
 
-    Args:
-        dy: cotangent of the convolution's result.
-        rhs: the filter.
-        geometry: of the convolution, which the operands fit.
-        residual: None, or an array of dX's shape and dtype.
-        relu_mask: None, or a real or boolean array of dX's shape.
-        precision: a canonical precision.
-        preferred_element_type: dtype of the result, None for dy's.
-        out_sharding: of the result, for meshes with explicit axes.
-        implementation: as in `conv_input_grad`.
-
-    Returns:
-        The array, of dX's shape.
+    The arguments are `conv_input_grad`'s, which has checked them against the geometry.
     """
     params: dict[str, Any] = {
         "geometry": geometry, "precision": precision, "implementation": implementation

@@ -7,7 +7,7 @@ and wrong inside `shard_map`: its template is unvarying, so it inserts a psum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,8 +18,8 @@ from jax import lax
 # `jax.lax.conv_general_dilated` must not send us round in a circle.
 from jax.lax import conv_general_dilated as lax_conv_general_dilated
 
-from .geometry import ConvGeometry, dilated_size, is_static
-from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map
+from .geometry import ConvGeometry, is_static
+from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, exchanged, swapped
 
 
 def of(map_: Map) -> Callable[..., jax.Array]:
@@ -82,7 +82,7 @@ def input_grad(
         padding=g.transposed_padding,
         lhs_dilation=g.window_strides,
         rhs_dilation=g.rhs_dilation,
-        dimension_numbers=lax.ConvDimensionNumbers(out_spec, _swap(rhs_spec), lhs_spec),
+        dimension_numbers=lax.ConvDimensionNumbers(out_spec, swapped(rhs_spec), lhs_spec),
         feature_group_count=g.groups,
         precision=precision,
         preferred_element_type=preferred_element_type,
@@ -122,34 +122,13 @@ def filter_grad(
     out_sharding: Any = None,
 ) -> jax.Array:
     """The map dW of a convolution: lhs convolved with dy, batch and features exchanged."""
-    g = geometry
-    lhs_spec, rhs_spec, out_spec = g.dimension_numbers
     if dy.size == 0:  # a window of size zero is no convolution
         dtype = dy.dtype if preferred_element_type is None else preferred_element_type
-        return jnp.zeros_like(dy, dtype, shape=g.rhs_shape)
-    padding = []
-    for axis in range(g.axes):
-        low = g.padding[axis][0]
-        high = (
-            dilated_size(g.out_sizes[axis], g.window_strides[axis])
-            - dilated_size(g.in_sizes[axis], g.lhs_dilation[axis])
-            + dilated_size(g.window_sizes[axis], g.rhs_dilation[axis])
-            - 1
-            - low
-        )
-        padding.append((low, high))
+        return jnp.zeros_like(dy, dtype, shape=geometry.rhs_shape)
     return _convolve(
         lhs,
         dy,
-        window_strides=g.rhs_dilation,
-        padding=padding,
-        lhs_dilation=g.lhs_dilation,
-        rhs_dilation=g.window_strides,
-        dimension_numbers=lax.ConvDimensionNumbers(
-            _swap(lhs_spec), _swap(out_spec), _swap(rhs_spec)
-        ),
-        feature_group_count=g.batch_group_count,
-        batch_group_count=g.feature_group_count,
+        **exchanged(geometry).conv_params(),
         precision=precision,
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
@@ -174,11 +153,6 @@ def _convolve(lhs: jax.Array, rhs: jax.Array, **params: Any) -> jax.Array:
         lhs = lax.pad(lhs, jnp.zeros((), lhs.dtype), config)
     params.update(padding=padding, lhs_dilation=lhs_dilation)
     return lax_conv_general_dilated(lhs, rhs, **params)
-
-
-def _swap(spec: Sequence[int]) -> tuple[int, ...]:
-    """A layout with its first two roles (batch and feature, or out and in) exchanged."""
-    return (spec[1], spec[0], *spec[2:])
 
 
 def _split(x: jax.Array, dim: int, count: int) -> jax.Array:

@@ -60,21 +60,7 @@ def lower(
     out_sharding: Any,
     **params: Any,
 ) -> Any:
-    """The lowering rule of a map's primitive on one platform.
-
-    Args:
-        map_: what is computed.
-        ctx: JAX's lowering context.
-        first: operand of the map, lowered.
-        second: likewise.
-        bind: binds the primitive for the shards of one device.
-        platform: "cpu", "cuda" or another.
-        out_sharding: the primitive's parameter.
-        **params: its others.
-
-    Returns:
-        The lowered result, in a list.
-    """
+    """The lowering rule of a map's primitive. `bind` binds it for the shards of one device."""
     del out_sharding  # which is that of the result's type
     (out,) = ctx.avals_out
     if not compat.has_explicit_sharding(out):
@@ -122,8 +108,16 @@ def _lower(
         text = f"{geometry} precision={precision} implementation={implementation}"
         compat.annotate(result[0], map_.target, text)
         return result
-    call = call_kernel if choice.kernel_dtype is None else _call_widened
-    return call(
+    if choice.kernel_dtype is not None:
+
+        def widened(*operands: jax.Array) -> jax.Array:
+            wide = (x.astype(choice.kernel_dtype) for x in operands)
+            result = bind(*wide, geometry, precision=precision, implementation="native")
+            return result.astype(out.dtype)
+
+        return mlir.lower_fun(widened, multiple_results=False)(ctx, first, second)
+    geometry, map_ = choice.computes or (geometry, map_)
+    return call_kernel(
         ctx,
         map_,
         native.TARGETS[map_],
@@ -193,37 +187,6 @@ def call_kernel(
         **custom_call.attributes(geometry, platform, precision),
     )
     return [result]
-
-
-def _call_widened(
-    ctx: Any,
-    map_: Map,
-    target: str,
-    first: Any,
-    second: Any,
-    *,
-    choice: dispatch.Choice,
-    **params: Any,
-) -> list[Any]:
-    """`call_kernel` on operands of `choice.kernel_dtype`, the result rounded to its dtype."""
-    wide = np.dtype(choice.kernel_dtype)
-    narrow_avals = [*ctx.avals_in[:2], *ctx.avals_out]
-    wide_avals = [jax.core.ShapedArray(aval.shape, wide) for aval in narrow_avals]
-
-    def convert(value: Any, of: Any, to: Any) -> Any:
-        rule = mlir.lower_fun(lambda x: x.astype(to.dtype), multiple_results=False)
-        return rule(ctx.replace(avals_in=[of], avals_out=[to]), value)[0]
-
-    operands = map(convert, (first, second), narrow_avals[:2], wide_avals[:2])
-    (result,) = call_kernel(
-        ctx.replace(avals_in=wide_avals[:2], avals_out=wide_avals[2:]),
-        map_,
-        target,
-        *operands,
-        choice=choice,
-        **params,
-    )
-    return [convert(result, wide_avals[2], narrow_avals[2])]
 
 
 def _row_major(aval: Any) -> tuple[int, ...]:

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
-from .geometry import ConvGeometry
+from jax import lax
+
+from .geometry import ConvGeometry, dilated_size
 
 
 class Role(enum.IntEnum):
@@ -92,3 +95,36 @@ def indices(geometry: ConvGeometry) -> dict[str, Index]:
               {Role.LHS: 1, Role.RHS: 1, Role.OUT: 1}),
     )  # fmt: skip
     return {index.name: index for index in every}
+
+
+def swapped(spec: Sequence[int]) -> tuple[int, ...]:
+    """A layout with its first two roles (batch and feature, or out and in) exchanged."""
+    return (spec[1], spec[0], *spec[2:])
+
+
+def exchanged(geometry: ConvGeometry) -> ConvGeometry:
+    """The convolution that has the filter and y in each other's place, over the same arrays.
+
+    The form has the same products: output position and tap change places, and with them
+    window_strides and rhs_dilation; x's images are channels, and its channels images. So the
+    filter gradient of one is the forward map of the other.
+
+    Args:
+        geometry: a convolution whose y and filter have elements.
+    """
+    g = geometry
+    padding = []
+    for axis, (low, _) in enumerate(g.padding):
+        reached = dilated_size(g.out_sizes[axis], g.window_strides[axis]) - 1
+        reached += dilated_size(g.window_sizes[axis], g.rhs_dilation[axis])
+        padding.append((low, reached - dilated_size(g.in_sizes[axis], g.lhs_dilation[axis]) - low))
+    lhs_spec, rhs_spec, out_spec = map(swapped, g.dimension_numbers)
+    return g.replace(
+        rhs_shape=g.out_shape,
+        window_strides=g.rhs_dilation,
+        padding=tuple(padding),
+        rhs_dilation=g.window_strides,
+        dimension_numbers=lax.ConvDimensionNumbers(lhs_spec, out_spec, rhs_spec),
+        feature_group_count=g.batch_group_count,
+        batch_group_count=g.feature_group_count,
+    )

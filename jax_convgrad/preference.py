@@ -14,42 +14,30 @@ import numpy as np
 
 from . import native
 from .geometry import ConvGeometry
-from .maps import FILTER_GRAD, FORWARD, Map
+from .maps import FILTER_GRAD, FORWARD, Map, exchanged
+
+_FEW_TERMS = 3  # channels of a pointwise layer that XLA computes as a loop over elements
 
 
-def _meets_its_position_alone(g: ConvGeometry) -> bool:
-    """Whether an output position sees the input of its number, by one tap, and no other."""
-    return (
-        math.prod(g.window_sizes) == 1
-        and g.in_sizes == g.out_sizes
-        and max(g.lhs_dilation, default=1) == 1
-    )
+def _as_elements(g: ConvGeometry) -> str | None:
+    """Which products of elements, or sums of few, XLA makes of a layer of one tap, or None.
 
-
-def _is_elementwise(g: ConvGeometry) -> bool:
-    """Whether every output is one input times the filter's one number for its channel."""
-    channels = g.lhs_shape[g.dimension_numbers.lhs_spec[1]]
-    return (
-        _meets_its_position_alone(g)
-        and g.batch_group_count == 1
-        and g.feature_group_count == channels == g.rhs_shape[g.dimension_numbers.rhs_spec[0]]
-    )
-
-
-# Channels of a pointwise layer that XLA computes as a loop over elements.
-_FEW_TERMS = 3
-
-
-def _is_sum_of_elements(g: ConvGeometry) -> bool:
-    """Whether every output is a sum of at most three inputs of its position, side by side."""
-    lhs_spec, rhs_spec, out_spec = g.dimension_numbers
-    last = len(g.lhs_shape) - 1
-    return (
-        _meets_its_position_alone(g)
-        and g.groups == 1
-        and max(g.rhs_shape[rhs_spec[0]], g.rhs_shape[rhs_spec[1]]) <= _FEW_TERMS
-        and lhs_spec[1] == out_spec[1] == last
-    )
+    An output position sees the input of its number, and no other.
+    """
+    (_, lhs_feature, *_), (out_feature, in_feature, *_), (_, feature, *_) = g.dimension_numbers
+    if (
+        math.prod(g.window_sizes) > 1
+        or g.in_sizes != g.out_sizes
+        or max(g.lhs_dilation, default=1) > 1
+    ):
+        return None
+    channels = g.lhs_shape[lhs_feature]
+    if g.batch_group_count == 1 and channels == g.feature_group_count == g.rhs_shape[out_feature]:
+        return "of one tap and one channel a group, which XLA computes as a product of elements"
+    few = max(g.rhs_shape[out_feature], g.rhs_shape[in_feature]) <= _FEW_TERMS
+    if g.groups == 1 and few and lhs_feature == feature == len(g.lhs_shape) - 1:
+        return f"of one tap and at most {_FEW_TERMS} channels, which XLA computes as elements"
+    return None
 
 
 _FEW_PAIRS = 8  # of an input and an output channel
@@ -73,6 +61,49 @@ def _leaves_lanes_empty(g: ConvGeometry) -> bool:
     return one_axis and taps > math.prod(g.out_sizes)
 
 
+_FEW_POSITIONS = 4  # of all images
+
+
+def _is_outer_product(g: ConvGeometry) -> bool:
+    """Whether a filter gradient has hardly more products than elements."""
+    positions = math.prod(g.out_sizes) * g.lhs_shape[g.dimension_numbers.lhs_spec[0]]
+    return math.prod(g.window_sizes) == 1 and g.groups == 1 and positions <= _FEW_POSITIONS
+
+
+_MOST_SUMMED = 1 << 14  # products of an element of dW, which a forward map adds one by one
+
+
+def is_faster_exchanged(geometry: ConvGeometry, map_: Map) -> bool:
+    """Whether a map is better asked of the convolution with filter and y exchanged.
+
+    What decides is whether the filter or y has more positions. The filter gradient's kernels
+    add to all of dW, position of y by position, and so carry a large dW through memory again
+    and again. The forward map's finish one sum after another.
+
+    Args:
+        geometry: the convolution, of static sizes.
+        map_: what is computed.
+    """
+    g = geometry
+    lhs_spec, rhs_spec, _ = g.dimension_numbers
+    taps, positions = math.prod(g.window_sizes), math.prod(g.out_sizes)
+    if g.groups > 1 or taps < positions or positions == 0:
+        return False
+    if map_ is FORWARD:
+        return lhs_spec[0] > 0 and taps > positions and not _leaves_lanes_empty(exchanged(g))
+    images, features = g.lhs_shape[lhs_spec[0]], g.rhs_shape[rhs_spec[0]]
+    if map_ is not FILTER_GRAD or images * positions > _MOST_SUMMED:
+        return False
+    rows_lie_in_memory = lhs_spec[-1] == rhs_spec[-1] == len(g.lhs_shape) - 1
+    if rows_lie_in_memory and features <= 8:
+        pays = taps >= 4 * positions  # lanes hold dW's rows
+    else:
+        is_large = images >= 3 and math.prod(g.rhs_shape) >= 100_000
+        pays = is_large and (rows_lie_in_memory or features >= 24)
+    # The forward map's kernels multiply the zeros of padding.
+    return pays and 2 * g.connections >= taps * positions
+
+
 def slower_than_xla(geometry: ConvGeometry, platform: str, map_: Map) -> str | None:
     """Why lax is preferred where a kernel could run, or None.
 
@@ -89,12 +120,11 @@ def slower_than_xla(geometry: ConvGeometry, platform: str, map_: Map) -> str | N
     if map_ is FILTER_GRAD:
         if _leaves_lanes_empty(geometry):
             return "of so few channels that vector lanes, which hold them, would be empty"
+        if _is_outer_product(geometry):
+            return f"of one tap and at most {_FEW_POSITIONS} positions, all of it writing dW"
         return None
-    if _is_elementwise(geometry):
-        return "of one tap and one channel a group, which XLA computes as a product of elements"
-    if _is_sum_of_elements(geometry):
-        return f"of one tap and at most {_FEW_TERMS} channels, which XLA computes as elements"
-    return _slower_forward(geometry) if map_ is FORWARD else None
+    slower = _as_elements(geometry)
+    return _slower_forward(geometry) if slower is None and map_ is FORWARD else slower
 
 
 # With a 4x4 filter of 512 and 1024 channels lax was 1.2 times as fast at 170 times.

@@ -15,9 +15,10 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from .. import maps
 from ..geometry import ConvGeometry
 from . import ToolError, machine, read_json
-from .geometries import as_filter_gradient, make_geometry
+from .geometries import make_geometry
 
 # --batch-budget counts a byte of least traffic as so many FLOP, so that it bounds the
 # time of memory-bound layers too. A convention, near a CPU's ratio of the two rates: the
@@ -193,7 +194,7 @@ def parse(
             feature_groups=_count(row, "groups"),
             dimension_numbers=_LAYOUTS[layout],
         )
-        return as_filter_gradient(geometry, _LAYOUTS[layout]) if exchanged else geometry
+        return maps.exchanged(geometry) if exchanged else geometry
 
     batch = _count(row, "n")
     if batch_budget_mflop is not None:

@@ -13,8 +13,9 @@ import random
 from collections.abc import Sequence
 
 from ..geometry import ConvGeometry
+from ..maps import exchanged
 from . import MAPS, layers
-from .geometries import as_filter_gradient, classify, layout, make_geometry
+from .geometries import classify, layout, make_geometry
 from .workloads import Workload, workloads
 
 # A problem of more takes lax seconds where it has no fast route; one of less is all call.
@@ -129,7 +130,7 @@ def _draw(rng: random.Random) -> ConvGeometry:
     )
     if kind != "dense" or named == "odd" or rng.random() > 0.15:
         return drawn
-    return as_filter_gradient(drawn, named)
+    return exchanged(drawn)
 
 
 def _draw_size(rng: random.Random, axes: int) -> int:

@@ -1,0 +1,120 @@
+"""Maps that are asked of the convolution with the filter and y in each other's place."""
+
+import math
+
+import jax
+import oracles
+import pytest
+from conftest import SEED
+
+from jax_convgrad import dispatch, lax_maps, native, preference
+from jax_convgrad.maps import FILTER_GRAD, FORWARD, exchanged
+from jax_convgrad.tools import references, workloads
+from jax_convgrad.tools.geometries import (
+    make_geometry,
+    named_cases,
+    normwise_error,
+    random_cases,
+    reduction_taps,
+    tolerance,
+)
+
+CASES = {
+    case.name: case.geometry
+    for case in [*named_cases(), *random_cases(40, SEED)]
+    if 0 not in (*case.geometry.lhs_shape, *case.geometry.rhs_shape, *case.geometry.out_shape)
+}
+MAPS = pytest.mark.parametrize("map_", [FORWARD, FILTER_GRAD])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_filter_gradient_is_the_other_forward_map(rng, x64, name):
+    g = CASES[name]
+    other = exchanged(g)
+    assert other.out_shape == g.rhs_shape
+    assert exchanged(other).replace(padding=()) == g.replace(padding=())
+    x, dy = oracles.operands(rng, g, map_=FILTER_GRAD)
+    expected = references.filter_grad(x, dy, g)
+    assert normwise_error(lax_maps.forward(x, dy, other), expected) < 1e-13
+    x, w = oracles.operands(rng, g, map_=FORWARD)
+    assert normwise_error(lax_maps.filter_grad(x, w, other), oracles.lax_conv(g)(x, w)) < 1e-13
+
+
+def check(rng, g, map_, dtype):
+    """The public function, and that it asks for the other map."""
+    choice = dispatch.choose(g, dtype, "cpu", "native", map_=map_)
+    assert choice.computes is not None
+    assert choice.computes[0] == exchanged(g)
+    first, second = oracles.operands(rng, g, dtype, map_)
+    function = jax.jit(workloads.public_function(map_, g, implementation="native"))
+    assert native.TARGETS[choice.computes[1]] in function.lower(first, second).as_text()
+    wide = first.astype("float64"), second.astype("float64")
+    expected = oracles.lax_conv(g)(*wide) if map_ is FORWARD else references.filter_grad(*wide, g)
+    error = normwise_error(function(first, second), expected)
+    assert error <= tolerance(dtype, reduction_taps(g, map_))
+
+
+@pytest.mark.native
+@MAPS
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", [name for name, g in CASES.items() if g.groups == 1][::3])
+def test_exchanged_operands_give_the_map(monkeypatch, rng, x64, name, dtype, map_):
+    monkeypatch.setattr(preference, "is_faster_exchanged", lambda *_: True)
+    monkeypatch.setattr(dispatch, "_most_workspace_bytes", lambda *_: math.inf)
+    check(rng, CASES[name], map_, dtype)
+
+
+LARGE = {
+    "fully connected": make_geometry((5, 5), (5, 5), (24, 200), batch=3),
+    "fully connected nchw": make_geometry((5, 5), (5, 5), (24, 200), batch=3,
+                                          dimension_numbers="first"),
+    "long rows of few features": make_geometry((301,), (300,), (5, 3), dimension_numbers="first"),
+    "gradient of a filter gradient": exchanged(make_geometry((28, 28), (3, 3), (9, 130), batch=1,
+                                                             padding=1)),
+}  # fmt: skip
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("name", LARGE)
+def test_large_filter_gradients_of_few_positions_are_exchanged(monkeypatch, rng, x64, name):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+    g = LARGE[name]
+    check(rng, g, FILTER_GRAD, "float32")
+    assert (
+        "as a forward of exchanged operands"
+        in dispatch.choose(g, "float32", "cpu", map_=FILTER_GRAD).reason
+    )
+
+
+@pytest.mark.native
+def test_forward_of_a_filter_gradient_is_exchanged(monkeypatch, rng, x64):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+    g = exchanged(make_geometry((20, 20), (3, 3), (40, 30), batch=2, padding=1))
+    check(rng, g, FORWARD, "float32")
+
+
+@pytest.mark.native
+def test_filter_gradients_that_are_as_fast_stay(monkeypatch):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+
+    def computes(*args, batch=3, **options):
+        g = make_geometry(*args, batch=batch, **options)
+        return dispatch.choose(g, "float32", "cpu", map_=FILTER_GRAD).computes
+
+    assert computes((5, 5), (5, 5), (24, 200))
+    assert not computes((5, 5), (5, 5), (24, 200), batch=2)
+    assert not computes((9, 9), (5, 5), (24, 200), padding=2)  # more positions than taps
+    assert not computes((5, 5), (5, 5), (200, 20))  # lanes of features would be empty
+    assert computes((5, 5), (5, 5), (200, 20), dimension_numbers="first")
+    # Sums that a forward map does not add in pairs.
+    assert not computes((5, 5), (5, 5), (24, 200), batch=20_000)
+    # Most taps meet padding alone.
+    assert not computes((2,), (400,), (24, 20), padding=200, dimension_numbers="first")
+    assert not computes((5, 5), (5, 5), (48, 400), feature_groups=2)
+
+
+@pytest.mark.native
+def test_exchanging_needs_no_more_workspace_than_is_allowed(monkeypatch):
+    g = LARGE["fully connected"]
+    monkeypatch.setattr(dispatch, "_most_workspace_bytes", lambda *_: -1)
+    assert dispatch.choose(g, "float32", "cpu", "native", map_=FILTER_GRAD).computes is None
