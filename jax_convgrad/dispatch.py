@@ -31,8 +31,6 @@ MAX_AXIS_SIZE = 2**31  # positions of an image or taps of a filter, along one ax
 # user context, so it is part of every jit cache key.
 installed = jax.make_user_context(default_value=False)
 
-_FILTER_WORKSPACE_BYTES = 32 << 20  # or four times the filter
-
 
 @functools.cache
 def switch() -> Literal["on", "off"] | None:
@@ -170,20 +168,21 @@ def choose(
     if reason is not None:
         require_not_native(implementation, reason)
         return Choice("xla", reason)
-    choice = Choice("native", "a kernel covers it")  # the handler chooses it for symbolic sizes
+    choice = Choice("native", "a kernel covers it")  # which the handler chooses
     if geometry.is_static:
         choice = _planned(geometry, dtype, platform, precision, map_)
     if implementation == "native":
-        return dataclasses.replace(choice, reason="implementation='native'")
+        return dataclasses.replace(choice, reason=f"implementation='native', {choice.reason}")
     if switch() == "on":
         return dataclasses.replace(choice, reason=f"{choice.reason}, and {SWITCH}=on")
-    slower = None
-    if choice.computes is None:
-        slower = preference.slower_than_xla(geometry, platform, map_)
+    if choice.computes is not None:
+        return choice
+    slower = preference.slower_than_xla(geometry, platform, map_)
+    if slower is None and map_ is FILTER_GRAD:
+        # A filter that is much larger than the activations, with few of the channels that are
+        # in vector lanes: the private sums are mostly empty lanes.
         most_bytes = _most_workspace_bytes(geometry, dtype, map_)
-        if slower is None and map_ is FILTER_GRAD and choice.workspace_bytes > most_bytes:
-            # A filter that is much larger than the activations, with few of the channels that
-            # are in vector lanes: the private sums are mostly empty lanes.
+        if choice.workspace_bytes > most_bytes:
             slower = f"a workspace of {choice.workspace_bytes} bytes, of at most {most_bytes}"
     return choice if slower is None else Choice("xla", slower)
 
@@ -192,29 +191,26 @@ def _planned(
     geometry: ConvGeometry, dtype: Any, platform: str, precision: Any, map_: Map
 ) -> Choice:
     """The native planner's choice, for what the kernel is best asked."""
-
-    def plan(dtype: Any) -> planner.NativePlan:
-        return planner.plan(geometry, dtype, platform, precision, map_=map_)
-
-    computes, how, kernel_dtype = None, "", None
+    computes = planned = None
     if platform == "cpu" and preference.is_faster_exchanged(geometry, map_):
-        asked = geometry, map_
-        geometry, map_ = exchanged(geometry), FORWARD if map_ is FILTER_GRAD else FILTER_GRAD
-        computes, how = (geometry, map_), f", as a {map_.title} of exchanged operands"
-        if plan(dtype).workspace_bytes > _most_workspace_bytes(asked[0], dtype, asked[1]):
-            (geometry, map_), computes, how = asked, None, ""
-    planned = plan(dtype)
-    if platform == "cpu" and preference.is_faster_in_float32(geometry, dtype, map_, planned.kernel):
-        kernel_dtype = "float32"
-        planned, how = plan(kernel_dtype), f"{how}, in {kernel_dtype}"
-    reason = f"the {planned.kernel} kernel covers it{how}"
-    return Choice("native", reason, planned, kernel_dtype, computes)
+        computes = exchanged(geometry), FORWARD if map_ is FILTER_GRAD else FILTER_GRAD
+        planned = planner.plan(computes[0], dtype, platform, precision, map_=computes[1])
+        if planned.workspace_bytes > _most_workspace_bytes(geometry, dtype, map_):
+            computes = planned = None
+    if planned is None:
+        planned = planner.plan(geometry, dtype, platform, precision, map_=map_)
+    kernel, asks = planned.kernel, computes or (geometry, map_)
+    if platform == "cpu" and preference.is_faster_in_float32(*asks, dtype, kernel):
+        wide = _planned(geometry, "float32", platform, precision, map_)
+        reason = f"{wide.reason}, in float32"
+        return dataclasses.replace(wide, reason=reason, kernel_dtype="float32")
+    how = f", as the {computes[1].title} map with filter and y exchanged" if computes else ""
+    return Choice("native", f"the {kernel} kernel covers it{how}", planned, computes=computes)
 
 
 def _most_workspace_bytes(geometry: ConvGeometry, dtype: Any, map_: Map) -> int:
-    """The workspace that a map may have where lax or another way would need less."""
+    """The most workspace that a map may bring, unless a kernel is insisted on."""
     itemsize_bytes = np.dtype(dtype).itemsize
-    if map_ is FILTER_GRAD:
-        filter_bytes = max(4, itemsize_bytes) * math.prod(geometry.rhs_shape)
-        return max(_FILTER_WORKSPACE_BYTES, 4 * filter_bytes)
-    return 4 * geometry.bytes_moved(itemsize_bytes)
+    if map_ is not FILTER_GRAD:
+        return 4 * geometry.bytes_moved(itemsize_bytes)
+    return max(32 << 20, 4 * max(4, itemsize_bytes) * math.prod(geometry.rhs_shape))

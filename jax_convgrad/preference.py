@@ -7,6 +7,7 @@ neighbours. `dispatch.choose` asks; `explain` prints the reason.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -20,13 +21,13 @@ _FEW_TERMS = 3  # channels of a pointwise layer that XLA computes as a loop over
 
 
 def _as_elements(g: ConvGeometry) -> str | None:
-    """Which products of elements, or sums of few, XLA makes of a layer of one tap, or None.
+    """Why XLA computes a layer as products of whole arrays, or sums of few of them, or None.
 
-    An output position sees the input of its number, and no other.
+    So it does where an output position sees the input of its number and no other.
     """
     (_, lhs_feature, *_), (out_feature, in_feature, *_), (_, feature, *_) = g.dimension_numbers
     if (
-        math.prod(g.window_sizes) > 1
+        math.prod(g.window_sizes) != 1
         or g.in_sizes != g.out_sizes
         or max(g.lhs_dilation, default=1) > 1
     ):
@@ -70,6 +71,7 @@ def _is_outer_product(g: ConvGeometry) -> bool:
     return math.prod(g.window_sizes) == 1 and g.groups == 1 and positions <= _FEW_POSITIONS
 
 
+_BEYOND = 1 << 31  # sizes and padding that no kernel takes
 _MOST_SUMMED = 1 << 14  # products of an element of dW, which a forward map adds one by one
 
 
@@ -87,10 +89,14 @@ def is_faster_exchanged(geometry: ConvGeometry, map_: Map) -> bool:
     g = geometry
     lhs_spec, rhs_spec, _ = g.dimension_numbers
     taps, positions = math.prod(g.window_sizes), math.prod(g.out_sizes)
-    if g.groups > 1 or taps < positions or positions == 0:
+    if g.groups > 1 or taps < positions or positions == 0 or max(g.out_sizes) > _BEYOND:
+        return False
+    other = exchanged(g)
+    if max(map(abs, itertools.chain(*other.padding))) >= _BEYOND:
         return False
     if map_ is FORWARD:
-        return lhs_spec[0] > 0 and taps > positions and not _leaves_lanes_empty(exchanged(g))
+        is_gradient = lhs_spec[0] > 0 and taps > positions  # as lax writes one of the filter
+        return is_gradient and slower_than_xla(other, "cpu", FILTER_GRAD) is None
     images, features = g.lhs_shape[lhs_spec[0]], g.rhs_shape[rhs_spec[0]]
     if map_ is not FILTER_GRAD or images * positions > _MOST_SUMMED:
         return False
@@ -101,7 +107,7 @@ def is_faster_exchanged(geometry: ConvGeometry, map_: Map) -> bool:
         is_large = images >= 3 and math.prod(g.rhs_shape) >= 100_000
         pays = is_large and (rows_lie_in_memory or features >= 24)
     # The forward map's kernels multiply the zeros of padding.
-    return pays and 2 * g.connections >= taps * positions
+    return pays and 2 * other.connections >= taps * positions
 
 
 def slower_than_xla(geometry: ConvGeometry, platform: str, map_: Map) -> str | None:
@@ -142,8 +148,7 @@ def _slower_forward(geometry: ConvGeometry) -> str | None:
     if at := geometry.dimension_numbers.lhs_spec[0]:
         if at == len(geometry.lhs_shape) - 1:
             return "images come last in memory, so that channels are gathered one by one"
-        # The filter gradient, written as a convolution whose filter is dY and whose images are
-        # the channels of x. `conv_filter_grad` computes that faster than either.
+        # A filter gradient, as lax writes it, that `is_faster_exchanged` leaves to lax.
         if math.prod(geometry.window_sizes) > math.prod(geometry.out_sizes):
             return "images do not come first, and the window is larger than the result"
     return None
@@ -153,7 +158,7 @@ _FEW_SUMMED = 4  # channels
 _MANY_TAPS = 9
 
 
-def is_faster_in_float32(geometry: ConvGeometry, dtype: Any, map_: Map, kernel: str) -> bool:
+def is_faster_in_float32(geometry: ConvGeometry, map_: Map, dtype: Any, kernel: str) -> bool:
     """Whether operands of 16 bits are worth widening before the kernel.
 
     Taps of few channels are merged into one sum where rows are read in place (csrc/cpu/planner),
@@ -161,8 +166,8 @@ def is_faster_in_float32(geometry: ConvGeometry, dtype: Any, map_: Map, kernel: 
 
     Args:
         geometry: the convolution, of static sizes.
-        dtype: of the operands.
         map_: what is computed.
+        dtype: of the operands.
         kernel: that the planner chose for this dtype.
     """
     if map_ is FILTER_GRAD or kernel != "gemm" or geometry.groups > 1:
@@ -176,6 +181,6 @@ def is_faster_in_float32(geometry: ConvGeometry, dtype: Any, map_: Map, kernel: 
     _, rhs_spec, _ = geometry.dimension_numbers
     summed = geometry.rhs_shape[rhs_spec[1 if map_ is FORWARD else 0]]
     taps = math.prod(geometry.window_sizes)
-    # With fewer positions of y than taps, widening the filter outweighs the sums.
-    pays = _MANY_TAPS <= taps <= math.prod(geometry.out_sizes)
-    return summed <= _FEW_SUMMED and pays
+    # With few positions of y, and fewer than taps, widening the filter outweighs the sums.
+    positions = math.prod(geometry.out_sizes)
+    return summed <= _FEW_SUMMED and taps >= _MANY_TAPS and (taps <= positions or positions >= 512)

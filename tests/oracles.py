@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from jax_convgrad import ConvGeometry, custom_call, native, planner, sharding
@@ -24,6 +25,15 @@ TARGET = f"@{native.TARGET}("
 FUSED_TARGET = f"@{native.FUSED_TARGET}("
 FORWARD_TARGET = f"@{native.FORWARD_TARGET}("
 FILTER_TARGET = f"@{native.TARGETS[FILTER_GRAD]}("
+
+
+def with_dtypes(names):
+    """Parameters (name, dtype): each name with two of the four, the others in thorough tests."""
+    return [
+        pytest.param(name, dtype, marks=[pytest.mark.thorough] if (i + j) % 2 else [])
+        for i, name in enumerate(names)
+        for j, dtype in enumerate(DTYPES)
+    ]
 
 
 def connected(g):

@@ -120,6 +120,11 @@ def test_sixteen_bits_of_few_channels_are_widened(monkeypatch, rng, map_):
     assert dispatch.choose(deep, "float16", "cpu", map_=map_).kernel_dtype is None
     few_results = make_geometry((9, 10), (9, 9), channels)
     assert dispatch.choose(few_results, "float16", "cpu", map_=map_).kernel_dtype is None
+    # It took up to 68 times as long in 16 bits.
+    long_window = make_geometry((65536,), (60000,), (1, 1), batch=1)
+    assert dispatch.choose(long_window, "float16", "cpu").kernel_dtype is None
+    choice = dispatch.choose(long_window, "float16", "cpu", map_=FORWARD)
+    assert choice.kernel_dtype == "float32"
 
 
 @pytest.mark.native
@@ -308,6 +313,17 @@ def test_a_window_of_size_zero_gives_zeros(implementation):
         dy, w, g.lhs_shape, padding=g.padding, implementation=implementation
     )
     np.testing.assert_array_equal(dx, np.zeros(g.lhs_shape))
+
+
+@pytest.mark.native
+def test_gradient_of_a_window_of_size_zero_is_zero():
+    """A layer of no tap is none of one tap, which lax has: lax refuses it."""
+
+    def total(dy):
+        w = jnp.ones((1, 1, 0))
+        return jax_convgrad.conv_input_grad(dy, w, (1, 1, 8), padding=[(0, -1)]).sum()
+
+    np.testing.assert_array_equal(jax.grad(total)(jnp.ones((1, 1, 8))), np.zeros((1, 1, 8)))
 
 
 def test_explanation_for_another_platform_has_no_roofline():

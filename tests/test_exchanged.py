@@ -7,7 +7,7 @@ import oracles
 import pytest
 from conftest import SEED
 
-from jax_convgrad import dispatch, lax_maps, native, preference
+from jax_convgrad import ConvGeometry, dispatch, lax_maps, native, preference
 from jax_convgrad.maps import FILTER_GRAD, FORWARD, exchanged
 from jax_convgrad.tools import references, workloads
 from jax_convgrad.tools.geometries import (
@@ -56,8 +56,10 @@ def check(rng, g, map_, dtype):
 
 @pytest.mark.native
 @MAPS
-@pytest.mark.parametrize("dtype", oracles.DTYPES)
-@pytest.mark.parametrize("name", [name for name, g in CASES.items() if g.groups == 1][::3])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    oracles.with_dtypes([name for name, g in CASES.items() if g.groups == 1][::4]),
+)
 def test_exchanged_operands_give_the_map(monkeypatch, rng, x64, name, dtype, map_):
     monkeypatch.setattr(preference, "is_faster_exchanged", lambda *_: True)
     monkeypatch.setattr(dispatch, "_most_workspace_bytes", lambda *_: math.inf)
@@ -80,10 +82,8 @@ def test_large_filter_gradients_of_few_positions_are_exchanged(monkeypatch, rng,
     monkeypatch.setattr(dispatch, "switch", lambda: None)
     g = LARGE[name]
     check(rng, g, FILTER_GRAD, "float32")
-    assert (
-        "as a forward of exchanged operands"
-        in dispatch.choose(g, "float32", "cpu", map_=FILTER_GRAD).reason
-    )
+    choice = dispatch.choose(g, "float32", "cpu", map_=FILTER_GRAD)
+    assert "as the forward map with filter and y exchanged" in choice.reason
 
 
 @pytest.mark.native
@@ -118,3 +118,35 @@ def test_exchanging_needs_no_more_workspace_than_is_allowed(monkeypatch):
     g = LARGE["fully connected"]
     monkeypatch.setattr(dispatch, "_most_workspace_bytes", lambda *_: -1)
     assert dispatch.choose(g, "float32", "cpu", "native", map_=FILTER_GRAD).computes is None
+
+
+@pytest.mark.native
+def test_what_lax_is_preferred_for_is_not_exchanged(monkeypatch):
+    """Of an outer product the filter gradient is lax's, so the other forward map is as well."""
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+    g = make_geometry((2,), (1,), (1024, 1024), batch=1)
+    for asked, map_ in ((g, FILTER_GRAD), (exchanged(g), FORWARD)):
+        assert dispatch.choose(asked, "float32", "cpu", map_=map_).implementation == "xla"
+
+
+@pytest.mark.native
+def test_parameters_that_no_kernel_takes_when_exchanged():
+    """The other padding is the window's that is left of a stride: beyond 32 bits."""
+    g = ConvGeometry.parse(
+        (3, 16, 16), (2, 16, 20), (2**31 - 1,), [(0, -(2**31 - 1))], (2**31 - 1,), None,
+        ("WCN", "WIO", "WNC"),
+    )  # fmt: skip
+    assert dispatch.choose(g, "float32", "cpu", map_=FORWARD).computes is None
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_plan_is_of_what_runs(monkeypatch, dtype):
+    """Widened operands are planned again: in float32 the workspace is another."""
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
+    g = make_geometry((14, 14), (12, 12), (16, 64), batch=3)
+    choice = dispatch.choose(g, dtype, "cpu", map_=FILTER_GRAD)
+    ran = dispatch.choose(g, choice.kernel_dtype or dtype, "cpu", map_=FILTER_GRAD)
+    assert choice.kernel_dtype == (None if dtype == "float32" else "float32")
+    assert (choice.plan, choice.computes) == (ran.plan, ran.computes)
+    assert choice.computes is not None

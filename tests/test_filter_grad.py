@@ -81,14 +81,12 @@ def check_kernels(rng, g, dtype):
     oracles.check_kernels((x, dy), g, FILTER_GRAD, references.filter_grad(x, dy, g))
 
 
-@pytest.mark.parametrize("dtype", oracles.DTYPES)
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(("name", "dtype"), oracles.with_dtypes(NAMED))
 def test_named_geometry(rng, x64, name, dtype):
     check_kernels(rng, NAMED[name], dtype)
 
 
-@pytest.mark.parametrize("dtype", oracles.DTYPES)
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize(("name", "dtype"), oracles.with_dtypes(CUTS))
 def test_cuts(rng, x64, name, dtype):
     check_kernels(rng, CUTS[name], dtype)
     check_kernels(rng, channels_first(CUTS[name]), dtype)

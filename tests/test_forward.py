@@ -44,8 +44,7 @@ def check_kernels(rng, g, dtype):
     oracles.check_kernels((x, w), g, FORWARD, expected)
 
 
-@pytest.mark.parametrize("dtype", oracles.DTYPES)
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(("name", "dtype"), oracles.with_dtypes(NAMED))
 def test_named_geometry(rng, x64, name, dtype):
     check_kernels(rng, NAMED[name], dtype)
 
@@ -107,8 +106,7 @@ PADDED = {
 }
 
 
-@pytest.mark.parametrize("dtype", oracles.DTYPES)
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize(("name", "dtype"), oracles.with_dtypes(PADDED))
 def test_padded_rows_of_few_channels(rng, x64, name, dtype):
     check_kernels(rng, PADDED[name], dtype)
 

@@ -41,8 +41,7 @@ def check_kernels(rng, g, dtype):
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("dtype", oracles.DTYPES)
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(("name", "dtype"), oracles.with_dtypes(NAMED))
 def test_named_geometry(rng, x64, name, dtype):
     names = check_kernels(rng, NAMED[name], dtype)
     assert oracles.plan(NAMED[name], dtype)[0] in names
