@@ -28,7 +28,10 @@ FILTER_TARGET = f"@{native.TARGETS[FILTER_GRAD]}("
 
 
 def with_dtypes(names):
-    """Parameters (name, dtype): each name with two of the four, the others in thorough tests."""
+    """Parameters (name, dtype): each name with two of the four, the others in thorough tests.
+
+    A name may be the index of a random case.
+    """
     return [
         pytest.param(name, dtype, marks=[pytest.mark.thorough] if (i + j) % 2 else [])
         for i, name in enumerate(names)

@@ -129,8 +129,7 @@ def test_windows_that_span_padding_keep_their_chunks():
         assert workspace_bytes <= max(32 << 20, 16 * math.prod(g.rhs_shape))
 
 
-@pytest.mark.parametrize("dtype", oracles.DTYPES)
-@pytest.mark.parametrize("index", range(RANDOM_COUNT))
+@pytest.mark.parametrize(("index", "dtype"), oracles.with_dtypes(range(RANDOM_COUNT)))
 def test_random_geometry(rng, x64, index, dtype):
     check_kernels(rng, random_case(SEED, index).geometry, dtype)
 

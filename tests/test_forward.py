@@ -49,8 +49,7 @@ def test_named_geometry(rng, x64, name, dtype):
     check_kernels(rng, NAMED[name], dtype)
 
 
-@pytest.mark.parametrize("dtype", oracles.DTYPES)
-@pytest.mark.parametrize("index", range(RANDOM_COUNT))
+@pytest.mark.parametrize(("index", "dtype"), oracles.with_dtypes(range(RANDOM_COUNT)))
 def test_random_geometry(rng, x64, index, dtype):
     check_kernels(rng, random_case(SEED, index).geometry, dtype)
 

@@ -48,8 +48,7 @@ def test_named_geometry(rng, x64, name, dtype):
 
 
 @pytest.mark.native
-@pytest.mark.parametrize("dtype", oracles.DTYPES)
-@pytest.mark.parametrize("index", range(RANDOM_COUNT))
+@pytest.mark.parametrize(("index", "dtype"), oracles.with_dtypes(range(RANDOM_COUNT)))
 def test_random_geometry(rng, x64, index, dtype):
     g = random_case(SEED, index).geometry
     names = check_kernels(rng, g, dtype)
