@@ -25,7 +25,6 @@ Implementation: TypeAlias = Literal["native", "xla"] | None
 SWITCH = "JAX_CONVGRAD"
 NATIVE_DTYPES = ("float64", "float32", "bfloat16", "float16")
 MAX_AXES = 3
-MAX_AXIS_SIZE = 2**31  # positions of an image or taps of a filter, along one axis
 
 # Whether lax's own convolution takes the kernel: what `install` and `installed` set. A JAX
 # user context, so it is part of every jit cache key.
@@ -95,8 +94,8 @@ def unsupported(geometry: ConvGeometry, dtype: Any) -> str | None:
         return f"{geometry.axes} spatial axes, the kernels take 1 to {MAX_AXES}"
     if not geometry.is_static:
         return symbolic.unsupported(geometry)
-    if (longest := max(*geometry.in_sizes, *geometry.window_sizes)) > MAX_AXIS_SIZE:
-        return f"a spatial axis of {longest} elements, the kernels take {MAX_AXIS_SIZE}"
+    if (longest := max(*geometry.in_sizes, *geometry.window_sizes)) > planner.MAX_AXIS_SIZE:
+        return f"a spatial axis of {longest} elements, the kernels take {planner.MAX_AXIS_SIZE}"
     return None
 
 

@@ -14,6 +14,7 @@ from .geometry import ConvGeometry
 from .maps import INPUT_GRAD, Map
 
 EXCLUDE = "JAX_CONVGRAD_CUDA_EXCLUDE"
+MAX_AXIS_SIZE = 2**31  # positions of an image or taps along an axis; padding is less
 
 
 @functools.cache

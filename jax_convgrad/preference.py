@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from . import native
+from . import native, planner
 from .geometry import ConvGeometry
-from .maps import FILTER_GRAD, FORWARD, Map, exchanged
+from .maps import FILTER_GRAD, FORWARD, INPUT_GRAD, Map, exchanged
 
 _FEW_TERMS = 3  # channels of a pointwise layer that XLA computes as a loop over elements
 
@@ -71,7 +71,6 @@ def _is_outer_product(g: ConvGeometry) -> bool:
     return math.prod(g.window_sizes) == 1 and g.groups == 1 and positions <= _FEW_POSITIONS
 
 
-_BEYOND = 1 << 31  # sizes and padding that no kernel takes
 _MOST_SUMMED = 1 << 14  # products of an element of dW, which a forward map adds one by one
 
 
@@ -89,16 +88,17 @@ def is_faster_exchanged(geometry: ConvGeometry, map_: Map) -> bool:
     g = geometry
     lhs_spec, rhs_spec, _ = g.dimension_numbers
     taps, positions = math.prod(g.window_sizes), math.prod(g.out_sizes)
-    if g.groups > 1 or taps < positions or positions == 0 or max(g.out_sizes) > _BEYOND:
+    if map_ is INPUT_GRAD or g.groups > 1 or not 0 < positions <= taps:
         return False
     other = exchanged(g)
-    if max(map(abs, itertools.chain(*other.padding))) >= _BEYOND:
+    most_padding = max(map(abs, itertools.chain(*other.padding)))
+    if max(g.out_sizes) > planner.MAX_AXIS_SIZE or most_padding >= planner.MAX_AXIS_SIZE:
         return False
     if map_ is FORWARD:
         is_gradient = lhs_spec[0] > 0 and taps > positions  # as lax writes one of the filter
         return is_gradient and slower_than_xla(other, "cpu", FILTER_GRAD) is None
     images, features = g.lhs_shape[lhs_spec[0]], g.rhs_shape[rhs_spec[0]]
-    if map_ is not FILTER_GRAD or images * positions > _MOST_SUMMED:
+    if images * positions > _MOST_SUMMED:
         return False
     rows_lie_in_memory = lhs_spec[-1] == rhs_spec[-1] == len(g.lhs_shape) - 1
     if rows_lie_in_memory and features <= 8:

@@ -87,12 +87,12 @@ def reads_to_the_end(g):
     return all(
         (out - 1) * stride + (taps - 1) * dilation - low >= (extent - 1) * lhs_dilation
         for out, stride, taps, dilation, (low, _), extent, lhs_dilation in zip(
-            (g.out_shape[d] for d in g.dimension_numbers.out_spec[2:]),
+            g.out_sizes,
             g.window_strides,
-            (g.rhs_shape[d] for d in g.dimension_numbers.rhs_spec[2:]),
+            g.window_sizes,
             g.rhs_dilation,
             g.padding,
-            (g.lhs_shape[d] for d in g.dimension_numbers.lhs_spec[2:]),
+            g.in_sizes,
             g.lhs_dilation,
             strict=True,
         )
