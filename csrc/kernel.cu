@@ -1,16 +1,19 @@
 // The CUDA side of kernel.h: the planner, which chooses from a table of kernels
-// (cuda/kernel_table.h), and the two kernels that take anything, or nearly. The others
-// are in the .cu files of cuda/.
+// (cuda/kernel_table.h), and the two kernels that take anything, or nearly:
 //
 // - direct: any problem, by the definition (cuda/direct.cuh);
-// - tiled: implicit GEMM on the FP32 and FP64 units (cuda/tiled.cuh);
+// - tiled: implicit GEMM on the FP32 and FP64 units (cuda/tiled.cuh).
+//
+// The specialised ones are in the .cu files of cuda/. They take most of the time that all
+// of it takes to compile, and CONVGRAD_SPECIALISED says whether they are in a build:
+//
 // - mma, mma_3xtf32: implicit GEMM on the tensor cores (cuda/mma.cuh);
 // - depthwise: one input channel a group, on the FP32 units (cuda/depthwise.cuh);
 // - few_channels, few_channels_3xtf32: few input channels, on the tensor cores
 //   (cuda/few_channels.cuh);
 // - grouped: groups of few channels, on the tensor cores (cuda/grouped.cuh);
-// - wgmma: implicit GEMM on the tensor cores of sm_90a (cuda/wgmma.cuh), in the builds
-//   that compile for it: CONVGRAD_WGMMA.
+// - wgmma: implicit GEMM on the tensor cores of sm_90a (cuda/wgmma.cuh), where a build
+//   compiles for those, too: CONVGRAD_WGMMA.
 // "3xtf32" is TF32 with the accuracy of float32.
 
 #include <algorithm>
@@ -38,7 +41,8 @@ struct KernelRow {
   const char* name;
   PlanFunction* plan;
   LaunchFunction* launch;
-  bool fuses;  // applies an epilogue on its way out
+  bool fuses;   // applies an epilogue on its way out
+  bool splits;  // deals out the terms of a sum to several blocks, given a workspace
   // The compute capabilities, times ten, for which its machine code is shipped.
   // Code for one chip alone (sm_90a) has both ends there.
   int lowest, highest;
@@ -46,17 +50,19 @@ struct KernelRow {
 
 constexpr int kAnyLater = 1 << 30;
 constexpr KernelRow kKernels[] = {
-    {"direct", PlanDirect, LaunchDirect, true, 80, kAnyLater},
-    {"tiled", PlanTiled, LaunchTiled, true, 80, kAnyLater},
-    {"mma", PlanMma, LaunchMma, true, 80, kAnyLater},
-    {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, true, 80, kAnyLater},
-    {"depthwise", PlanDepthwise, LaunchDepthwise, false, 80, kAnyLater},
-    {"few_channels", PlanFewChannels, LaunchFewChannels, true, 80, kAnyLater},
-    {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, true, 80,
-     kAnyLater},
-    {"grouped", PlanGrouped, LaunchGrouped, true, 80, kAnyLater},
+    {"direct", PlanDirect, LaunchDirect, true, false, 80, kAnyLater},
+    {"tiled", PlanTiled, LaunchTiled, true, false, 80, kAnyLater},
+#if defined(CONVGRAD_SPECIALISED)
+    {"mma", PlanMma, LaunchMma, true, true, 80, kAnyLater},
+    {"mma_3xtf32", PlanMma3xTf32, LaunchMma3xTf32, true, true, 80, kAnyLater},
+    {"depthwise", PlanDepthwise, LaunchDepthwise, false, false, 80, kAnyLater},
+    {"few_channels", PlanFewChannels, LaunchFewChannels, true, false, 80, kAnyLater},
+    {"few_channels_3xtf32", PlanFewChannels3xTf32, LaunchFewChannels3xTf32, true, false,
+     80, kAnyLater},
+    {"grouped", PlanGrouped, LaunchGrouped, true, false, 80, kAnyLater},
+#endif
 #if defined(CONVGRAD_WGMMA)
-    {"wgmma", PlanWgmma, LaunchWgmma, true, 90, 90},
+    {"wgmma", PlanWgmma, LaunchWgmma, true, false, 90, 90},
 #endif
 };
 // The kinds of GPU that plans are made for: each up to the next. From CUDA's table of
@@ -264,9 +270,9 @@ constexpr int64_t kSplitWorkspaceBytes = int64_t{16} << 20;
 
 WorkspaceBound BoundCudaWorkspace(const Problem& problem) {
   for (const KernelRow& row : kKernels) {
-    const bool splits = row.launch == LaunchMma || row.launch == LaunchMma3xTf32;
     Plan plan{};
-    if (splits && !IsEmpty(problem) && row.plan(problem, kGpus[0].shared_bytes, &plan)) {
+    if (row.splits && !IsEmpty(problem) &&
+        row.plan(problem, kGpus[0].shared_bytes, &plan)) {
       return {kSplitWorkspaceBytes, 0};
     }
   }

@@ -39,9 +39,9 @@ def _has_machine_code(code: str, capability: int) -> bool:
 
 
 def _rebuild(capabilities: Iterable[int]) -> str:
-    """The rebuild that suits all of these GPUs."""
+    """The rebuild that suits all of these GPUs, or any where none is known."""
     wanted = sorted({c for c in capabilities if c >= LOWEST_CAPABILITY})
-    return f"rebuild with {ARCHITECTURES}={','.join(map(str, wanted))}"
+    return f"rebuild with {ARCHITECTURES}={','.join(map(str, wanted)) or 'all'}"
 
 
 def obstacle(
@@ -84,14 +84,16 @@ def obstacle(
     return None
 
 
-def missing_kernel(capability: int, code: str, others: Iterable[int] = ()) -> str | None:
-    """What a rebuild for a GPU would add to a module that runs on it, or None."""
-    if capability == _HOPPER and "sm_90a" not in code:
-        return (
-            "the cuda module lacks the wgmma kernel, which Hopper GPUs alone run: "
-            f"{_rebuild((_HOPPER, *others))}"
-        )
-    return None
+def missing_kernel(
+    capability: int, code: str, kernels: Iterable[str], others: Iterable[int] = ()
+) -> str | None:
+    """What a rebuild for a GPU would add to a module with such kernels that runs on it, or None."""
+    lacks = None
+    if "mma" not in kernels:
+        lacks = "the specialised kernels, as it was built where no GPU was visible"
+    elif capability == _HOPPER and "sm_90a" not in code:
+        lacks = "the wgmma kernel, which Hopper GPUs alone run"
+    return lacks and f"the cuda module lacks {lacks}: {_rebuild((capability, *others))}"
 
 
 def local_capabilities() -> list[int]:
@@ -110,18 +112,17 @@ def local_obstacle() -> str | None:
     module = native.cuda
     if module is None or not (found := local_capabilities()):
         return None
-    driver_version = module.driver_version()
     reasons = (
-        obstacle(capability, module.code, module.toolkit_version, driver_version, found)
-        for capability in found
+        obstacle(c, module.code, module.toolkit_version, module.driver_version(), found)
+        for c in found
     )
     return next((reason for reason in reasons if reason is not None), None)
 
 
 def local_missing_kernel() -> str | None:
-    """What a rebuild for this process's GPUs would add, or None."""
-    if native.cuda is None:
+    """What a rebuild for this process's GPUs, or for any if it has none, would add, or None."""
+    if (module := native.cuda) is None:
         return None
     found = local_capabilities()
-    notes = (missing_kernel(capability, native.cuda.code, found) for capability in found)
+    notes = (missing_kernel(c, module.code, module.kernel_names(), found) for c in found or [0])
     return next((note for note in notes if note is not None), None)

@@ -63,12 +63,14 @@ HOPPER = "-gencode=arch=compute_90a,code=sm_90a"
 CASES = [
     # wish, GPUs, code of all kernels, wgmma, all code
     ("", (), "compute_80", False, "compute_80"),
+    ("generic", (80,), "compute_80", False, "compute_80"),
     ("", (80,), "sm_80", False, "sm_80"),
     ("", (90, 80, 90), "sm_80,sm_90", True, "sm_80 sm_90 sm_90a"),
     ("", (75,), "compute_80", False, "compute_80"),
     ("", (75, 86), "sm_86", False, "sm_86"),
     ("", (130,), "compute_80", False, "compute_80"),  # newer than nvcc
     ("native", (120,), "sm_120", False, "sm_120"),
+    ("ptx", (), "compute_80", False, "compute_80"),
     ("ptx", (90,), "compute_80", False, "compute_80"),
     ("80,90", (), "sm_80,sm_90", True, "sm_80 sm_90 sm_90a"),
     ("89 ptx", (), "sm_89,compute_80", False, "sm_89 compute_80"),
@@ -76,6 +78,8 @@ CASES = [
     ("all", (), "sm_80,sm_90,sm_100,sm_120,compute_80", True,
      "sm_80 sm_90 sm_100 sm_120 compute_80 sm_90a"),
 ]  # fmt: skip
+# What gets the kernels direct and tiled alone, as nothing here would run the others.
+GENERIC = {("", ()), ("", (75,)), ("generic", (80,))}
 
 
 @pytest.mark.parametrize(("wish", "gpus", "codes", "wgmma", "code"), CASES)
@@ -87,6 +91,9 @@ def test_what_is_compiled(configure, wish, gpus, codes, wgmma, code):
     assert hopper == (HOPPER if wgmma else "")
     assert ("CONVGRAD_WGMMA" in definitions) == wgmma
     assert all_code == code
+    generic = (wish, gpus) in GENERIC
+    assert ("CONVGRAD_SPECIALISED" in definitions) != generic
+    assert ("of the kernels direct and tiled" in summary) == generic
     if not wish:  # what was not asked for is explained, and how to ask
         assert "JAX_CONVGRAD_CUDA_ARCHITECTURES=all" in summary
     if 75 in gpus:

@@ -13,6 +13,7 @@ from jax_convgrad.tools.geometries import make_geometry
 
 ALL = "sm_80 sm_90 sm_100 sm_120 compute_80 sm_90a"
 PTX = "compute_80"
+KERNELS = ["direct", "tiled", "mma"]
 
 # capability, code, toolkit, driver, what the reason says (None: the kernels run)
 OBSTACLES = [
@@ -51,7 +52,7 @@ def test_obstacle(capability, code, toolkit, driver, expected):
     [(90, PTX, True), (90, "sm_90", True), (90, ALL, False), (80, PTX, False), (100, PTX, False)],
 )
 def test_only_a_hopper_gpu_lacks_the_wgmma_kernel(capability, code, lacks):
-    found = gpu_code.missing_kernel(capability, code)
+    found = gpu_code.missing_kernel(capability, code, KERNELS)
     assert (found is not None) == lacks
     if lacks:
         assert "JAX_CONVGRAD_CUDA_ARCHITECTURES=90" in found
@@ -61,9 +62,17 @@ def test_a_rebuild_serves_all_gpus_of_the_machine():
     reason = gpu_code.obstacle(90, "sm_80", 13000, 13000, [75, 80, 90])
     assert reason is not None
     assert reason.endswith("JAX_CONVGRAD_CUDA_ARCHITECTURES=80,90")
-    note = gpu_code.missing_kernel(90, PTX, [80, 90])
+    note = gpu_code.missing_kernel(90, PTX, KERNELS, [80, 90])
     assert note is not None
     assert note.endswith("=80,90")
+
+
+@pytest.mark.parametrize("capability", [80, 90, 120])
+def test_a_module_built_without_a_gpu_lacks_the_specialised_kernels(capability):
+    note = gpu_code.missing_kernel(capability, PTX, ["direct", "tiled"])
+    assert note is not None
+    assert "specialised" in note
+    assert note.endswith(f"JAX_CONVGRAD_CUDA_ARCHITECTURES={capability}")
 
 
 @pytest.fixture
@@ -75,7 +84,7 @@ def gpu(monkeypatch):
         module = types.SimpleNamespace(
             code=code, toolkit_version=toolkit, driver_version=lambda: driver,
             plan=lambda *call, **kw: {**planner.plan(*call, **kw), "resident": 1, "model_us": 1.0},
-            kernel_names=planner.kernel_names, ffi_api_version=(0, 3),
+            kernel_names=lambda: [*planner.kernel_names(), "mma"], ffi_api_version=(0, 3),
             reference_gpu=lambda dtype, allow_tf32: {
                 "name": "GPU", "multiprocessors": 1, "flops_per_s": 1.0, "bytes_per_s": 1.0
             },
@@ -96,7 +105,18 @@ def test_no_gpu_is_no_obstacle():
         pytest.skip("there is a GPU")
     assert gpu_code.local_capabilities() == []
     assert gpu_code.local_obstacle() is None
-    assert gpu_code.local_missing_kernel() is None
+
+
+@pytest.mark.parametrize(("kernels", "lacks"), [(KERNELS, False), (["direct", "tiled"], True)])
+def test_what_is_missing_is_said_where_there_is_no_gpu(monkeypatch, kernels, lacks):
+    if jax.default_backend() == "gpu":
+        pytest.skip("there is a GPU")
+    module = types.SimpleNamespace(code=PTX, kernel_names=lambda: kernels)
+    monkeypatch.setattr(native, "cuda", module)
+    note = gpu_code.local_missing_kernel()
+    assert (note is not None) == lacks
+    if lacks:
+        assert note.endswith("JAX_CONVGRAD_CUDA_ARCHITECTURES=all")
 
 
 @pytest.mark.native

@@ -26,12 +26,12 @@ EMULATOR = pathlib.Path("tests/emulator")
 MODULE = "_emulated"
 
 # Every kernel that there is: the module's build leaves some out.
-_ALL_KERNELS = "-DCONVGRAD_WGMMA"
+_ALL_KERNELS = ("-DCONVGRAD_SPECIALISED", "-DCONVGRAD_WGMMA")
 # On a GPU a wait for a copy that never comes stops the program after so many seconds.
 _BOUNDED_WAITS = "-DCONVGRAD_BOUNDED_WAITS=2"
 _COMMON = (
     "-std=c++17",
-    _ALL_KERNELS,
+    *_ALL_KERNELS,
     "-fPIC",
     "-Wall",
     "-Wextra",
@@ -199,7 +199,7 @@ def gpu_object(source: pathlib.Path, architecture: str) -> pathlib.Path:
     """Compiles a source for a GPU; arguments and errors as `gpu_program`'s."""
     command = [str(gpu_compiler()), "-std=c++17", "-O2", "--expt-relaxed-constexpr", "-lineinfo"]
     command += ["-Xptxas=-Werror"]  # as what runs products one after the other is a warning
-    command += [_ALL_KERNELS, _BOUNDED_WAITS]
+    command += [*_ALL_KERNELS, _BOUNDED_WAITS]
     command += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
     command += [f"-I{EMULATOR}", "-Icsrc"]
     language = ["-x", "cu", str(source)]
