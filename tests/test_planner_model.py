@@ -12,6 +12,8 @@ from emulator import build, cases
 from jax_convgrad.tools import layers, rates
 from jax_convgrad.tools.geometries import Case, make_geometry
 
+pytestmark = pytest.mark.emulator  # compiles every kernel
+
 if (reason := build.missing()) is not None:
     pytest.skip(reason, allow_module_level=True)
 
