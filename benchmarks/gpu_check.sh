@@ -25,7 +25,7 @@
 #
 # A part that fails does not stop the others. If the instructions of sm_90a fail, wgmma is
 # excluded from what follows, and so is a kernel that hangs or breaks the GPU's context. The exit
-# status is 0 if all parts that ran have passed.
+# status is 0 if all parts that ran have passed and there was time for all.
 
 set -uo pipefail
 
@@ -44,6 +44,9 @@ mkdir -p "$out" && out=$(cd "$out" && pwd) || exit 1
 cd "$root" || exit 1
 python=${PYTHON:-python3}
 time_limit_s=${TIME_LIMIT_S:-570}
+if [[ ! $time_limit_s =~ ^[0-9]+$ ]]; then
+  echo "gpu_check.sh: TIME_LIMIT_S must be whole seconds, got $time_limit_s" >&2 && exit 2
+fi
 layers=${LAYERS:-benchmarks/layers.json}
 per_class=${PER_CLASS:-1}
 only=${ONLY:-}
@@ -90,22 +93,23 @@ step() {
   shift 2
   last_status=
   if ! wanted "$name"; then return; fi
-  seen[$name]=1
   if [[ -n $dry_run ]]; then
+    seen[$name]=1
     printf '%-28s %4s s  %s\n' "$name" "$limit_s" "$*"
     return
   fi
   left_s=$((time_limit_s - kept_s - SECONDS - 4)) # to stop it, and to write
+  if ((left_s < 1)); then
+    skip "$name" "no time left"
+    failed=1
+    return
+  fi
+  seen[$name]=1
   if ((left_s < limit_s)); then limit_s=$left_s; fi
   say "=== $name, at $SECONDS s of $time_limit_s"
   begin=$(stat -c %s "$log")
-  if ((limit_s < 1)); then
-    echo "no time left" >>"$log"
-    status=124
-  else
-    timeout --kill-after=3 "$limit_s" "$@" >>"$log" 2>&1 </dev/null
-    status=$?
-  fi
+  timeout --kill-after=3 "$limit_s" "$@" >>"$log" 2>&1 </dev/null
+  status=$?
   seconds=$(awk "BEGIN { printf \"%.1f\", $EPOCHREALTIME - $began }")
   tail -c "+$((begin + 1))" "$log" >"$work/output"
   record "$name" "$status" "$seconds" "$limit_s" "$begin" "$(stat -c %s "$log")" "$*"
@@ -144,10 +148,11 @@ for kernel in ${asked//,/ }; do
   exclude "$kernel" "JAX_CONVGRAD_CUDA_EXCLUDE names it"
 done
 if [[ -n $second && -n ${FIRST:-} ]]; then
-  while read -r name; do passed_before[$name]=1; done < <("$python" -I -S -c '
+  passed=$("$python" -I -S -c '
 import json, sys
 print(*(s["name"] for s in json.load(open(sys.argv[1]))["steps"] if s["status"] == 0), sep="\n")
-' "$FIRST")
+' "$FIRST") || { echo "gpu_check.sh: FIRST must be a gpu_check.json, got $FIRST" >&2 && exit 2; }
+  for name in $passed; do passed_before[$name]=1; done
 fi
 # What every call begins with.
 unset 'passed_before[driver]' 'passed_before[hopper_primitives]' 'passed_before[build]'

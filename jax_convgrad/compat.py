@@ -53,7 +53,9 @@ def set_composed_jet_rule(primitive: Any, steps: Callable[..., Any]) -> None:
     """Lets jet take a primitive for the function that writes it out."""
 
     def rule(primals: Any, series: Any, **params: Any) -> Any:
-        return jet.jet(functools.partial(steps, **params), primals, series)
+        function = functools.partial(steps, **params)
+        # Inside a rule coefficients are as jet keeps them, without their factorials.
+        return jet.jet(function, primals, series, factorial_scaled=False)
 
     rules: dict[Any, Any] = jet.jet_rules
     rules[primitive] = rule

@@ -92,11 +92,8 @@ def unsupported(geometry: ConvGeometry, dtype: Any) -> str | None:
         return reason
     if not 1 <= geometry.axes <= MAX_AXES:
         return f"{geometry.axes} spatial axes, the kernels take 1 to {MAX_AXES}"
-    if not geometry.is_static:
-        return symbolic.unsupported(geometry)
-    if (longest := max(*geometry.in_sizes, *geometry.window_sizes)) > planner.MAX_AXIS_SIZE:
-        return f"a spatial axis of {longest} elements, the kernels take {planner.MAX_AXIS_SIZE}"
-    return None
+    static = geometry.is_static
+    return planner.out_of_range(geometry) if static else symbolic.unsupported(geometry)
 
 
 def of_another_map(implementation: Implementation) -> Implementation:
@@ -177,9 +174,10 @@ def choose(
     if choice.computes is not None:
         return choice
     slower = preference.slower_than_xla(geometry, platform, map_)
-    if slower is None and map_ is FILTER_GRAD:
-        # A filter that is much larger than the activations, with few of the channels that are
-        # in vector lanes: the private sums are mostly empty lanes.
+    if slower is None and choice.kernel_dtype is not None:
+        slower = preference.slower_widened(geometry, map_)
+    if slower is None and choice.plan is not None:
+        # Of few channels lanes are mostly empty: packed filters, and the private sums of one.
         most_bytes = _most_workspace_bytes(geometry, dtype, map_)
         if choice.workspace_bytes > most_bytes:
             slower = f"a workspace of {choice.workspace_bytes} bytes, of at most {most_bytes}"
@@ -211,5 +209,5 @@ def _most_workspace_bytes(geometry: ConvGeometry, dtype: Any, map_: Map) -> int:
     """The most workspace that a map may bring, unless a kernel is insisted on."""
     itemsize_bytes = np.dtype(dtype).itemsize
     if map_ is not FILTER_GRAD:
-        return 4 * geometry.bytes_moved(itemsize_bytes)
+        return max(1 << 20, 4 * geometry.bytes_moved(itemsize_bytes))
     return max(32 << 20, 4 * max(4, itemsize_bytes) * math.prod(geometry.rhs_shape))

@@ -142,22 +142,11 @@ def call_kernel(
     precision: Any,
     choice: dispatch.Choice,
 ) -> list[Any]:
-    """The custom call.
+    """The custom call of a target; its lowered result, in a list.
 
-    Args:
-        ctx: JAX's lowering context. The types of operands and result are taken from it.
-        map_: what is computed.
-        target: the call's name.
-        first: operand of the map, lowered.
-        second: likewise.
-        *arrays: more of them, each of the result's shape, or None for one without elements.
-        geometry: of the convolution.
-        platform: "cpu" or "cuda".
-        precision: a canonical precision.
-        choice: what dispatch says about it; operands have the dtype that it is planned for.
-
-    Returns:
-        The lowered result, in a list.
+    The types of operands and result are those of `ctx`, the dtype is the one that `choice` is
+    planned for. `arrays` are more operands, each of the result's shape, or None for one without
+    elements.
     """
     (out,) = ctx.avals_out
     if choice.plan is None:

@@ -7,7 +7,6 @@ neighbours. `dispatch.choose` asks; `explain` prints the reason.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -79,20 +78,14 @@ def is_faster_exchanged(geometry: ConvGeometry, map_: Map) -> bool:
 
     What decides is whether the filter or y has more positions. The filter gradient's kernels
     add to all of dW, position of y by position, and so carry a large dW through memory again
-    and again. The forward map's finish one sum after another.
-
-    Args:
-        geometry: the convolution, of static sizes.
-        map_: what is computed.
+    and again. The forward map's finish one sum after another. Sizes are static.
     """
     g = geometry
     lhs_spec, rhs_spec, _ = g.dimension_numbers
     taps, positions = math.prod(g.window_sizes), math.prod(g.out_sizes)
     if map_ is INPUT_GRAD or g.groups > 1 or not 0 < positions <= taps:
         return False
-    other = exchanged(g)
-    most_padding = max(map(abs, itertools.chain(*other.padding)))
-    if max(g.out_sizes) > planner.MAX_AXIS_SIZE or most_padding >= planner.MAX_AXIS_SIZE:
+    if planner.out_of_range(other := exchanged(g)):
         return False
     if map_ is FORWARD:
         is_gradient = lhs_spec[0] > 0 and taps > positions  # as lax writes one of the filter
@@ -162,13 +155,8 @@ def is_faster_in_float32(geometry: ConvGeometry, map_: Map, dtype: Any, kernel: 
     """Whether operands of 16 bits are worth widening before the kernel.
 
     Taps of few channels are merged into one sum where rows are read in place (csrc/cpu/planner),
-    which 16-bit types are not. Not where the processor has bfloat16 products.
-
-    Args:
-        geometry: the convolution, of static sizes.
-        map_: what is computed.
-        dtype: of the operands.
-        kernel: that the planner chose for this dtype.
+    which 16-bit types are not. Not where the processor has bfloat16 products. Sizes are static,
+    and `kernel` is what the planner chose for this dtype.
     """
     if map_ is FILTER_GRAD or kernel != "gemm" or geometry.groups > 1:
         return False
@@ -184,3 +172,10 @@ def is_faster_in_float32(geometry: ConvGeometry, map_: Map, dtype: Any, kernel: 
     # With few positions of y, and fewer than taps, widening the filter outweighs the sums.
     positions = math.prod(geometry.out_sizes)
     return summed <= _FEW_SUMMED and taps >= _MANY_TAPS and (taps <= positions or positions >= 512)
+
+
+def slower_widened(geometry: ConvGeometry, map_: Map) -> str | None:
+    """Why lax is preferred where `is_faster_in_float32`, or None."""
+    if map_ is INPUT_GRAD and max(geometry.lhs_dilation) > 1:
+        return "the input gradient of a transposed layer of few channels, in 16 bits"
+    return None

@@ -29,6 +29,10 @@ def larger_cases():
         # Tasks pack their own blocks of the filter.
         "local_filter": g((2, 3), (2, 2), (128, 64), batch=1, padding=1),
         "local_filter_strided": g((5, 4), (3, 2), (64, 86), batch=1, stride=2, padding=1),
+        "local_filter_rest": g((2, 3), (2, 2), (131, 75), batch=1, padding=1),
+        "local_filter_few_taps": g((2, 3), (2, 2), (131, 75), batch=1, padding=1,
+                                   dimension_numbers="first"),
+        "local_filter_taps": g((2, 2), (3, 5), (41, 70), padding=(1, 2), dimension_numbers="first"),
         "patches": g((12, 8), (4, 4), (5, 33), stride=4),
         "long_row": g((3, 300), (3, 3), (3, 9), batch=1, padding=1),
         "long_row_strided": g((5, 211), (3, 5), (2, 12), batch=1, stride=(2, 3), padding=2),

@@ -116,6 +116,9 @@ def test_sixteen_bits_of_few_channels_are_widened(monkeypatch, rng, map_):
     assert out.dtype == "float16"
     wide = jax.jit(function)(first.astype("float32"), second.astype("float32"))
     np.testing.assert_array_equal(out, wide.astype("float16"))
+    transposed = make_geometry((9, 10), (3, 3), channels, lhs_dilation=2)
+    choice = dispatch.choose(transposed, "float16", "cpu", map_=map_)
+    assert choice.implementation == ("xla" if map_ is INPUT_GRAD else "native")
     deep = make_geometry((9, 10), (3, 3), (33, 33), padding=1)
     assert dispatch.choose(deep, "float16", "cpu", map_=map_).kernel_dtype is None
     few_results = make_geometry((9, 10), (9, 9), channels)

@@ -237,12 +237,25 @@ def test_the_second_call_does_what_the_first_did_not_pass(start, tmp_path):
     ]  # fmt: skip
 
 
-def test_a_part_that_has_no_time_left_is_recorded(start):
-    call = start(ONLY="^(driver|primitives)$", TIME_LIMIT_S="1")
+def test_parts_that_have_no_time_left_are_recorded_and_exclude_nothing(start):
+    call = start(ONLY="^(driver|short_mma|full_mma)$", TIME_LIMIT_S="1")
     status, output = call.status()
     assert status == 1
-    assert [step["status"] for step in call.report["steps"]] == [124, 124]
-    assert "2 parts, failed: driver primitives" in output
+    assert [step["skipped"] for step in call.report["steps"]] == ["no time left"] * 3
+    assert "EXCLUDED" not in output
+    assert not (call.folder / "calls").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("TIME_LIMIT_S", "abc"), ("FIRST", "/nowhere.json")]
+)
+def test_what_cannot_be_read_is_refused(start, variable, value):
+    call = start("--second", **{variable: value})
+    status, output = call.status()
+    assert status == 2
+    assert f"gpu_check.sh: {variable} must be" in output
+    assert value in output
+    assert not (call.folder / "calls").exists()
 
 
 def test_programs_of_other_sources_are_not_run(start):

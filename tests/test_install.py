@@ -267,6 +267,26 @@ def test_jet_of_an_epilogue(operands):
         np.testing.assert_allclose(term, expected(0.0), rtol=2e-5, atol=2e-5)
 
 
+def test_jet_of_an_epilogue_of_two_series(operands):
+    """Both operands of the product: the second coefficient and later ones were too large."""
+    x, w = operands
+    dy = conv(x, w)
+
+    def gradient(dy, w):
+        args = (w, x.shape, PARAMS["window_strides"], PARAMS["padding"])
+        return jax_convgrad.conv_input_grad(dy, *args, residual=x, relu_mask=x)
+
+    def path(t, value):
+        return value * (1 + 0.5 * t + t * t / 2 + t**3 / 12)
+
+    _, terms = jet.jet(gradient, (dy, w), [[0.5 * v, v, 0.5 * v] for v in (dy, w)])
+    expected = functools.reduce(
+        lambda f, _: jax.jacfwd(f), range(3), lambda t: gradient(path(t, dy), path(t, w))
+    )
+    assert_close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-4)
+    assert_close(terms[2], expected(0.0))
+
+
 @pytest.mark.parametrize("size", [2**31, 2**31 + 1, 2**33])
 def test_axis_beyond_2_31_lowers_under_install(size):
     """lax lowers it, so it must not raise; nothing of that size is allocated."""
@@ -286,4 +306,31 @@ def test_axis_beyond_2_31_lowers_under_install(size):
     spec = jax.ShapeDtypeStruct((1, 1, size), "float32")
     explanation = jax_convgrad.explain(spec, w, (1,), [(1, 1)], platform="cpu")
     if size > 2**31:
-        assert "a spatial axis of" in explanation.reason
+        assert "a spatial axis, step or group count of" in explanation.reason
+
+
+BEYOND = {
+    "window_strides": ((1, 1, 5), (1, 1, 3), {"window_strides": (2**32,)}),
+    "lhs_dilation": ((1, 1, 1), (1, 1, 1), {"lhs_dilation": (2**31 + 1,)}),
+    "rhs_dilation": ((1, 1, 5), (1, 1, 1), {"rhs_dilation": (2**31 + 1,)}),
+    "feature_group_count": ((1, 2**31 + 1, 1), (2**31 + 1, 1, 1),
+                            {"feature_group_count": 2**31 + 1}),
+    "batch": ((2**41, 1, 1), (1, 1, 1), {}),
+    "elements": ((2**20, 8, 2**20, 2**20), (1, 8, 1, 1), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BEYOND)
+def test_what_the_kernels_do_not_count_to_lowers_under_install(what):
+    """lax takes steps, groups and arrays of any size: a ValueError under install()."""
+    lhs, rhs, params = BEYOND[what]
+    x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in (lhs, rhs))
+    axes = len(lhs) - 2
+    params = {"window_strides": (1,) * axes, "padding": [(0, 0)] * axes} | params
+
+    def gradients(x, w):
+        y, vjp = jax.vjp(lambda x, w: lax.conv_general_dilated(x, w, **params), x, w)
+        return vjp(y)
+
+    with jax_convgrad.installed():
+        assert "convgrad" not in jax.jit(gradients).lower(x, w).as_text()

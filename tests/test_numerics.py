@@ -1,5 +1,6 @@
 """Every CPU kernel, by name, against float64 and against the definition."""
 
+import itertools
 import math
 
 import jax
@@ -11,7 +12,7 @@ from conftest import SEED
 
 import jax_convgrad
 from jax_convgrad import native, planner
-from jax_convgrad.maps import FORWARD, INPUT_GRAD
+from jax_convgrad.maps import FILTER_GRAD, FORWARD, INPUT_GRAD
 from jax_convgrad.tools.geometries import (
     make_geometry,
     named_cases,
@@ -148,6 +149,36 @@ def test_empty_operands_through_the_public_function(batch, channels, spatial):
             dy, w, g.lhs_shape, **g.conv_params(), implementation=implementation
         )
         np.testing.assert_array_equal(out, np.zeros(g.lhs_shape))
+
+
+ZEROS = itertools.product((0, 2), (0, 3), (0, 2), (0, 5), (0, 1, 3), ((0, 0), (2, 2)), (1, 2))
+
+
+@pytest.mark.native
+def test_planning_of_empty_arrays_divides_by_no_size():
+    """No channels, taps, positions or images: the process died of a division by zero."""
+    planned = 0
+    for batch, lhs_features, rhs_features, size, taps, padding, stride in ZEROS:
+        spec = jax.lax.ConvDimensionNumbers((0, 2, 1), (2, 1, 0), (0, 2, 1))
+        g = jax_convgrad.ConvGeometry.parse(
+            (batch, size, lhs_features), (taps, lhs_features, rhs_features),
+            (stride,), (padding,), None, None, spec,
+        )  # fmt: skip
+        for map_ in (FORWARD, INPUT_GRAD, FILTER_GRAD):
+            planned += planner.plan(g, "float32", "cpu", map_=map_).kernel is not None
+    assert planned > 500
+
+
+@pytest.mark.native
+def test_gradient_of_no_channels_under_install():
+    x, w = np.ones((1, 5, 2), "f4"), np.ones((3, 2, 0), "f4")
+
+    def loss(x):
+        numbers = ("NWC", "WIO", "NWC")
+        return jax.lax.conv_general_dilated(x, w, (1,), [(2, 2)], dimension_numbers=numbers).sum()
+
+    with jax_convgrad.installed():
+        np.testing.assert_array_equal(jax.grad(loss)(x), np.zeros(x.shape))
 
 
 @pytest.mark.native

@@ -44,35 +44,43 @@ struct GemmState {
   int64_t task_rows, row_groups, phases;
   int64_t task_groups, group_parts;  // of narrow groups
   bool pack_dy, rows_first;
-  bool small_parts;   // of a tap, as of blocks that fit the stack
-  bool local_filter;  // blocks fit the stack, each packed by the task that multiplies it
-  bool short_sums;    // the way of gemm_short.h
-  bool strips;        // the way of gemm_strips.h, of whose strips a task takes task_rows
+  bool small_parts;    // of a tap, as of blocks that fit the stack
+  bool whole_windows;  // blocks hold some channels of all taps, not some taps
+  bool local_filter;   // blocks fit the stack, each packed by the task that multiplies it
+  bool short_sums;     // the way of gemm_short.h
+  bool strips;         // the way of gemm_strips.h, of whose strips a task takes task_rows
 };
 
 // A panel of the filter: packed, or to be packed block by block into `local`.
-template <typename O>
+template <typename T>
 struct GemmFilter {
-  const O* packed;
+  const Operand<T>* packed;
   bool has_nonfinite;  // an Inf or a NaN: taps that miss are left out, row by row
 
-  O* local;
-  const O* w;  // the group's filter
+  Operand<T>* local;
+  const T* w;  // the group's filter
   const int64_t* column_w;
   Panel panel;
 };
 
 // Packs a block into filter.local; returns whether it holds an Inf or a NaN.
-template <typename O>
-CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<O>& filter,
-                                 GemmBlock* block) {
+template <typename T>
+CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<T>& filter,
+                                 bool whole_windows, GemmBlock* block) {
+  using O = Operand<T>;
+  const int64_t width = filter.panel.vectors * kLanes<O>;
+  const int64_t size = block->k_count * width, k0 = block->k0;
+  for (int t = 0; t < block->taps; ++t) block->filter[t] = t * size;
+  if (whole_windows) {  // whose taps a block has in their order
+    return HasNonfinite(PackTaps<T>(p, filter.w, filter.column_w, filter.panel, k0,
+                                    k0 + block->k_count, filter.local - k0 * width,
+                                    size));
+  }
   const bool contiguous = ColumnsAreContiguous(filter.panel, filter.column_w);
-  const int64_t size = block->k_count * filter.panel.vectors * kLanes<O>;
   Sum<O> nonfinite = 0;
   for (int t = 0; t < block->taps; ++t) {
-    block->filter[t] = t * size;
-    const O* tap = filter.w + block->w[t] + block->k0 * p.w.out_channel;
-    nonfinite += PackTap<O>(p, tap, filter.column_w, contiguous, filter.panel, 0,
+    const T* tap = filter.w + block->w[t] + k0 * p.w.out_channel;
+    nonfinite += PackTap<T>(p, tap, filter.column_w, contiguous, filter.panel, 0,
                             block->k_count, filter.local + t * size);
   }
   return HasNonfinite(nonfinite);
@@ -82,13 +90,15 @@ CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<O>& filter,
 // order of a sum follows from the parts alone, not from how many taps a block holds.
 // Returns whether a block packed on the way turned out to hold an Inf or a NaN though
 // `has_nonfinite` was false: then the sums have to be made again.
-template <typename O, int kVecs>
+template <typename T, int kVecs>
 inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const* phase,
-                    const O* dy, const GemmFilter<O>& filter,
-                    const GemmSums<Sum<O>>& sums) {
+                    const Operand<T>* dy, const GemmFilter<T>& filter,
+                    const GemmSums<Sum<Operand<T>>>& sums) {
+  using O = Operand<T>;
   const Problem& p = s.args.problem;
   constexpr int64_t kWidth = kVecs * kLanes<O>;
-  const int64_t most_rows = BlockRows(kVecs, s.small_parts ? kTileBytes : kBlockBytes);
+  const int64_t most_rows = BlockRows(kVecs, s.small_parts ? kTileBytes : kBlockBytes) /
+                            (s.whole_windows ? Taps(p) : 1);
   const int64_t depth = Depth<O>(p);
   const int64_t k_parts = CeilDiv(depth, most_rows);
   const int64_t k_step = CeilDiv(CeilDiv(depth, k_parts), kDepthStep) * kDepthStep;
@@ -101,7 +111,9 @@ inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
   GemmBlock block;
   const auto add = [&] {
     if constexpr (kPerOperand<O> == 1) {
-      if (filter.local != nullptr) nonfinite |= PackBlock<O>(p, filter, &block);
+      if (filter.local != nullptr) {
+        nonfinite |= PackBlock<T>(p, filter, s.whole_windows, &block);
+      }
     }
     AddBlock<O, kVecs>(rows, block, dy, zeros,
                        filter.local == nullptr ? filter.packed : filter.local,
@@ -130,17 +142,17 @@ inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
   return nonfinite && !filter.has_nonfinite;
 }
 
-template <typename O>
+template <typename T>
 CONVGRAD_INLINE bool AddTapsOf(int vectors, const GemmState& s, const GemmRows& rows,
-                               const Phase* const* phase, const O* dy,
-                               const GemmFilter<O>& filter,
-                               const GemmSums<Sum<O>>& sums) {
-  if (vectors == 1) return AddTaps<O, 1>(s, rows, phase, dy, filter, sums);
-  if constexpr (kPanelVectors<O> == 4) {
-    if (vectors == 3) return AddTaps<O, 3>(s, rows, phase, dy, filter, sums);
-    if (vectors == 4) return AddTaps<O, 4>(s, rows, phase, dy, filter, sums);
+                               const Phase* const* phase, const Operand<T>* dy,
+                               const GemmFilter<T>& filter,
+                               const GemmSums<Sum<Operand<T>>>& sums) {
+  if (vectors == 1) return AddTaps<T, 1>(s, rows, phase, dy, filter, sums);
+  if constexpr (kPanelVectors<Operand<T>> == 4) {
+    if (vectors == 3) return AddTaps<T, 3>(s, rows, phase, dy, filter, sums);
+    if (vectors == 4) return AddTaps<T, 4>(s, rows, phase, dy, filter, sums);
   }
-  return AddTaps<O, 2>(s, rows, phase, dy, filter, sums);
+  return AddTaps<T, 2>(s, rows, phase, dy, filter, sums);
 }
 
 inline void PhasesAt(const CpuArgs& a, int64_t phase_index, const Phase** phase) {
@@ -264,6 +276,8 @@ void GemmTask(const void* state, int64_t index) {
 
   [[maybe_unused]] const TileScope tiles;
   alignas(64) Sum<O> tile[kTileBytes / sizeof(O)];
+  // Of sums, where a block of the filter fills the tile.
+  alignas(64) Sum<O> few_tile[kMaxFewTileRows * kPanelColumns<O>];
   const int64_t first_panel = panel_group * s.task_panels;
   int64_t end = first_panel + s.task_panels;
   if (end > s.panels) end = s.panels;
@@ -277,10 +291,10 @@ void GemmTask(const void* state, int64_t index) {
       if (s.short_sums && !PanelHasNonfinite(a, group, s.panels, i)) continue;
     }
     const Panel panel = PanelAt<O>(p, i);
-    GemmFilter<O> filter{};
+    GemmFilter<T> filter{};
     filter.packed = PackedPanel<O>(a, group, panel);
     if (!s.local_filter) filter.has_nonfinite = PanelHasNonfinite(a, group, s.panels, i);
-    if constexpr (kIsAcc<T>) {
+    if constexpr (kPerOperand<O> == 1) {
       if (s.local_filter) {
         filter.local = tile;
         filter.w = static_cast<const T*>(a.w) + group * p.w.group;
@@ -292,13 +306,14 @@ void GemmTask(const void* state, int64_t index) {
     T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
     const int64_t* column_dx = a.column_dx + panel.first;
     const bool direct = AreSumsOfDx<T>(panel, column_dx);
-    GemmSums<Sum<O>> sums = {tile, width};
+    Sum<O>* const sums_tile = s.local_filter ? few_tile : tile;
+    GemmSums<Sum<O>> sums = {sums_tile, width};
     if constexpr (kIsAcc<T>) {
       if (direct) sums = {dx + column_dx[0], 0};
     }
-    while (AddTapsOf(panel.vectors, s, rows, phase, dy, filter, sums))
+    while (AddTapsOf<T>(panel.vectors, s, rows, phase, dy, filter, sums))
       filter.has_nonfinite = true;
-    if (!direct) StoreTile<T>(rows, tile, width, panel.columns, column_dx, dx);
+    if (!direct) StoreTile<T>(rows, sums_tile, width, panel.columns, column_dx, dx);
     if (HasEpilogue(a)) {
       ApplyEpilogueToTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
     }
@@ -343,19 +358,35 @@ void GemmPackTask(const void* state, int64_t index) {
   PackDyTask<T>(s.args, index - filter_tasks);
 }
 
-// Whether tasks can pack what they need of the filter, and whether it is large enough to
-// be worth it. Panels of one width, because a task's rows have to be whole register
-// tiles: else the tiles, and with them the signs of zero sums, would depend on the tasks.
+// The filter's columns as one panel.
 template <typename T>
-inline bool CanPackLocally(const CpuArgs& a) {
+inline Panel AllColumns(const Problem& p) {
+  return {0, p.in_channels, static_cast<int>(CeilDiv(p.in_channels, kLanes<Acc<T>>))};
+}
+
+// Whether the taps of a filter lie side by side, so that they are best packed together.
+template <typename T>
+inline bool PacksWholeWindows(const CpuArgs& a) {
+  return a.problem.w.out_channel != 1 &&
+         !ColumnsAreContiguous(AllColumns<T>(a.problem), a.column_w);
+}
+
+// For how many rows tasks can pack what they need of the filter, if it is large enough to
+// be worth it; 0 if they cannot. A task's rows have to be whole register tiles: else the
+// tiles, and with them the signs of zero sums, would depend on the tasks. Those differ
+// for the last panel if it is narrower, so then all rows have to be in one task.
+template <typename T>
+inline int64_t MostRowsToPackLocally(const CpuArgs& a) {
   constexpr int64_t kLeastBytes = 128 * 1024;
   const Problem& p = a.problem;
-  const int64_t c = p.in_channels;
-  const Panel all = {0, c, static_cast<int>(CeilDiv(c, kLanes<Acc<T>>))};
-  const int64_t bytes = p.out_channels * c * Taps(p) * static_cast<int64_t>(sizeof(T));
-  return AreSumsOfDx<T>(all, a.column_dx) && bytes >= kLeastBytes &&
-         c % kPanelColumns<Operand<T>> == 0 &&
-         (p.w.out_channel == 1 || ColumnsAreContiguous(all, a.column_w));
+  const int64_t taps = Taps(p), c = p.in_channels;
+  const int64_t bytes = p.out_channels * c * taps * static_cast<int64_t>(sizeof(T));
+  if (kPerOperand<Operand<T>> != 1 || bytes < kLeastBytes) return 0;
+  // If some phase has all taps, the others have none.
+  if (PacksWholeWindows<T>(a) && (taps > kBlockTaps || MostTaps(a) < taps)) return 0;
+  const bool sums_in_dx =
+      AreSumsOfDx<T>(AllColumns<T>(p), a.column_dx) && c % kPanelColumns<Operand<T>> == 0;
+  return sums_in_dx ? kMaxTaskRows : kMaxFewTileRows;
 }
 
 // How many rows and panels, or groups, a task takes: few enough tasks that each amortises
@@ -388,9 +419,10 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   s->task_groups = narrow ? p.groups : 1;
   s->task_rows = kMaxTileRows;
   const bool strips_alone = a.row_end > 0;
+  const int64_t most_rows = MostRowsToPackLocally<T>(a);
   const bool has_few_rows =
-      !strips_alone && !narrow && rows / p.batch <= kMaxTaskRows && CanPackLocally<T>(a);
-  if (has_few_rows && rows <= kMaxTaskRows) {
+      !strips_alone && !narrow && most_rows > 0 && rows / p.batch <= most_rows;
+  if (has_few_rows && rows <= most_rows) {
     const int64_t tasks = s->phases * p.groups * s->panels;
     const int64_t turns = CeilDiv(tasks, a.threads);
     s->local_filter = 5 * tasks >= 4 * turns * a.threads;
@@ -401,10 +433,12 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   }
   // The parts of a single tap follow one another whatever their size.
   s->small_parts = has_few_rows && (s->local_filter || MostTaps(a) > 1);
-  // Tasks that pack for themselves add long taps in parts, strips whole: not both, since
-  // the threads decide about the former.
+  s->whole_windows = has_few_rows && PacksWholeWindows<T>(a);
+  // Tasks that pack for themselves add long sums in parts, the other ways whole ones: not
+  // both, since the threads decide about the former.
+  const int64_t least_part = (s->whole_windows ? Taps(p) : 1) * Depth<O>(p);
   const bool adds_in_parts = s->small_parts && MostTaps(a) > 1 &&
-                             Depth<O>(p) > BlockRows(kPanelVectors<O>, kTileBytes);
+                             least_part > BlockRows(kPanelVectors<O>, kTileBytes);
   if (!narrow && !s->local_filter && !adds_in_parts && StripsServe<O>(a)) {
     // Whole strips, of all panels: as many as make a task worth its start.
     const int64_t strips = rows / a.phase[2][0].h_count * StripsOfRow(a);
@@ -422,7 +456,7 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
       return;
     }
   }
-  if (!narrow && !kHasTiles && !s->local_filter && s->panels > 1) {
+  if (!narrow && !kHasTiles && !s->local_filter && !adds_in_parts && s->panels > 1) {
     const int64_t taps = MostTaps(a), terms = taps * Depth<O>(p);
     s->short_sums =
         taps <= kShortTaps && terms <= kShortSum && Depth<O>(p) <= kShortDepth;

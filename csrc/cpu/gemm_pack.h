@@ -185,11 +185,11 @@ inline Sum<Operand<T>> PackTapCopied(const T* w, const Problem& p, const Panel& 
 template <typename T>
 inline Sum<Operand<T>> PackTapsTransposed(const T* w, const int64_t* column_w,
                                           const Problem& p, const Panel& panel,
-                                          int64_t k0, int64_t k1, Operand<T>* to) {
+                                          int64_t k0, int64_t k1, Operand<T>* to,
+                                          int64_t tap_size) {
   using O = Operand<T>;
   constexpr int L = kLanes<O>;
   const int64_t width = panel.vectors * L;
-  const int64_t tap_size = PackedDepth<O>(p) * width;
   const int64_t whole = p.out_channels / kPerOperand<O>;
   const int64_t taps = Taps(p);
   // By the columns: those of a folded problem are more than it has input channels.
@@ -239,12 +239,12 @@ constexpr int64_t kFewTaps = 4;
 
 template <typename T>
 inline Acc<T> PackFewTaps(const T* w, const int64_t* column_w, const Problem& p,
-                          const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to) {
+                          const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to,
+                          int64_t tap_size) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t width = panel.vectors * L;
   const int64_t taps = Taps(p);
-  const int64_t tap_size = PackedDepth<A>(p) * width;
   Vec<A, L> nonfinite{};
   A run[kFewTaps * kPanelColumns<A>] = {};  // zeros behind the last column
   for (int64_t k = k0; k < k1; ++k) {
@@ -278,12 +278,12 @@ CONVGRAD_INLINE bool ColumnsAreRuns(const Problem& p, const Panel& panel,
 // squares of columns and elements of their runs.
 template <typename T>
 inline Acc<T> PackRunsTransposed(const T* w, const int64_t* column_w, const Problem& p,
-                                 const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to) {
+                                 const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to,
+                                 int64_t tap_size) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t width = panel.vectors * L;
   const int64_t taps = Taps(p);
-  const int64_t tap_size = PackedDepth<A>(p) * width;
   const bool backwards = RunOfTaps(p) < 0;
   const T* const run = w + k0 * taps - (backwards ? taps - 1 : 0);
   const int64_t count = (k1 - k0) * taps;
@@ -327,10 +327,9 @@ inline Acc<T> PackRunsTransposed(const T* w, const int64_t* column_w, const Prob
 template <typename T>
 inline Sum<Operand<T>> PackTapsStrided(const T* w, const int64_t* column_w,
                                        const Problem& p, const Panel& panel, int64_t k0,
-                                       int64_t k1, Operand<T>* to) {
+                                       int64_t k1, Operand<T>* to, int64_t tap_size) {
   using O = Operand<T>;
   const int64_t width = panel.vectors * kLanes<O>;
-  const int64_t tap_size = PackedDepth<O>(p) * width;
   const int64_t whole = p.out_channels / kPerOperand<O>;
   Sum<O> nonfinite = 0;
   for (int64_t k = k0; k < k1; ++k) {
@@ -375,6 +374,40 @@ inline Sum<Operand<T>> PackTap(const Problem& p, const T* tap, const int64_t* co
                     : PackTapTransposed<T>(tap, column_w, p, panel, k0, k1, to);
 }
 
+// Operands [k0, k1) of all taps of a panel. Operand 0 of tap r would go to + r *
+// tap_size.
+template <typename T>
+inline Sum<Operand<T>> PackTaps(const Problem& p, const T* w, const int64_t* column_w,
+                                const Panel& panel, int64_t k0, int64_t k1,
+                                Operand<T>* to, int64_t tap_size) {
+  using O = Operand<T>;
+  const bool contiguous = ColumnsAreContiguous(panel, column_w);
+  if (contiguous || p.w.out_channel == 1) {
+    Sum<O> nonfinite = 0;
+    for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
+      for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
+        for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
+          const T* tap = w + r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[2];
+          nonfinite += PackTap<T>(p, tap, column_w, contiguous, panel, k0, k1, to);
+          to += tap_size;
+        }
+      }
+    }
+    return nonfinite;
+  }
+  if constexpr (kPerOperand<O> == 1) {
+    if (p.w.out_channel == Taps(p) && RunOfTaps(p) != 0) {
+      return PackRunsTransposed<T>(w, column_w, p, panel, k0, k1, to, tap_size);
+    }
+    if (Taps(p) <= kFewTaps && ColumnsAreRuns(p, panel, column_w)) {
+      return PackFewTaps<T>(w, column_w, p, panel, k0, k1, to, tap_size);
+    }
+  }
+  return RunOfTaps(p) == 1
+             ? PackTapsTransposed<T>(w, column_w, p, panel, k0, k1, to, tap_size)
+             : PackTapsStrided<T>(w, column_w, p, panel, k0, k1, to, tap_size);
+}
+
 // A task packs (group, panel, kFilterPackChannels out channels), all taps.
 template <typename T>
 void PackFilterTask(const CpuArgs& a, int64_t index) {
@@ -392,39 +425,14 @@ void PackFilterTask(const CpuArgs& a, int64_t index) {
   const T* w = static_cast<const T*>(a.w) + group * p.w.group;
   const int64_t* column_w = a.column_w + panel.first;
   O* to = PackedPanel<O>(a, group, panel);
-  Sum<O> nonfinite = 0;
-  const bool contiguous = ColumnsAreContiguous(panel, column_w);
+  const int64_t tap_size = PackedDepth<O>(p) * width;
   if (k1 == depth) {
-    const int64_t padding = (PackedDepth<O>(p) - depth) * width;
+    const int64_t padding = tap_size - depth * width;
     for (int64_t r = 0; padding > 0 && r < Taps(p); ++r) {
-      __builtin_memset(to + (r * PackedDepth<O>(p) + depth) * width, 0,
-                       padding * sizeof(O));
+      __builtin_memset(to + r * tap_size + depth * width, 0, padding * sizeof(O));
     }
   }
-  if (contiguous || p.w.out_channel == 1) {
-    for (int64_t r0 = 0; r0 < p.axis[0].win; ++r0) {
-      for (int64_t r1 = 0; r1 < p.axis[1].win; ++r1) {
-        for (int64_t r2 = 0; r2 < p.axis[2].win; ++r2) {
-          const T* tap = w + r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[2];
-          nonfinite += PackTap<T>(p, tap, column_w, contiguous, panel, k0, k1, to);
-          to += PackedDepth<O>(p) * width;
-        }
-      }
-    }
-  } else if (kPerOperand<O> == 1 && p.w.out_channel == Taps(p) && RunOfTaps(p) != 0) {
-    if constexpr (kPerOperand<O> == 1) {
-      nonfinite = PackRunsTransposed<T>(w, column_w, p, panel, k0, k1, to);
-    }
-  } else if (kPerOperand<O> == 1 && Taps(p) <= kFewTaps &&
-             ColumnsAreRuns(p, panel, column_w)) {
-    if constexpr (kPerOperand<O> == 1) {
-      nonfinite = PackFewTaps<T>(w, column_w, p, panel, k0, k1, to);
-    }
-  } else if (RunOfTaps(p) == 1) {
-    nonfinite = PackTapsTransposed<T>(w, column_w, p, panel, k0, k1, to);
-  } else {
-    nonfinite = PackTapsStrided<T>(w, column_w, p, panel, k0, k1, to);
-  }
+  const Sum<O> nonfinite = PackTaps<T>(p, w, column_w, panel, k0, k1, to, tap_size);
   a.nonfinite[index] = HasNonfinite(nonfinite);
 }
 

@@ -25,6 +25,8 @@ constexpr int64_t kMaxRegisterRows = kHasTiles ? 32 : 14;
 // Rows of a task: at most so many if it keeps their sums in a tile, and if it does not.
 constexpr int64_t kMaxTileRows = kHasTiles ? 128 : 168;  // a multiple of every RowsFor
 constexpr int64_t kMaxTaskRows = 2 * kMaxTileRows;
+// And of one that keeps a block of the filter in that place, and their sums elsewhere.
+constexpr int64_t kMaxFewTileRows = kMaxTileRows / 4;
 static_assert(kMaxTileRows % RowsFor(1) == 0 && kMaxTileRows % RowsFor(2) == 0 &&
                   kMaxTileRows % RowsFor(3) == 0 && kMaxTileRows % RowsFor(4) == 0,
               "a task's tile has to have room for whole register tiles");

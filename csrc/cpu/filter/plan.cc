@@ -79,12 +79,6 @@ constexpr int64_t kChunkPositions = 512;
 // And where lanes hold positions: as many as outweigh the sums across lanes.
 constexpr int64_t kDotPositions = 1024;
 
-bool IsEmpty(const Problem& p) {
-  return p.batch == 0 || FilterElements(p) == 0 ||
-         std::any_of(p.axis, p.axis + kAxes,
-                     [](const Axis& x) { return x.in == 0 || x.out == 0; });
-}
-
 // ---- chunks and tasks -------------------------------------------------------------
 
 // Of a chunk, which shares a second- or third-level cache.

@@ -8,6 +8,14 @@ namespace convgrad {
 
 int64_t Taps(const Problem& p) { return p.axis[0].win * p.axis[1].win * p.axis[2].win; }
 
+bool IsEmpty(const Problem& p) {
+  const auto has_none = [](const Axis& x) {
+    return x.in == 0 || x.out == 0 || x.win == 0;
+  };
+  return p.batch == 0 || p.groups == 0 || p.in_channels == 0 || p.out_channels == 0 ||
+         std::any_of(p.axis, p.axis + kAxes, has_none);
+}
+
 int64_t AccBytes(const Problem& p) { return p.dtype == DType::kF64 ? 8 : 4; }
 
 bool IsTrivial(const Axis& x) {
@@ -194,8 +202,9 @@ void MergeTaps(int x, Problem* p, int64_t* w_at) {
 }
 
 Problem Canonical(const Problem& given, bool merges_windows, int64_t* w_at) {
-  Problem trimmed = given;
   *w_at = 0;
+  if (IsEmpty(given)) return given;  // what follows divides by sizes
+  Problem trimmed = given;
   for (int x = 0; x < kAxes; ++x) {
     *w_at += TrimTaps(&trimmed.axis[x]) * given.w.axis[x];
   }

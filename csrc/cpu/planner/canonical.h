@@ -14,6 +14,9 @@ constexpr int64_t kLongRow = 16;         // positions that fill vectors
 
 int64_t Taps(const Problem& p);
 
+// Whether all sums are empty, or there is none.
+bool IsEmpty(const Problem& p);
+
 // Of an element of a sum.
 int64_t AccBytes(const Problem& p);
 
@@ -45,9 +48,9 @@ int64_t PhasePositions(const Axis& x);
 
 // The problem with its trivial axes first, and without idle taps and steps; its filter
 // begins w_at elements after the given one's. If it may, the taps of a window as large as
-// y become channels. Kernels are made for long rows along the last axis, which a net for
-// signals may write as [N, T, 1, C] or, with a few sensors beside each other, as [N, T,
-// 3, C].
+// y become channels. An empty one stays as it is. Kernels are made for long rows along
+// the last axis, which a net for signals may write as [N, T, 1, C] or, with a few sensors
+// beside each other, as [N, T, 3, C].
 Problem Canonical(const Problem& given, bool merges_windows, int64_t* w_at);
 
 // The same sum with the roles of dY and W exchanged: an image of dY is a filter for one

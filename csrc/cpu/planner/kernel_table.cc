@@ -147,11 +147,6 @@ static_assert(std::size(kTable) == std::size(kKernels), "a row for each kernel")
 
 }  // namespace
 
-bool IsEmpty(const Problem& p) {
-  return p.batch * p.groups * p.out_channels * Taps(p) == 0 ||
-         p.axis[0].out * p.axis[1].out * p.axis[2].out == 0;
-}
-
 PlaneTile ChoosePlaneTile(const Problem& p) {
   const PlaneTile tile = ChoosePlaneTile(p, kWindowBytes);
   return tile.rows > 0 ? tile : ChoosePlaneTile(p, kLargeWindowBytes);

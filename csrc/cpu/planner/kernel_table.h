@@ -53,8 +53,6 @@ const char* const* KernelNames();
 // `p` is folded already if it is to be.
 Workspace LayOut(const Problem& p, Kernel kernel);
 
-bool IsEmpty(const Problem& p);
-
 // The tile of few_channels, whose rows are 0 if it does not take the problem.
 PlaneTile ChoosePlaneTile(const Problem& p);
 
