@@ -47,6 +47,7 @@ time_limit_s=${TIME_LIMIT_S:-570}
 if [[ ! $time_limit_s =~ ^[0-9]+$ ]]; then
   echo "gpu_check.sh: TIME_LIMIT_S must be whole seconds, got $time_limit_s" >&2 && exit 2
 fi
+time_limit_s=$((10#$time_limit_s)) # also of 090
 layers=${LAYERS:-benchmarks/layers.json}
 per_class=${PER_CLASS:-1}
 only=${ONLY:-}
@@ -307,6 +308,8 @@ if [[ -n $dry_run ]]; then exit 0; fi
 
 say "$(awk -F '\t' '{ printf "%8s %6s s  %s\n", $2, $3, $1 }' "$work/steps")"
 say "$(awk -F '\t' '$2 != "skipped" { ran++; if ($2 != 0) bad = bad " " $1 }
-  END { printf "%d parts, failed:%s\n", ran, bad == "" ? " none" : bad }' "$work/steps")"
+  $2 == "skipped" && $7 == "no time left" { late = late " " $1 }
+  END { printf "%d parts, failed:%s\n", ran, bad == "" ? " none" : bad
+        if (late != "") printf "no time left for:%s\n", late }' "$work/steps")"
 say "in $SECONDS s; see $out"
 exit "$failed"

@@ -90,7 +90,7 @@ def missing_kernel(
     """What a rebuild for a GPU would add to a module with such kernels that runs on it, or None."""
     lacks = None
     if "mma" not in kernels:
-        lacks = "the specialised kernels, as it was built where no GPU was visible"
+        lacks = "the specialised kernels, which builds leave out that see no GPU for them"
     elif capability == _HOPPER and "sm_90a" not in code:
         lacks = "the wgmma kernel, which Hopper GPUs alone run"
     return lacks and f"the cuda module lacks {lacks}: {_rebuild((capability, *others))}"
@@ -123,6 +123,7 @@ def local_missing_kernel() -> str | None:
     """What a rebuild for this process's GPUs, or for any if it has none, would add, or None."""
     if (module := native.cuda) is None:
         return None
-    found = local_capabilities()
-    notes = (missing_kernel(c, module.code, module.kernel_names(), found) for c in found or [0])
+    found, kernels = local_capabilities(), module.kernel_names()
+    usable = [c for c in found if c >= LOWEST_CAPABILITY] if found else [0]  # 0: of any
+    notes = (missing_kernel(c, module.code, kernels, found) for c in usable)
     return next((note for note in notes if note is not None), None)

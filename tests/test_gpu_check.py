@@ -243,6 +243,7 @@ def test_parts_that_have_no_time_left_are_recorded_and_exclude_nothing(start):
     assert status == 1
     assert [step["skipped"] for step in call.report["steps"]] == ["no time left"] * 3
     assert "EXCLUDED" not in output
+    assert "no time left for: driver short_mma full_mma" in output
     assert not (call.folder / "calls").exists()
 
 

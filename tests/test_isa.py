@@ -1,5 +1,6 @@
 """The CPU module whatever runs it: every instruction set, any number of threads; its size."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,7 +17,7 @@ import pytest
 from conftest import SEED
 
 from jax_convgrad import native
-from jax_convgrad.maps import FILTER_GRAD, INPUT_GRAD
+from jax_convgrad.maps import FILTER_GRAD, FORWARD, INPUT_GRAD
 from jax_convgrad.tools import references
 from jax_convgrad.tools.geometries import (
     make_geometry,
@@ -119,6 +120,19 @@ def threads_of_pool():
     return names.count("tf_XLAEigen")
 
 
+# Of few rows, and of 7 panels: tasks of one thread pack their own blocks of the filter, tasks
+# of three do not. Short sums, columns that fill no panel, and taps that lie side by side.
+FEW_ROWS = [
+    make_geometry((2, 3), (2, 3), (110, 64), batch=1, padding=((1, 1), (2, 2))),
+    make_geometry((2, 3), (2, 3), (110, 64), batch=1, padding=1, dimension_numbers="first"),
+    make_geometry((2, 3), (2, 2), (99, 90), batch=1, padding=1),
+    make_geometry(
+        (2, 2), (3, 5), (110, 40), batch=1, padding=((1, 1), (2, 2)), dimension_numbers="first"
+    ),
+    make_geometry((5,), (2,), (104, 800), batch=1, padding=1),
+]
+
+
 def all_bits():
     """Prints digests of every kernel's result on all named geometries, of fixed data."""
     problems = [
@@ -135,6 +149,10 @@ def all_bits():
         if special:
             w[(1,) * 4] = np.inf
         problems.append((dy, w, g))
+    for index, g in enumerate(FEW_ROWS):
+        for dtype, scale in (("float32", 1), ("bfloat16", 1), ("float32", np.float32(1e-24))):
+            dy, w = oracles.operands(np.random.default_rng(index), g, dtype)
+            problems.append((dy * scale, w * scale, g))
     # Sums of several chunks, split over tasks.
     split = make_geometry((65, 66), (3, 3), (40, 24), batch=4, padding=1)
     filters = [
@@ -167,7 +185,8 @@ def test_the_same_bits_for_every_thread_count(run_python, counts):
         count: count for count in counts
     }
     twice = [case.name for case in named_cases() for _ in range(2)]
-    names = [*twice, "underflow", "infinite", *twice, "split", "split"]
+    few = [f"few rows {index}" for index in range(len(FEW_ROWS)) for _ in range(3)]
+    names = [*twice, "underflow", "infinite", *few, *twice, "split", "split"]
     for threads in counts[1:]:
         differing = {
             name
@@ -178,6 +197,31 @@ def test_the_same_bits_for_every_thread_count(run_python, counts):
         }
         assert not differing
     assert sum(map(len, found[1]["digests"])) > len(names)
+
+
+IMAGES = [
+    *FEW_ROWS,
+    make_geometry((6, 6), (3, 3), (128, 32), batch=1, padding=1),
+    make_geometry((10, 10), (3, 3), (128, 32), batch=1, padding=1),
+    make_geometry((4, 4), (3, 3), (40, 96), batch=1, padding=1, dimension_numbers="first"),
+]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD])
+def test_the_bits_of_an_image_do_not_depend_on_the_others(rng, map_):
+    """Short sums added the taps of some register tiles in the opposite order."""
+    for g in IMAGES:
+        many = dataclasses.replace(g, lhs_shape=(9, *g.lhs_shape[1:]))
+        first, w = oracles.operands(rng, g, "float32", map_)
+        both = [(first, w, g), (np.repeat(first, 9, axis=0), w, many)]
+        for kernel in oracles.kernels_for(many, "float32", map_=map_):
+            alone, together = (
+                results[kernel]
+                for results in oracles.call_kernels_of_many(both, lambda *_, k=kernel: [k], map_)
+            )
+            for image in together:
+                np.testing.assert_array_equal(image, alone[0], err_msg=f"{kernel} {g}")
 
 
 @pytest.mark.native

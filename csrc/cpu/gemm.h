@@ -45,7 +45,7 @@ struct GemmState {
   int64_t task_groups, group_parts;  // of narrow groups
   bool pack_dy, rows_first;
   bool small_parts;    // of a tap, as of blocks that fit the stack
-  bool whole_windows;  // blocks hold some channels of all taps, not some taps
+  bool whole_windows;  // a block is the panel: all taps are packed together
   bool local_filter;   // blocks fit the stack, each packed by the task that multiplies it
   bool short_sums;     // the way of gemm_short.h
   bool strips;         // the way of gemm_strips.h, of whose strips a task takes task_rows
@@ -71,10 +71,9 @@ CONVGRAD_NOINLINE bool PackBlock(const Problem& p, const GemmFilter<T>& filter,
   const int64_t width = filter.panel.vectors * kLanes<O>;
   const int64_t size = block->k_count * width, k0 = block->k0;
   for (int t = 0; t < block->taps; ++t) block->filter[t] = t * size;
-  if (whole_windows) {  // whose taps a block has in their order
-    return HasNonfinite(PackTaps<T>(p, filter.w, filter.column_w, filter.panel, k0,
-                                    k0 + block->k_count, filter.local - k0 * width,
-                                    size));
+  if (whole_windows) {  // all of it, whose taps the block has in their order
+    return HasNonfinite(PackTaps<T>(p, filter.w, filter.column_w, filter.panel, 0,
+                                    block->k_count, filter.local, size));
   }
   const bool contiguous = ColumnsAreContiguous(filter.panel, filter.column_w);
   Sum<O> nonfinite = 0;
@@ -97,8 +96,10 @@ inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
   using O = Operand<T>;
   const Problem& p = s.args.problem;
   constexpr int64_t kWidth = kVecs * kLanes<O>;
-  const int64_t most_rows = BlockRows(kVecs, s.small_parts ? kTileBytes : kBlockBytes) /
-                            (s.whole_windows ? Taps(p) : 1);
+  // For panels of any width alike: the columns may be images (Exchanged), whose number
+  // bits do not depend on.
+  const int64_t most_rows =
+      BlockRows(kPanelVectors<O>, s.small_parts ? kTileBytes : kBlockBytes);
   const int64_t depth = Depth<O>(p);
   const int64_t k_parts = CeilDiv(depth, most_rows);
   const int64_t k_step = CeilDiv(CeilDiv(depth, k_parts), kDepthStep) * kDepthStep;
@@ -371,21 +372,39 @@ inline bool PacksWholeWindows(const CpuArgs& a) {
          !ColumnsAreContiguous(AllColumns<T>(a.problem), a.column_w);
 }
 
+// Whether sums are so short that gemm_short.h serves.
+template <typename O>
+inline bool HasShortSums(const CpuArgs& a) {
+  const int64_t taps = MostTaps(a), depth = Depth<O>(a.problem);
+  return !kHasTiles && a.problem.in_channels > kPanelColumns<O> && taps <= kShortTaps &&
+         taps * depth <= kShortSum && depth <= kShortDepth;
+}
+
 // For how many rows tasks can pack what they need of the filter, if it is large enough to
-// be worth it; 0 if they cannot. A task's rows have to be whole register tiles: else the
-// tiles, and with them the signs of zero sums, would depend on the tasks. Those differ
-// for the last panel if it is narrower, so then all rows have to be in one task.
+// be worth it; 0 if they cannot. What adds differently, or is decided by the number of
+// columns, may not depend on the threads: short sums are always left to their own way,
+// and a panel that is added in parts always counts as large.
+//
+// A task's rows have to be whole register tiles: else the tiles, and with them the signs
+// of zero sums, would depend on the tasks. The tiles of a narrower last panel are others;
+// then, and where sums are kept in a tile, all rows have to fit one task.
 template <typename T>
 inline int64_t MostRowsToPackLocally(const CpuArgs& a) {
+  using O = Operand<T>;
   constexpr int64_t kLeastBytes = 128 * 1024;
   const Problem& p = a.problem;
-  const int64_t taps = Taps(p), c = p.in_channels;
+  const int64_t taps = Taps(p), c = p.in_channels, rows_of_panel = taps * Depth<O>(p);
   const int64_t bytes = p.out_channels * c * taps * static_cast<int64_t>(sizeof(T));
-  if (kPerOperand<Operand<T>> != 1 || bytes < kLeastBytes) return 0;
-  // If some phase has all taps, the others have none.
-  if (PacksWholeWindows<T>(a) && (taps > kBlockTaps || MostTaps(a) < taps)) return 0;
+  const bool fits_block = rows_of_panel <= BlockRows(kPanelVectors<O>, kTileBytes);
+  if (kPerOperand<O> != 1 || HasShortSums<O>(a)) return 0;
+  if (fits_block && bytes < kLeastBytes) return 0;
+  if (PacksWholeWindows<T>(a)) {
+    // If some phase has all taps, the others have none.
+    const bool has_all = taps <= kBlockTaps && MostTaps(a) == taps;
+    return has_all && fits_block ? kMaxFewTileRows : 0;
+  }
   const bool sums_in_dx =
-      AreSumsOfDx<T>(AllColumns<T>(p), a.column_dx) && c % kPanelColumns<Operand<T>> == 0;
+      AreSumsOfDx<T>(AllColumns<T>(p), a.column_dx) && c % kPanelColumns<O> == 0;
   return sums_in_dx ? kMaxTaskRows : kMaxFewTileRows;
 }
 
@@ -433,12 +452,11 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   }
   // The parts of a single tap follow one another whatever their size.
   s->small_parts = has_few_rows && (s->local_filter || MostTaps(a) > 1);
-  s->whole_windows = has_few_rows && PacksWholeWindows<T>(a);
-  // Tasks that pack for themselves add long sums in parts, the other ways whole ones: not
-  // both, since the threads decide about the former.
-  const int64_t least_part = (s->whole_windows ? Taps(p) : 1) * Depth<O>(p);
+  s->whole_windows = s->local_filter && PacksWholeWindows<T>(a);
+  // Tasks that pack for themselves add long taps in parts, strips whole: not both, since
+  // the threads decide about the former.
   const bool adds_in_parts = s->small_parts && MostTaps(a) > 1 &&
-                             least_part > BlockRows(kPanelVectors<O>, kTileBytes);
+                             Depth<O>(p) > BlockRows(kPanelVectors<O>, kTileBytes);
   if (!narrow && !s->local_filter && !adds_in_parts && StripsServe<O>(a)) {
     // Whole strips, of all panels: as many as make a task worth its start.
     const int64_t strips = rows / a.phase[2][0].h_count * StripsOfRow(a);
@@ -456,11 +474,9 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
       return;
     }
   }
-  if (!narrow && !kHasTiles && !s->local_filter && !adds_in_parts && s->panels > 1) {
-    const int64_t taps = MostTaps(a), terms = taps * Depth<O>(p);
-    s->short_sums =
-        taps <= kShortTaps && terms <= kShortSum && Depth<O>(p) <= kShortDepth;
-    if (s->short_sums) s->task_rows = ShortTiles<O>(terms) * kTileRowsOfPanel;
+  s->short_sums = !narrow && HasShortSums<O>(a);
+  if (s->short_sums) {
+    s->task_rows = ShortTiles<O>(MostTaps(a) * Depth<O>(p)) * kTileRowsOfPanel;
   }
   while (true) {
     s->row_groups = CeilDiv(rows, s->task_rows);

@@ -365,7 +365,7 @@ CONVGRAD_INLINE bool ColumnsAreContiguous(const Panel& panel, const int64_t* col
 }
 
 // Operands [k0, k1) of one tap of a panel, if its columns are contiguous or its out
-// channels are; operand 0 would go `to`.
+// channels are. `to` is where operand 0 would go.
 template <typename T>
 inline Sum<Operand<T>> PackTap(const Problem& p, const T* tap, const int64_t* column_w,
                                bool contiguous, const Panel& panel, int64_t k0,
@@ -374,8 +374,8 @@ inline Sum<Operand<T>> PackTap(const Problem& p, const T* tap, const int64_t* co
                     : PackTapTransposed<T>(tap, column_w, p, panel, k0, k1, to);
 }
 
-// Operands [k0, k1) of all taps of a panel. Operand 0 of tap r would go to + r *
-// tap_size.
+// Packs operands [k0, k1) of all taps of a panel. `to` is where operand 0 of the first
+// tap would go; the next tap is tap_size on.
 template <typename T>
 inline Sum<Operand<T>> PackTaps(const Problem& p, const T* w, const int64_t* column_w,
                                 const Panel& panel, int64_t k0, int64_t k1,

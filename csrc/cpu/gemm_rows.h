@@ -25,7 +25,7 @@ constexpr int64_t kMaxRegisterRows = kHasTiles ? 32 : 14;
 // Rows of a task: at most so many if it keeps their sums in a tile, and if it does not.
 constexpr int64_t kMaxTileRows = kHasTiles ? 128 : 168;  // a multiple of every RowsFor
 constexpr int64_t kMaxTaskRows = 2 * kMaxTileRows;
-// And of one that keeps a block of the filter in that place, and their sums elsewhere.
+// And of one whose tile holds a block of the filter, so that it keeps sums elsewhere.
 constexpr int64_t kMaxFewTileRows = kMaxTileRows / 4;
 static_assert(kMaxTileRows % RowsFor(1) == 0 && kMaxTileRows % RowsFor(2) == 0 &&
                   kMaxTileRows % RowsFor(3) == 0 && kMaxTileRows % RowsFor(4) == 0,

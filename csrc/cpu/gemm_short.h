@@ -34,6 +34,7 @@ CONVGRAD_INLINE int64_t ShortTiles(int64_t terms) {
 template <typename O>
 struct ShortTile {
   O* packed;
+  int64_t at[kShortTaps];      // of a tap, in `packed`
   int64_t filter[kShortTaps];  // row of the packed panel
   int taps, live;
 };
@@ -44,8 +45,8 @@ CONVGRAD_NOINLINE void MultiplyPacked(const ShortTile<O>& tile, int64_t k_count,
                                       const O* b, Sum<O>* const* out) {
   constexpr int L = kLanes<O>;
   Vec<Sum<O>, L> sum[kRows][kVecs] = {};
-  const O* a = tile.packed;
   for (int t = 0; t < tile.taps; ++t) {
+    const O* a = tile.packed + tile.at[t];
     const O* bk = b + tile.filter[t] * (kVecs * L);
     for (int64_t k = 0; k < k_count; ++k) {
       AddOuterProduct<O>(sum, bk, [&](int i) { return a[i]; });
@@ -90,7 +91,8 @@ CONVGRAD_INLINE void CopyColumns(const O* const (&row)[kShortRows], int64_t coun
 // Copies what the rows from m on read, for taps that some of them has.
 //
 // Neighbouring taps of few channels may lie side by side in dY, the last one first: where
-// every row has all of them, they are copied as one.
+// every row has all of them, they are copied as one. They are still added from the first
+// one on, so that bits do not depend on which rows share a tile.
 template <typename O>
 inline void PackShortTile(const CpuArgs& a, const ActivationStrides& dy_at,
                           const GemmRows& rows, const Phase* const* phase, int64_t m,
@@ -115,8 +117,9 @@ inline void PackShortTile(const CpuArgs& a, const ActivationStrides& dy_at,
     FillIndirection(rows, block, m, dy, kZeros, &found);
     tile->live = found.live;
     for (int t = 0; t < found.taps; ++t) {
-      for (int64_t i = 0; i < at_once; ++i) {
-        tile->filter[tile->taps++] = block.filter[found.tap[t]] - i * tap_step;
+      for (int64_t back = at_once - 1; back >= 0; --back) {
+        tile->at[tile->taps] = to - tile->packed + back * block.k_count * kShortRows;
+        tile->filter[tile->taps++] = block.filter[found.tap[t]] - back * tap_step;
       }
       CopyColumns<O>(found.row[t], at_once * block.k_count, to);
       to += at_once * block.k_count * kShortRows;
