@@ -184,6 +184,21 @@ def test_random_geometries(rng, x64, part):
     check(list(random_problems(rng, PER_PROGRAM)))
 
 
+LARGE_TILES = [
+    ((2, 16, 497, 8), (1, 4, 4, 1), (1, 2, 2, 1), ((0, 0),) * 4),
+    ((2, 9, 482, 11), (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0))),
+    ((1, 20, 7, 239, 4), (1, 4, 4, 4, 1), (1, 2, 2, 2, 1),
+     ((0, 0), (1, 1), (1, 1), (1, 1), (0, 0))),
+    ((1, 1, 1, 256, 64), (1, 10, 10, 128, 1), (1, 1, 1, 128, 1),
+     ((0, 0), (9, 9), (9, 9), (0, 0), (0, 0))),
+]  # fmt: skip
+
+
+def test_float64_tiles_fit_the_stack_of_a_task(rng, x64):
+    """Equal tiles packed more of x than the tiles that had been measured: the process died."""
+    check([(g, *operands(rng, g, "float64", (DATA[0], DATA[0]))) for g in LARGE_TILES])
+
+
 def counts(text):
     return text.count(TARGET), text.count(SCATTER)
 

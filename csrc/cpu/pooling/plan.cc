@@ -22,6 +22,11 @@ constexpr int64_t kMostCover = 100;
 constexpr int64_t kTileBytes = 160 * 1024;
 constexpr int64_t kTileChannels = 64, kLeastChannels = 16;
 constexpr int64_t kRowElements = 2048;  // of a row of windows
+// Of the packed rows of x. A tile that is cut to equal parts in the end may pack several
+// where the larger one packed one, and then takes so much more.
+constexpr int64_t kPackedXBytes = 32 * 1024;
+static_assert(kTileBytes + kPackedXBytes <= kPoolStackBytes,
+              "a task's stack is too small");
 
 std::string CheckAttributes(const Ints& x_shape, const Ints& dy_shape,
                             const PoolAttributes& a) {
@@ -111,6 +116,7 @@ int64_t Windows(const PoolAxis& x) {
 int64_t Measure(PoolArgs* a) {
   const int64_t block = kPoolBlockBytes / AccBytes(*a);
   const auto whole = [block](int64_t n) { return CeilDiv(n, block) * block; };
+  const int64_t most_of_x = kPackedXBytes / AccBytes(*a);
   const PoolAxis& x = a->axis[2];
   a->row = whole(Windows(x) * a->channels) + 2 * block;
   a->dx_row = whole(x.tile_groups * a->channels);
@@ -120,10 +126,10 @@ int64_t Measure(PoolArgs* a) {
   a->x_slots = std::min(a->axis[0].window, kPoolSlots + 1) * a->axis[1].window;
   a->x_row = row_of_x;
   if (a->x_slots > kPoolSlots || x.window > kPoolTaps ||
-      a->x_slots * row_of_x > 4 * kRowElements) {
+      a->x_slots * row_of_x > most_of_x) {
     a->x_slots = 1;
-    a->x_row = std::max(whole((Windows(x) + 1) * a->channels),
-                        std::min(row_of_x, 4 * kRowElements));
+    a->x_row =
+        std::max(whole((Windows(x) + 1) * a->channels), std::min(row_of_x, most_of_x));
   }
   return a->row + a->x_slots * a->x_row + 2 * block + a->dx_row * PhasesAtOnce(*a) +
          2 * a->rows * a->row;
@@ -209,7 +215,12 @@ std::string MakePool(const Ints& x_shape, const Ints& dy_shape, const PoolAttrib
            " for window_dimensions " + Show(a.window_dimensions);
   }
   CutIntoTiles(args);
-  Measure(args);
+  if (Measure(args) * AccBytes(*args) > kPoolStackBytes) {
+    return "window_dimensions must be smaller for a window of them to fit a task's "
+           "stack, "
+           "got " +
+           Show(a.window_dimensions);
+  }
   return "";
 }
 
