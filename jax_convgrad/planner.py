@@ -11,23 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from . import custom_call, native
+from . import arguments, custom_call, native
 from .geometry import ConvGeometry
 from .maps import INPUT_GRAD, Map
 
 EXCLUDE = "JAX_CONVGRAD_CUDA_EXCLUDE"
-_MAX_SIZE, _MAX_ELEMENTS = 2**31, 2**40
+_MAX_ELEMENTS = 2**40
 
 
 def out_of_range(g: ConvGeometry) -> str | None:
     """Why the native code does not count as far as a geometry of static sizes, or None."""
     steps = itertools.chain(g.window_strides, g.lhs_dilation, g.rhs_dilation, *g.padding)
-    if (largest := max(g.groups, *g.in_sizes, *g.window_sizes, *map(abs, steps))) > _MAX_SIZE:
-        return f"a spatial axis, step or group count of {largest}, the kernels take {_MAX_SIZE}"
+    largest = max(g.groups, *g.in_sizes, *g.window_sizes, *map(abs, steps))
+    if largest > (most := arguments.MAX_PARAMETER):
+        return f"a spatial axis, step or group count of {largest}, the kernels take {most}"
     shapes = (g.lhs_shape, g.rhs_shape, g.out_shape)
     elements = max(math.prod(max(size, 1) for size in shape) for shape in shapes)
-    most = f"an array of {elements} elements, the kernels take {_MAX_ELEMENTS}"
-    return most if elements > _MAX_ELEMENTS else None
+    reason = f"an array of {elements} elements, the kernels take {_MAX_ELEMENTS}"
+    return reason if elements > _MAX_ELEMENTS else None
 
 
 @functools.cache

@@ -175,7 +175,7 @@ def is_faster_in_float32(geometry: ConvGeometry, map_: Map, dtype: Any, kernel: 
 
 
 def slower_widened(geometry: ConvGeometry, map_: Map) -> str | None:
-    """Why lax is preferred where `is_faster_in_float32`, or None."""
+    """Why lax is preferred to a kernel for widened operands, or None."""
     if map_ is INPUT_GRAD and max(geometry.lhs_dilation) > 1:
         return "the input gradient of a transposed layer of few channels, in 16 bits"
     return None

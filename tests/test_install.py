@@ -245,14 +245,18 @@ def test_jet_of_a_gradient_under_install(operands):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=atol)
 
 
+def fused_gradient(dy, w, residual, relu_mask):
+    args = (w, relu_mask.shape, PARAMS["window_strides"], PARAMS["padding"])
+    return jax_convgrad.conv_input_grad(dy, *args, residual=residual, relu_mask=relu_mask)
+
+
 def test_jet_of_an_epilogue(operands):
     """The primitive with a residual and a mask, for which jet had no rule either."""
     x, w = operands
     dy = conv(x, w)
 
     def gradient(dy, residual):
-        args = (w, x.shape, PARAMS["window_strides"], PARAMS["padding"])
-        return jax_convgrad.conv_input_grad(dy, *args, residual=residual, relu_mask=x)
+        return fused_gradient(dy, w, residual, x)
 
     series = ([0.3 * dy, dy], [x, 0.1 * x])
     found, found_terms = jet.jet(gradient, (dy, 2 * x), series)
@@ -273,8 +277,7 @@ def test_jet_of_an_epilogue_of_two_series(operands):
     dy = conv(x, w)
 
     def gradient(dy, w):
-        args = (w, x.shape, PARAMS["window_strides"], PARAMS["padding"])
-        return jax_convgrad.conv_input_grad(dy, *args, residual=x, relu_mask=x)
+        return fused_gradient(dy, w, x, x)
 
     def path(t, value):
         return value * (1 + 0.5 * t + t * t / 2 + t**3 / 12)

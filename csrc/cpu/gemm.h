@@ -96,8 +96,8 @@ inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
   using O = Operand<T>;
   const Problem& p = s.args.problem;
   constexpr int64_t kWidth = kVecs * kLanes<O>;
-  // For panels of any width alike: the columns may be images (Exchanged), whose number
-  // bits do not depend on.
+  // For panels of any width alike: columns may be images (Exchanged), and how many there
+  // are does not decide into how many parts a sum is cut.
   const int64_t most_rows =
       BlockRows(kPanelVectors<O>, s.small_parts ? kTileBytes : kBlockBytes);
   const int64_t depth = Depth<O>(p);

@@ -101,6 +101,7 @@ void LayOutGemm(const Problem& p, Workspace* out) {
 }
 
 void LayOutDepthwise(const Problem& p, Workspace* out) {
+  // 1: the bound of a stored program's workspace is asked of empty problems, too.
   const int64_t largest = std::max<int64_t>({p.in_channels, p.out_channels, 1});
   int64_t lanes = 0, blocks = 0;
   for (const int64_t n : {1, 2, 4, 8, 16}) {

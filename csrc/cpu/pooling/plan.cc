@@ -216,9 +216,7 @@ std::string MakePool(const Ints& x_shape, const Ints& dy_shape, const PoolAttrib
   }
   CutIntoTiles(args);
   if (Measure(args) * AccBytes(*args) > kPoolStackBytes) {
-    return "window_dimensions must be smaller for a window of them to fit a task's "
-           "stack, "
-           "got " +
+    return "window_dimensions must leave a window that fits the stack of a task, got " +
            Show(a.window_dimensions);
   }
   return "";
