@@ -121,7 +121,8 @@ def threads_of_pool():
 
 
 # Of few rows, and of 7 panels: tasks of one thread pack their own blocks of the filter, tasks
-# of three do not. Short sums, columns that fill no panel, and taps that lie side by side.
+# of three do not. Short sums, columns that fill no panel, taps that lie side by side, and rows
+# that strips serve.
 FEW_ROWS = [
     make_geometry((2, 3), (2, 3), (110, 64), batch=1, padding=((1, 1), (2, 2))),
     make_geometry((2, 3), (2, 3), (110, 64), batch=1, padding=1, dimension_numbers="first"),
@@ -130,6 +131,7 @@ FEW_ROWS = [
         (2, 2), (3, 5), (110, 40), batch=1, padding=((1, 1), (2, 2)), dimension_numbers="first"
     ),
     make_geometry((5,), (2,), (104, 800), batch=1, padding=1),
+    make_geometry((8, 14), (3, 1), (64, 128), batch=1, padding=((1, 1), (0, 0))),
 ]
 
 

@@ -98,7 +98,7 @@ def data(rng, shape, dtype, kind):
         "ties": [-1, 0, 1],
         "infinite": [-np.inf, -np.inf, np.inf, 0.0, -0.0, 1],
         "nan": [np.nan, -np.inf, np.inf, 0.0, -0.0, 1, 2],
-        "tiny": [0.0, -0.0, tiny, -tiny, tiny / 2, -tiny / 4],
+        "tiny": [0.0, -0.0, tiny, -1.5 * tiny, tiny / 2, -tiny / 4],
     }[kind]
     return rng.choice(np.array(of), shape).astype(dtype)
 
@@ -182,6 +182,16 @@ def test_bits_are_those_of_lax(rng, x64, dtype):
 @pytest.mark.parametrize("part", range(RANDOM_COUNT // PER_PROGRAM))
 def test_random_geometries(rng, x64, part):
     check(list(random_problems(rng, PER_PROGRAM)))
+
+
+def test_a_sum_that_was_flushed_to_negative_zero_stays_so():
+    """The zero added for a window that the position has not won made it positive."""
+    x = np.array([[0, 0, 5, 1, 9]], np.float32)
+    tiny = jnp.finfo(np.float32).tiny
+    dy = np.array([[tiny, -1.5 * tiny, 1]], np.float32)
+    g = (x.shape, (1, 3), (1, 1), ((0, 0), (0, 0)))
+    check([(g, dy, x)])
+    assert np.signbit(kernel(dy, x, g)[0, 2])
 
 
 LARGE_TILES = [

@@ -90,6 +90,9 @@ bool IsWholeWindow(const Axis& x) {
          x.pad_lo == (x.win - 1) * x.rhs_dilation;
 }
 
+// Kernels number the taps of an axis in 32 bits. An axis as it was given has no more.
+constexpr int64_t kMostTapsOfAxis = INT32_MAX;
+
 // Makes channels of a window as large as y: a fully connected layer, written as the
 // forward pass of a convolution, is a matrix product with one long sum. As far as memory
 // has the taps in a row, and channels before or behind them.
@@ -100,9 +103,10 @@ void MergeWholeWindow(Problem* p, int64_t* w_at) {
     const int64_t win = x[a].win;
     if (p->dy.axis[a - 1] != win * p->dy.axis[a]) return;
     if (p->w.axis[a - 1] != win * p->w.axis[a]) return;
+    const int64_t all = x[a - 1].win * win;
+    if (all > kMostTapsOfAxis) return;
     p->dy.axis[a - 1] = p->dy.axis[a];
     p->w.axis[a - 1] = p->w.axis[a];
-    const int64_t all = x[a - 1].win * win;
     x[a - 1] = Axis{};
     x[a - 1].win = x[a - 1].out = all;
     x[a - 1].pad_lo = all - 1;

@@ -10,10 +10,9 @@
 // A task makes a tile of dX: some groups along each axis (job.h) of some channels. First
 // it finds the winner of each window that covers the tile, as the number of its tap. Then
 // it gathers. A position lies in several windows, in each under another tap; it adds the
-// dY of those whose winner is that tap. It adds a zero for the others, which changes no
-// bit, since no sum is -0. The windows at the edge of a tile are looked at by its
-// neighbour, too; in return no two tasks write to one place, and the order of the sums is
-// fixed.
+// dY of those whose winner is that tap. For the others it adds -0, which changes no bit of
+// any sum. The windows at the edge of a tile are looked at by its neighbour, too; in
+// return no two tasks write to one place, and the order of the sums is fixed.
 //
 // Vector lanes hold the windows of a row with their channels, (p, c), as one sequence. So
 // the same loops serve channels-last arrays and planes. For their sake a row of x is
@@ -79,11 +78,12 @@ CONVGRAD_INLINE void AddWon(const typename PoolTile<T>::I* winner, const Acc<T>*
   using F = Vec<A, N>;
   using I = Vec<E, N>;
   const I number = I{} + static_cast<E>(tap);
+  const F nothing = -F{};
   for (int64_t i = first; i < last; i += V * N) {
     CONVGRAD_UNROLL
     for (int v = 0; v < V; ++v) {
       const I won = LoadRaw<E, N>(winner + i + v * N) == number;
-      const F term = (F)(won & LoadRaw<E, N>(dy + i + v * N));
+      const F term = won ? Load<N>(dy + i + v * N) : nothing;
       // The sum is the second operand, as in XLA's code: of two NaNs x86 keeps the first.
       A* to = sums + i + v * N;
       if constexpr (kFresh) {
