@@ -173,7 +173,7 @@ bool PlanForm(const Problem& given, const char* kernel, Plan* plan) {
   const auto fits = [&] { return plan->workspace_bytes <= problem.workspace_limit; };
   plan->exchanged = false;
   const bool any = std::strcmp(kernel, "auto") == 0;
-  if (any && HasLongWindow(problem)) {
+  if (any && (HasLongWindow(problem) || HasImagesForLanes(problem))) {
     const Problem as_given = problem;
     problem = Exchanged(problem);
     if (make(kernel) && fits() && packs_little) {

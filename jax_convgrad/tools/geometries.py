@@ -339,7 +339,9 @@ def named_cases() -> list[Case]:
                                      padding=((1, 0), (0, 1)), dimension_numbers="first"),
         "long_window_dilated": g((9, 40), (5, 33), (4, 2), lhs_dilation=(2, 1), stride=(3, 2),
                                  dimension_numbers="odd"),
-        # A signal, as a net for images has it: along the first of two axes.
+        "long_window_images_last": g((280,), (23,), (1, 5), batch=18, rhs_dilation=12,
+                                     padding=((3, 4),),
+                                     dimension_numbers=("CWN", "IWO", "WNC")),
         # Sums of few terms, with more columns than a panel has; many taps; a rest of columns.
         "short_sums": g((9, 7), (5, 1), (70, 2), padding=((2, 2), (0, 0))),
         "short_sums_nchw": g((9, 7), (3, 3), (41, 3), padding=1, dimension_numbers="first"),
@@ -369,6 +371,7 @@ def named_cases() -> list[Case]:
         "few_groups": g((4, 40), (1, 7), (5, 20), padding=((1, 1), (3, 3)), feature_groups=5),
         "few_groups_short": g((5, 6), (1, 3), (7, 42), stride=(1, 2), feature_groups=7),
         "three_channels_depthwise": g((50,), (15,), (3, 3), padding=7, feature_groups=3),
+        # A signal, as a net for images has it: along the first of two axes.
         "signal_in_first_axis": g((61, 1), (5, 1), (3, 12), stride=2),
         "signal_in_first_axis_nchw": g((61, 1), (5, 1), (3, 12), stride=2,
                                        dimension_numbers="first"),

@@ -252,6 +252,13 @@ bool HasLongWindow(const Problem& p) {
   return !channels_last || terms >= kFewTerms;
 }
 
+bool HasImagesForLanes(const Problem& p) {
+  constexpr int64_t kEnoughImages = 16;
+  const int64_t results = p.axis[0].out * p.axis[1].out * p.axis[2].out;
+  return p.groups == 1 && p.in_channels == 1 && p.dx.batch == 1 &&
+         p.batch >= kEnoughImages && results <= Taps(p);
+}
+
 double LivePart(const Problem& p) {
   double part = 1;
   for (const Axis& x : p.axis) {

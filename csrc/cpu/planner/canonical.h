@@ -63,6 +63,10 @@ Problem Exchanged(const Problem& given);
 // derivatives of a filter gradient, whose filters are images) is the wrong way round.
 bool HasLongWindow(const Problem& p);
 
+// Likewise. A window no smaller than the result is enough where images lie side by side
+// in memory, and fill vector lanes that a single channel leaves empty.
+bool HasImagesForLanes(const Problem& p);
+
 // The part of dX that some tap reaches: one in 64 under a 1x1 filter of stride 8.
 double LivePart(const Problem& p);
 
