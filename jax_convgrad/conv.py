@@ -78,7 +78,7 @@ def conv_general_dilated(
             kernel serves.
         TypeError: an argument is of the wrong kind, or dtypes differ.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> x, w = jnp.ones((1, 1, 3, 3)), jnp.ones((1, 1, 2, 2))
         >>> loss = lambda x: conv_general_dilated(x, w, (1, 1), "VALID").sum()
@@ -229,7 +229,7 @@ def conv_transpose(
             kernel serves.
         TypeError: an argument is of the wrong kind, or dtypes differ.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> x, w = jnp.ones((1, 2, 1)), jnp.arange(3.0).reshape(3, 1, 1)
         >>> conv_transpose(x, w, (2,), "VALID")[0, :, 0]

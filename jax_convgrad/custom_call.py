@@ -109,7 +109,7 @@ def export_checks() -> list[export.DisabledSafetyCheck]:
     Returns:
         The value for `disabled_checks` of `jax.export.export`, to which others may be added.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jax_convgrad
         >>> from jax import export
         >>> w = jnp.ones((4, 3, 3, 3))

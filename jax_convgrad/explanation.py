@@ -183,7 +183,7 @@ def explain(
         ValueError: as `conv_general_dilated` does.
         TypeError: as `conv_general_dilated` does.
 
-    Example:
+    Examples:
         >>> import jax, jax_convgrad
         >>> x = jax.ShapeDtypeStruct((8, 64, 32, 32), "float32")
         >>> w = jax.ShapeDtypeStruct((64, 1, 3, 3), "float32")

@@ -83,7 +83,7 @@ def conv_input_grad(
             for where no kernel serves.
         TypeError: an argument is of the wrong kind, or dtypes differ.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> dy, w = jnp.ones((1, 2, 2)), jnp.ones((1, 1, 2, 2))
         >>> conv_input_grad(dy, w, (1, 3, 3))
@@ -204,7 +204,7 @@ def conv_filter_grad(
             for where no kernel serves.
         TypeError: an argument is of the wrong kind, or dtypes differ.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> x, dy = jnp.arange(9.0).reshape(1, 3, 3), jnp.ones((1, 2, 2))
         >>> conv_filter_grad(x, dy, (1, 1, 2, 2))

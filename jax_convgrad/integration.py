@@ -30,7 +30,7 @@ def install() -> None:
     pass, their filter gradients and the gradient of their max pooling. Functions that are
     already jitted pick the change up at their next call. Calling it again does nothing.
 
-    Example:
+    Examples:
         >>> import jax_convgrad
         >>> jax_convgrad.install()
         >>> jax_convgrad.uninstall()
@@ -51,7 +51,7 @@ def installed(active: bool = True) -> Iterator[None]:
     Args:
         active: False restores lax's own computation inside an installed program.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, jax_convgrad
         >>> x, w = jnp.ones((1, 1, 4, 4)), jnp.ones((1, 1, 2, 2))
         >>> loss = lambda x: jax.lax.conv(x, w, (1, 1), "VALID").sum()

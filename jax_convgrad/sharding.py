@@ -302,7 +302,7 @@ def sharding_rule(
 ) -> tuple[str, dict[str, Any]]:
     """The Shardy rule, its text and keyword arguments: which shardings may be propagated.
 
-    Example:
+    Examples:
         >>> from jax_convgrad import ConvGeometry
         >>> g = ConvGeometry.parse((8, 3, 16), (4, 3, 3), (1,), "SAME")
         >>> sharding_rule(g, {"data": 8})[0]

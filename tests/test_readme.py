@@ -4,6 +4,7 @@ import doctest
 import inspect
 import pathlib
 import re
+import runpy
 
 import jax
 import pytest
@@ -65,6 +66,14 @@ def test_links_lead_somewhere(page):
         assert found.exists(), target
         if anchor:
             assert anchor in anchors(found), target
+
+
+def test_pictures_are_what_their_script_draws():
+    folder = ROOT / "docs" / "pictures"
+    pictures = runpy.run_path(str(folder / "draw.py"))["PICTURES"]
+    assert {path.stem for path in folder.glob("*.svg")} == set(pictures)
+    for name, draw in pictures.items():
+        assert (folder / f"{name}.svg").read_text() == draw(), f"{name}: run docs/pictures/draw.py"
 
 
 @pytest.mark.parametrize("name", jax_convgrad.__all__)

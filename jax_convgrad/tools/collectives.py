@@ -31,7 +31,7 @@ def collectives(compiled: Any) -> list[Collective]:
     Args:
         compiled: what `jax.jit(...).lower(...).compile()` returns.
 
-    Example:
+    Examples:
         >>> import jax
         >>> collectives(jax.jit(lambda x: x + 1).lower(1.0).compile())
         []
