@@ -1,7 +1,9 @@
 """Every argument that a user passes, read or refused: in lax's words where lax has some.
 
-A message names the function, the argument, what came and what was expected. What only the
-sizes of a whole convolution can tell is in `geometry`.
+A message names the function, the argument, what came and what was expected. For that
+`function` below is the public function, `argument` the name of one of its arguments, and
+`value` what the user passed for it. What only the sizes of a whole convolution can tell is in
+`geometry`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.export import is_symbolic_dim
+from jax.sharding import NamedSharding, PartitionSpec
+
+from . import compat
 
 # A size beyond this cannot be memory, and native arithmetic stays inside 64 bits.
 MAX_PARAMETER = 2**31
@@ -20,16 +25,7 @@ STRING_PADDINGS = ("SAME", "SAME_LOWER", "VALID")
 
 
 def shape_of(value: Any, argument: str, function: str) -> tuple[int, ...]:
-    """Returns `value.shape`, or raises a TypeError that names the argument.
-
-    Args:
-        value: what the user passed for an array.
-        argument: the name of the argument.
-        function: the public function it was passed to.
-
-    Returns:
-        The shape as a tuple.
-    """
+    """Returns `value.shape` as a tuple, or raises a TypeError unless `value` is like an array."""
     shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
     if shape is None or dtype is None:
         raise TypeError(f"{function} {argument} must be an array, got {type(value).__name__}.")
@@ -43,17 +39,7 @@ def shape_of(value: Any, argument: str, function: str) -> tuple[int, ...]:
 
 
 def sequence_of(value: Any, argument: str, function: str, what: str) -> tuple[Any, ...]:
-    """Returns a sequence as a tuple, or raises a TypeError; a string is none.
-
-    Args:
-        value: what the user passed.
-        argument: the name of the argument.
-        function: the public function it was passed to.
-        what: what was expected, for the message.
-
-    Returns:
-        The elements.
-    """
+    """Returns a sequence as a tuple, or raises a TypeError: it must be `what`, and no string."""
     try:
         if not isinstance(value, str):
             return tuple(value)
@@ -84,13 +70,6 @@ def _index(value: Any) -> Any:
 def integers(value: Any, argument: str, function: str, length: int, low: int) -> tuple[int, ...]:
     """Returns `length` integers from `low` to 2**31 as a tuple, or raises.
 
-    Args:
-        value: what the user passed.
-        argument: the name of the argument.
-        function: the public function it was passed to.
-        length: how many there have to be.
-        low: the least.
-
     Raises:
         TypeError: something is no integer.
         ValueError: there are more or fewer, or one is out of range.
@@ -114,11 +93,7 @@ def dimension_numbers(
 ) -> lax.ConvDimensionNumbers:
     """Returns the layouts as permutations of the dimensions, or raises, in lax's words.
 
-    Args:
-        lhs_shape: of x.
-        rhs_shape: of w.
-        value: what the user passed: None, three strings or lax's tuple.
-        function: the public function it was passed to.
+    Layouts are None, three strings or lax's tuple.
     """
     dnums = lax.conv_dimension_numbers(lhs_shape, rhs_shape, value)  # raises lax's own errors
     specs = []
@@ -136,16 +111,7 @@ def dimension_numbers(
 
 
 def explicit_padding(value: Any, function: str, axes: int) -> tuple[tuple[int, int], ...]:
-    """Returns `axes` pairs (low, high) of integers, static or symbolic, or raises lax's error.
-
-    Args:
-        value: what the user passed.
-        function: the public function it was passed to.
-        axes: the number of spatial axes.
-
-    Returns:
-        The padding as nested tuples.
-    """
+    """Returns `axes` pairs (low, high) of integers, static or symbolic, or raises lax's error."""
     message = (
         f"padding argument to {function} should be a string or a sequence of (low, high) "
         f"pairs, got {value}"
@@ -218,12 +184,20 @@ def check_implementation(implementation: Any, function: str) -> None:
 
 def check_out_sharding(out_sharding: Any, function: str) -> None:
     """Raises unless `out_sharding` is a sharding, a partition specification or None."""
-    kinds = (jax.sharding.Sharding, jax.sharding.PartitionSpec)
+    kinds = (jax.sharding.Sharding, PartitionSpec)
     if out_sharding is not None and not isinstance(out_sharding, kinds):
         raise TypeError(
             f"{function} out_sharding must be a jax.sharding.Sharding, a PartitionSpec or None, "
             f"got {out_sharding!r}."
         )
+
+
+def sharding_with_batch(out_sharding: Any, function: str) -> Any:
+    """The sharding of a single image, with a batch of one that is not cut put in front."""
+    if out_sharding is None:
+        return None
+    of_image = compat.canonicalize_sharding(out_sharding, function)
+    return NamedSharding(of_image.mesh, PartitionSpec(None, *of_image.spec))
 
 
 def _bits(dtype: Any) -> int:
@@ -235,19 +209,13 @@ def _bits(dtype: Any) -> int:
 def result_dtype(operand_dtype: Any, preferred_element_type: Any, function: str) -> Any:
     """The dtype of a result, or a TypeError if the preferred one is narrower or of another kind.
 
-    Args:
-        operand_dtype: dtype of the operands.
-        preferred_element_type: what the user asked for, None for the operands' dtype.
-        function: the public function, for the message.
-
-    Returns:
-        A NumPy dtype.
+    None asks for the operands' dtype. Without x64 no result has 64 bits, as in lax.
     """
     operand_dtype = jnp.dtype(operand_dtype)
     if preferred_element_type is None:
         return operand_dtype
     try:
-        dtype = jnp.dtype(preferred_element_type)
+        dtype = jax.dtypes.canonicalize_dtype(jnp.dtype(preferred_element_type))
     except TypeError:
         raise TypeError(
             f"{function} preferred_element_type must be a dtype, got {preferred_element_type!r}."

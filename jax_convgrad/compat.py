@@ -13,6 +13,9 @@ from typing import Any
 import jax
 from jax import lax
 
+# See `check_floats_of`.
+from jax._src import checkify
+
 # The error that lax raises for shardings in types; it has no public name.
 from jax._src.core import ShardingTypeError as ShardingTypeError
 from jax._src.dispatch import prim_requires_devices_during_lowering
@@ -30,6 +33,9 @@ from jax._src.sharding_impls import canonicalize_sharding as canonicalize_shardi
 
 # See `partition_spec`.
 from jax._src.sharding_impls import parse_flatten_op_sharding
+
+# See `forward_mark`.
+from jax._src.xla_metadata_lib import current_xla_metadata
 from jax.experimental import jet
 from jax.experimental.xla_metadata import set_xla_metadata
 from jax.interpreters import ad, mlir
@@ -59,6 +65,14 @@ def set_composed_jet_rule(primitive: Any, steps: Callable[..., Any]) -> None:
 
     rules: dict[Any, Any] = jet.jet_rules
     rules[primitive] = rule
+
+
+def check_floats_of(primitive: Any) -> None:
+    """Has `checkify.float_checks` look at a primitive's results, as at those of lax's convolution.
+
+    There is no public way to ask for it.
+    """
+    checkify.error_checks[primitive] = functools.partial(checkify.nan_error_check, primitive)
 
 
 def varying_axes(x: Any) -> frozenset[str]:
@@ -222,6 +236,11 @@ def mark_forward(value: str | None) -> Any:
     batching and is no parameter of its primitive. XLA ignores it.
     """
     return set_xla_metadata(convgrad_forward=value)
+
+
+def forward_mark() -> str | None:
+    """The mark of what is traced, None without one: in a transpose rule, of its equation."""
+    return (current_xla_metadata() or {}).get("convgrad_forward")
 
 
 def forward_mark_of(lowering_context: Any) -> str | None:

@@ -104,6 +104,11 @@ def of_another_map(implementation: Implementation) -> Implementation:
     return "xla" if implementation == "xla" else None
 
 
+def asks_for_lax(implementation: Implementation) -> bool:
+    """Whether lax computes every map of every convolution."""
+    return implementation == "xla" or switch() == "off"
+
+
 def require_not_native(implementation: Implementation, reason: str) -> None:
     """Raises a ValueError with the reason if the kernel was insisted on."""
     if implementation == "native":

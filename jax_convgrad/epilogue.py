@@ -55,6 +55,7 @@ def bind_fused(
     written_out = (
         not arrays
         or out_sharding is not None
+        or dispatch.asks_for_lax(implementation)
         or dispatch.unsupported(geometry, dtype) is not None
         or compat.has_explicit_sharding(*map(jax.typeof, (dy, rhs, *arrays.values())))
     )
@@ -202,5 +203,6 @@ fused_input_grad_p.def_abstract_eval(_abstract_eval)
 ad.primitive_jvps[fused_input_grad_p] = _jvp
 ad.primitive_transposes[fused_input_grad_p] = _transpose
 compat.set_composed_jet_rule(fused_input_grad_p, _steps)
+compat.check_floats_of(fused_input_grad_p)
 batching.primitive_batchers[fused_input_grad_p] = _batch
 lowering.register(fused_input_grad_p, _lower)

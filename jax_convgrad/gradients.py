@@ -115,6 +115,8 @@ def conv_input_grad(
         function,
     )
     lhs_shape = geometry.lhs_shape
+    if batchless:
+        out_sharding = arguments.sharding_with_batch(out_sharding, function)
     dtype = arguments.result_dtype(dy.dtype, preferred_element_type, function)
     arrays = {}
     for name, value in (("residual", residual), ("relu_mask", relu_mask)):
@@ -260,7 +262,7 @@ def _parse(
     got = dy_shape
     if batchless:
         lhs_shape, dy_shape = (1, *lhs_shape), (1, *dy_shape)
-        dimension_numbers = arguments.with_batch(dimension_numbers, len(dy_shape), function)
+        dimension_numbers = arguments.with_batch(dimension_numbers, len(got), function)
     geometry = ConvGeometry.parse(
         lhs_shape, rhs_shape, *window, dimension_numbers, *groups, function=function
     )

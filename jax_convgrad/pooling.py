@@ -91,7 +91,7 @@ def _covered(ctx: Any, *, select_prim: Any, **params: Any) -> bool:
     # See lax_lowering.py. XLA's partitioner would gather the operands of a custom call.
     if compat.is_exported(ctx) or compat.partitioned_automatically(ctx):
         return False
-    if _lanes(dy.shape, **params) < _LEAST_LANES:
+    if dispatch.switch() != "on" and _lanes(dy.shape, **params) < _LEAST_LANES:
         return False
     vectors = attributes(**params).values()
     obstacle = native.cpu.max_pool_grad_obstacle

@@ -7,6 +7,7 @@ mapped axis into an index of the convolution, for one call.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -50,9 +51,6 @@ def bind(
         out_sharding: of the result, for meshes with explicit axes.
         implementation: "native", "xla" or None.
         function: the public function, for messages; the map's own by default.
-
-    Returns:
-        The result, an array of the shape that the geometry has for it.
     """
     function = function or f"conv_{map_.name}"
     if preferred_element_type is not None:
@@ -61,23 +59,27 @@ def bind(
             first, second = lax_maps.convert(first, dtype), lax_maps.convert(second, dtype)
             preferred_element_type = None
     reason = dispatch.unsupported(geometry, first.dtype)
+    explicit = compat.has_explicit_sharding(jax.typeof(first), jax.typeof(second))
     if reason is not None:
-        # Not a case for the primitive: lax has rules for every dtype.
         dispatch.require_not_native(implementation, reason)
-        return lax_maps.of(map_)(
-            first,
-            second,
-            geometry,
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-            out_sharding=out_sharding,
+    elif out_sharding is not None and not explicit:
+        raise ValueError(
+            f"{function} out_sharding is for meshes with explicit axes, which the operands "
+            f"are not on, got {out_sharding!r}."
         )
-    if out_sharding is not None:
-        if not compat.has_explicit_sharding(jax.typeof(first), jax.typeof(second)):
-            raise ValueError(
-                f"{function} out_sharding is for meshes with explicit axes, which the operands "
-                f"are not on, got {out_sharding!r}."
+    # Not a case for the primitive: lax has rules for every dtype. And programs with the
+    # primitive are lowered for devices that are known, and form one mesh.
+    if reason is not None or (dispatch.asks_for_lax(implementation) and not explicit):
+        with compat.mark_forward("xla") if implementation == "xla" else contextlib.nullcontext():
+            return lax_maps.of(map_)(
+                first,
+                second,
+                geometry,
+                precision=precision,
+                preferred_element_type=preferred_element_type,
+                out_sharding=out_sharding,
             )
+    if out_sharding is not None:
         out_sharding = compat.canonicalize_sharding(out_sharding, function)
     return _bind(
         map_,
@@ -239,6 +241,7 @@ def _make(map_: Map) -> jex_core.Primitive:
     transposes = (functools.partial(_transpose, map_, role) for role in map_.operands)
     ad.defbilinear(primitive, *transposes)
     compat.set_bilinear_jet_rule(primitive)
+    compat.check_floats_of(primitive)
     batching.register(primitive, map_, functools.partial(_bind, map_))
     lowering.register(primitive, functools.partial(_lower, map_))
     return primitive

@@ -5,7 +5,7 @@
 // gradient as "filter:" and its kernel.
 //
 //   cpu_driver FILE THREADS[,THREADS...] [FAULT]    one problem a line, see
-//   problem_lines.h
+//   problem_lines.h, and cpu_driver_pooling.h for the gradient of max pooling
 //
 // Prints the instruction set, then a line for each kernel. The first number of threads is
 // compared with the literal sum, the others must give its bits. Once more with an
@@ -33,6 +33,7 @@
 #include <vector>
 
 #include "cpu/filter/plan.h"
+#include "cpu_driver_pooling.h"
 #include "kernel.h"
 #include "problem.h"
 #include "problem_lines.h"
@@ -324,6 +325,42 @@ int RunLine(const Line& line, const std::vector<int>& threads, const std::string
   return failures + RunRequest(forward, y, threads, fault);
 }
 
+// The gradient of max pooling. Returns the number of failures.
+int RunPoolLine(const PoolLine& line, const std::vector<int>& threads) {
+  const DType dtype = DTypeByName(line.dtype);
+  std::mt19937 random(static_cast<unsigned>(std::hash<std::string>{}(line.name)));
+  Array x(dtype, line.x_shape), dy(dtype, line.dy_shape);
+  Fill(&x, line.special, &random);
+  Fill(&dy, line.special, &random);
+  for (int64_t i = 0; i < x.count(); ++i) x.Set(i, std::nearbyint(2 * x.Get(i)));
+  PoolArgs args{};
+  if (const std::string error =
+          MakePool(line.x_shape, line.dy_shape, line.attributes, dtype, &args);
+      !error.empty()) {
+    std::printf("FAIL %s %s: %s\n", line.name.c_str(), line.dtype.c_str(), error.c_str());
+    return 1;
+  }
+  args.x = x.data();
+  args.dy = dy.data();
+  const Array dx(dtype, line.x_shape);
+  const bool same =
+      GivesTheSameBits(dx, line.x_shape, 0, 0, threads, "",
+                       [&args](void* result, void*, int64_t, const ParallelFor& loop) {
+                         args.dx = result;
+                         RunCpuMaxPoolGrad(args, loop);
+                       });
+  const std::vector<double> expected =
+      LiteralPoolGrad(line, dtype, x.Values(), dy.Values());
+  const std::vector<double> found = dx.Values();
+  const bool right = std::equal(
+      found.begin(), found.end(), expected.begin(),
+      [](double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); });
+  std::printf("%s %s %s pool %s%s\n", right && same ? "pass" : "FAIL", line.name.c_str(),
+              line.dtype.c_str(), right ? "" : "another value than the definition's ",
+              same ? "" : "other bits with other threads");
+  return right && same ? 0 : 1;
+}
+
 int Main(const char* path, const char* numbers, const std::string& fault) {
   if (!NarrowFormatsHold()) {
     std::fprintf(stderr, "conversions of 16-bit types are wrong\n");
@@ -340,6 +377,10 @@ int Main(const char* path, const char* numbers, const std::string& fault) {
   std::ifstream file(path);
   int failures = 0, lines = 0;
   for (std::string text; std::getline(file, text); ++lines) {
+    if (PoolLine pool; text.rfind("pool ", 0) == 0 && ReadPoolLine(text, &pool)) {
+      failures += RunPoolLine(pool, threads);
+      continue;
+    }
     Line line;
     if (!ReadLine(text, &line)) {
       std::fprintf(stderr, "malformed line: %s\n", text.c_str());

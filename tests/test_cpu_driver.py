@@ -1,11 +1,15 @@
 """The CPU kernels without Python: under sanitizers, by other compilers, on another processor."""
 
+import itertools
+import math
 import platform
 import shutil
 import subprocess
 
 import cpu_programs
+import numpy as np
 import pytest
+import test_pooling
 from conftest import SEED
 from emulator import build, cases
 
@@ -73,6 +77,25 @@ def problems(most_products, random_count=RANDOM_COUNT, dtypes=cases.DTYPES):
     ]
 
 
+POOLS = 60
+
+
+def pool_lines(most_looks):
+    """Gradients of max pooling for the driver, a seventh with NaN and Inf."""
+    rng = np.random.default_rng(SEED)
+    named = [*test_pooling.GEOMETRIES.values(), *test_pooling.LARGE_TILES]
+    drawn = itertools.islice(test_pooling.taken(rng), POOLS)
+    lines = []
+    for index, g in enumerate([*named, *drawn]):
+        if math.prod(g[0]) * math.prod(g[1]) > most_looks:
+            continue
+        lists = (g[0], g[1], g[2], sum(g[3], ()))
+        text = " ".join(str(n) for values in lists for n in (len(values), *values))
+        special = int(index % 7 == SEED % 7)
+        lines += [f"pool pool_{index} {dtype} {special} {text}" for dtype in cases.DTYPES]
+    return lines
+
+
 # variant: threads, the largest problem. Several numbers of threads must give the same bits.
 SANITIZERS = {"address": ("1,4", 1 << 21), "thread": ("3", 1 << 18)}
 
@@ -85,7 +108,7 @@ def test_kernels_under_a_sanitizer(tmp_path, variant, isa):
         pytest.skip(reason)
     program = cpu_programs.driver(build.VARIANTS[variant])
     threads, most_products = SANITIZERS[variant]
-    lines = problems(most_products)
+    lines = problems(most_products) + pool_lines(most_products)
     cpu_programs.check(cpu_programs.run(program, lines, tmp_path, threads=threads, isa=isa), isa)
 
 

@@ -96,7 +96,17 @@ def test_other_implementations(rng, names, implementation):
     assert dx.dtype == jnp.float32
     assert normwise_error(dx, reference) <= tolerance("float32", 9 * 10)
     text = jax.jit(functools.partial(gradient, implementation="xla")).lower(dy, w, **arrays)
-    assert "convgrad" not in text.as_text()
+    assert "@convgrad" not in text.as_text()
+
+
+def test_a_preferred_dtype_that_x64_would_have_to_allow(rng):
+    """The residual had to be of a dtype that no array has."""
+    dy, w, residual = jnp.ones((1, 3, 4, 4)), jnp.ones((3, 2, 2, 2)), jnp.ones((1, 2, 5, 5))
+    wide = {"preferred_element_type": "float64"}
+    dx = jax_convgrad.conv_input_grad(dy, w, residual.shape, residual=residual, **wide)
+    assert dx.dtype == jnp.float32
+    explanation = jax_convgrad.explain(residual, w, (1, 1), "VALID", **wide)
+    assert explanation.dtype == "float32"
 
 
 def test_an_image_without_a_batch_axis(rng):

@@ -366,6 +366,30 @@ def test_what_asks_for_lax_gets_it_beside_a_layer_that_does_not(operands):
             assert counts(lowered(functools.partial(both, order=1), x, w)) == (2, 1)
 
 
+def test_what_asks_for_lax_gets_it_in_complex_numbers_and_in_higher_derivatives(operands):
+    """lax's three convolutions for complex ones, and the gradient's gradient, were kernels'."""
+    x, w = operands
+    conv = functools.partial(
+        jax_convgrad.conv_general_dilated, window_strides=(2, 2), padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"), implementation="xla",
+    )  # fmt: skip
+
+    def penalty(x, w):
+        return jnp.sum(jnp.abs(jax.grad(lambda x: jnp.sum(jnp.sin(conv(x, w))))(x)) ** 2)
+
+    def gradient(x, w):
+        dy = jnp.ones_like(conv(x, w))
+        return jax_convgrad.conv_input_grad(
+            dy, w, x.shape, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            implementation="xla",
+        )  # fmt: skip
+
+    with jax_convgrad.installed():
+        for function in (jax.grad(penalty), jax.grad(penalty, argnums=1), gradient):
+            assert "custom_call" not in lowered(function, x, w)
+        assert "custom_call" not in lowered(gradient, x + 1j, w + 0j)
+
+
 @pytest.mark.native
 def test_the_flag_counts_when_a_program_is_lowered(operands):
     function = jax.jit(upsample)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -151,6 +152,13 @@ def all_bits():
         if special:
             w[(1,) * 4] = np.inf
         problems.append((dy, w, g))
+    # An Inf that one phase of a stride has, and the others have not.
+    strided = make_geometry((2, 6), (2, 3), (32, 128), batch=1, stride=(1, 2),
+                            padding=((0, 1), (1, 1)))  # fmt: skip
+    dy, w = oracles.operands(np.random.default_rng(0), strided, "float32")
+    dy, w = -abs(dy) * np.float32(1e-24), abs(w) * np.float32(1e-24)
+    w[0, 1, 0, 0] = np.inf
+    problems.append((dy, w, strided))
     for index, g in enumerate(FEW_ROWS):
         for dtype, scale in (("float32", 1), ("bfloat16", 1), ("float32", np.float32(1e-24))):
             dy, w = oracles.operands(np.random.default_rng(index), g, dtype)
@@ -188,7 +196,7 @@ def test_the_same_bits_for_every_thread_count(run_python, counts):
     }
     twice = [case.name for case in named_cases() for _ in range(2)]
     few = [f"few rows {index}" for index in range(len(FEW_ROWS)) for _ in range(3)]
-    names = [*twice, "underflow", "infinite", *few, *twice, "split", "split"]
+    names = [*twice, "underflow", "infinite", "strided", *few, *twice, "split", "split"]
     for threads in counts[1:]:
         differing = {
             name
@@ -206,18 +214,27 @@ IMAGES = [
     make_geometry((6, 6), (3, 3), (128, 32), batch=1, padding=1),
     make_geometry((10, 10), (3, 3), (128, 32), batch=1, padding=1),
     make_geometry((4, 4), (3, 3), (40, 96), batch=1, padding=1, dimension_numbers="first"),
+    # Where strips serve if there are enough of them; rows of an image that fill no tile.
+    make_geometry((4, 14), (3, 1), (64, 128), batch=1, padding=((1, 1), (0, 0))),
+    make_geometry((4, 5), (1, 9), (32, 64), batch=1, padding=((0, 0), (4, 4))),
+    # One channel and one position, as of a classifier's last layer.
+    make_geometry((7, 7), (7, 7), (48, 1), batch=1),
+    make_geometry((1, 1), (1, 1), (1, 40), batch=1, dimension_numbers="first"),
 ]
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD])
 def test_the_bits_of_an_image_do_not_depend_on_the_others(rng, map_):
-    """Short sums added the taps of some register tiles in the opposite order."""
-    for g in IMAGES:
-        many = dataclasses.replace(g, lhs_shape=(9, *g.lhs_shape[1:]))
-        first, w = oracles.operands(rng, g, "float32", map_)
-        both = [(first, w, g), (np.repeat(first, 9, axis=0), w, many)]
-        for kernel in oracles.kernels_for(many, "float32", map_=map_):
+    """Short sums added the taps of some register tiles in the opposite order.
+
+    And of sums that underflow the sign did: whether a zero is added to -0.
+    """
+    for g, scale in itertools.product(IMAGES, (1, np.float32(1e-24))):
+        many = dataclasses.replace(g, lhs_shape=(17, *g.lhs_shape[1:]))
+        first, w = (scale * a for a in oracles.operands(rng, g, "float32", map_))
+        both = [(first, w, g), (np.repeat(first, 17, axis=0), w, many)]
+        for kernel in [*oracles.kernels_for(many, "float32", map_=map_), "auto"]:
             alone, together = (
                 results[kernel]
                 for results in oracles.call_kernels_of_many(both, lambda *_, k=kernel: [k], map_)

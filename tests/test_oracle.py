@@ -153,6 +153,28 @@ def test_one_image_without_a_batch_axis(rng, x64):
     assert_equal_sums(actual, expected)
 
 
+@pytest.mark.parametrize("layouts", [("HWC", "HWIO", "HWC"), ("CHW", "OIHW", "CHW")])
+def test_layouts_of_one_image_without_a_batch_axis(rng, x64, layouts):
+    """They were refused, whatever they were."""
+    with_batch = ("N" + layouts[0], layouts[1], "N" + layouts[2])
+    last = layouts[0][-1] == "C"
+    x, w, dy = (
+        rng.standard_normal(shape)
+        for shape in (
+            [(5, 6, 2), (3, 2, 2, 4), (3, 5, 4)] if last else [(2, 5, 6), (4, 2, 3, 2), (4, 3, 5)]
+        )
+    )
+    for function, operands, shape in (
+        (jax_convgrad.conv_input_grad, (dy, w), x.shape),
+        (jax_convgrad.conv_filter_grad, (x, dy), w.shape),
+    ):
+        found = function(*operands, shape, dimension_numbers=layouts)
+        batched = [a[None] if a.ndim == 3 else a for a in operands]
+        shape = (1, *shape) if len(shape) == 3 else shape
+        expected = function(*batched, shape, dimension_numbers=with_batch)
+        np.testing.assert_array_equal(found, expected.reshape(found.shape))
+
+
 def test_flipping_the_filter_and_reading_dy_backwards_flips_twice(rng, x64):
     dy, w, shape = seed_case(rng)
     k = w.shape[-1]

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -134,17 +135,22 @@ def random_geometry(rng):
     return tuple(shape), tuple(window), tuple(strides), tuple(padding)
 
 
-def random_problems(rng, count):
-    """(g, dy, x), as many as asked, of sizes that lax is quick with."""
-    while count:
+def taken(rng):
+    """Geometries that the kernel takes, of sizes that lax is quick with, without end."""
+    while True:
         g = random_geometry(rng)
         if math.prod(g[0]) * math.prod(g[1]) > MOST_LOOKS or math.prod(out_shape(g)) == 1:
             continue
         if native.cpu.max_pool_grad_obstacle(g[0], out_shape(g), g[1], g[2], sum(g[3], ()), 4):
             continue
+        yield g
+
+
+def random_problems(rng, count):
+    """(g, dy, x), as many as asked."""
+    for g in itertools.islice(taken(rng), count):
         dtype, kinds = str(rng.choice(oracles.DTYPES)), rng.choice(DATA, 2)
         yield g, *operands(rng, g, dtype, kinds)
-        count -= 1
 
 
 def check(problems):
@@ -271,7 +277,8 @@ def installed_text(function, *args):
         return jax.jit(function).lower(*args).as_text()
 
 
-def test_what_stays_laxs(image):
+def test_what_stays_laxs(monkeypatch, image):
+    monkeypatch.setattr(dispatch, "switch", lambda: None)
     g = (image.shape, (1, 3, 3, 1), (1, 2, 2, 1), ((0, 0), (1, 1), (1, 1), (0, 0)))
     dy = jnp.ones(out_shape(g))
     assert counts(installed_text(lambda dy, x: pool_grad(dy, x, g), dy, image)) == (1, 0)
@@ -291,6 +298,14 @@ def test_what_stays_laxs(image):
         function = functools.partial(pool_grad, g=g)
         args = jnp.ones(out_shape(g)), jnp.ones(g[0])
         assert counts(installed_text(function, *args)) == (0, 1)
+
+
+def test_switched_on_small_planes_take_the_kernel(monkeypatch):
+    """That lax is faster at them was no reason that `on` lifted."""
+    monkeypatch.setattr(dispatch, "switch", lambda: "on")
+    g = ((2, 32, 8, 8), *GEOMETRIES["2x2 by 2, planes"][1:])
+    function = functools.partial(pool_grad, g=g)
+    assert counts(installed_text(function, jnp.ones(out_shape(g)), jnp.ones(g[0]))) == (1, 0)
 
 
 def test_switch(image, monkeypatch):

@@ -513,6 +513,36 @@ def test_explicit_groups(rng, kind):
     check(split, expected)
 
 
+@pytest.mark.usefixtures("explicit")
+@pytest.mark.parametrize("named", [False, True])
+def test_out_sharding_of_one_image(rng, named):
+    """Its dimensions were taken for those of a batch of one."""
+    dy, w = rng.standard_normal((16, 16)), rng.standard_normal((16, 8, 3))
+    spec = P("m", "d")
+    out = NamedSharding(jax.sharding.get_abstract_mesh(), spec) if named else spec
+    dx = conv_input_grad(
+        jax.device_put(dy, P("m")), jax.device_put(w, P()), (8, 16), padding="SAME",
+        out_sharding=out,
+    )  # fmt: skip
+    assert spec_of(dx) == [("m",), ("d",)]
+    with jax.set_mesh(None):
+        check(dx, conv_input_grad(dy, w, (8, 16), padding="SAME"))
+
+
+def test_lax_is_asked_for_on_two_meshes(x, w):
+    """Programs with the primitives have one mesh and known devices; lax's have not."""
+    xs = jax.device_put(x, NamedSharding(mesh_of(d=8), P("d")))
+    ws = jax.device_put(w, NamedSharding(mesh_of(a=4, b=2), P()))
+    asks = functools.partial(ours, implementation="xla")
+    check(jax.jit(both(asks))(xs, ws), both(theirs)(x, w))
+    abstract = NamedSharding(jax.sharding.AbstractMesh((8,), ("d",)), P("d"))
+    traced = jax.jit(jax.grad(loss(asks))).trace(
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=abstract),
+        jax.ShapeDtypeStruct(w.shape, w.dtype),
+    )
+    assert "stablehlo.convolution" in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
 def test_out_sharding_needs_explicit_axes(x, w, rng):
     dy = rng.standard_normal((16, 16, 16))
     with jax.set_mesh(mesh_of(d=8)), pytest.raises(ValueError, match="with explicit axes"):

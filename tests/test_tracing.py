@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 from jax.ad_checkpoint import print_saved_residuals
+from jax.experimental import checkify
 from transformations import POLICIES, names_the_convolution
 
 import jax_convgrad
@@ -28,6 +29,24 @@ def convolution(entry_point):
         jax_convgrad.conv_general_dilated if entry_point == "function" else lax.conv_general_dilated
     )
     return functools.partial(function, **PARAMS)
+
+
+@pytest.mark.parametrize("entry_point", ENTRY_POINTS)
+def test_checkify_finds_nans_in_gradients(operands, entry_point):
+    """As in those of lax; it knows lax's primitives by name."""
+    x, w = operands
+    conv = convolution(entry_point)
+
+    def gradients(x, w, dy):
+        return jax.vjp(conv, x, w)[1](dy)
+
+    with jax_convgrad.installed(entry_point == "install"):
+        dy = jnp.full_like(conv(x, w), jnp.inf)
+        checked = checkify.checkify(jax.jit(gradients), errors=checkify.float_checks)
+        for x_or_zero, w_or_zero in ((x, 0 * w), (0 * x, w)):
+            error, _ = checked(x_or_zero, w_or_zero, dy)
+            assert "nan generated" in error.get()
+        assert checked(x, w, jnp.ones_like(dy))[0].get() is None
 
 
 def primitives(jaxpr):

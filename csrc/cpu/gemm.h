@@ -441,17 +441,7 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   const int64_t most_rows = MostRowsToPackLocally<T>(a);
   const bool has_few_rows =
       !strips_alone && !narrow && most_rows > 0 && rows / p.batch <= most_rows;
-  // Strips leave out taps that miss, and add long taps whole. Tasks that pack for
-  // themselves multiply zeros, and add in parts. Never both: the threads decide about the
-  // latter, the number of images about the former.
-  const bool adds_in_parts = has_few_rows && MostTaps(a) > 1 &&
-                             Depth<O>(p) > BlockRows(kPanelVectors<O>, kTileBytes);
-  const bool strips_serve = !narrow && !adds_in_parts && StripsServe<O>(a);
-  const int64_t strips = strips_serve ? rows / a.phase[2][0].h_count * StripsOfRow(a) : 0;
-  const int64_t strip_tasks = s->phases * p.groups * strips;
-  const bool enough_strips = strips_alone || strip_tasks >= kEnoughStrips;
-  const bool left_to_strips = strips_serve && enough_strips && MostTaps(a) > 1;
-  if (has_few_rows && rows <= most_rows && !left_to_strips) {
+  if (has_few_rows && rows <= most_rows) {
     const int64_t tasks = s->phases * p.groups * s->panels;
     const int64_t turns = CeilDiv(tasks, a.threads);
     s->local_filter = 5 * tasks >= 4 * turns * a.threads;
@@ -463,18 +453,26 @@ inline void ChooseTasks(const Problem& p, bool narrow, GemmState* s) {
   // The parts of a single tap follow one another whatever their size.
   s->small_parts = has_few_rows && (s->local_filter || MostTaps(a) > 1);
   s->whole_windows = s->local_filter && PacksWholeWindows<T>(a);
-  s->strips = strips_serve && enough_strips && !s->local_filter;
-  if (s->strips) {
+  // Tasks that pack for themselves add long taps in parts, strips whole: not both, since
+  // the threads decide about the former.
+  const bool adds_in_parts = s->small_parts && MostTaps(a) > 1 &&
+                             Depth<O>(p) > BlockRows(kPanelVectors<O>, kTileBytes);
+  if (!narrow && !s->local_filter && !adds_in_parts && StripsServe<O>(a)) {
     // Whole strips, of all panels: as many as make a task worth its start.
-    const double work_of_strip = work / strip_tasks;
-    const int64_t worth = CeilDiv(strip_tasks, kEnoughTasks);
-    s->task_rows = work_of_strip * worth < kLeastWork
-                       ? static_cast<int64_t>(kLeastWork / work_of_strip) + 1
-                       : worth;
-    s->row_groups = CeilDiv(strips, s->task_rows);
-    s->panel_groups = 1;
-    s->group_parts = p.groups;
-    return;
+    const int64_t strips = rows / a.phase[2][0].h_count * StripsOfRow(a);
+    const int64_t tasks = s->phases * p.groups * strips;
+    s->strips = strips_alone || tasks >= kEnoughStrips;
+    if (s->strips) {
+      const double work_of_strip = work / tasks;
+      const int64_t worth = static_cast<int64_t>(CeilDiv(tasks, kEnoughTasks));
+      s->task_rows = work_of_strip * worth < kLeastWork
+                         ? static_cast<int64_t>(kLeastWork / work_of_strip) + 1
+                         : worth;
+      s->row_groups = CeilDiv(strips, s->task_rows);
+      s->panel_groups = 1;
+      s->group_parts = p.groups;
+      return;
+    }
   }
   s->short_sums = !narrow && HasShortSums<O>(a);
   if (s->short_sums) {

@@ -57,7 +57,9 @@ CONVGRAD_NOINLINE void MultiplyPacked(const ShortTile<O>& tile, int64_t k_count,
   CONVGRAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
     CONVGRAD_UNROLL
-    for (int v = 0; v < kVecs; ++v) Store<L>(out[i] + v * L, sum[i][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      Store<L>(out[i] + v * L, sum[i][v] + Vec<Sum<O>, L>{});  // +0, not -0
+    }
   }
 }
 

@@ -84,7 +84,9 @@ CONVGRAD_NOINLINE void MultiplyStrip(const StripTaps<O>& taps, int64_t at, int64
   CONVGRAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
     CONVGRAD_UNROLL
-    for (int v = 0; v < kVecs; ++v) Store<L>(out + i * out_step + v * L, sum[i][v]);
+    for (int v = 0; v < kVecs; ++v) {
+      Store<L>(out + i * out_step + v * L, sum[i][v] + Vec<Sum<O>, L>{});  // +0, not -0
+    }
   }
 }
 

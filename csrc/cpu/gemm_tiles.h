@@ -42,6 +42,10 @@ struct GemmBlock {
 // where fresh rows count as zeros whatever they hold. So many streams at once are more
 // than hardware foresees: asks for what the first tap reads `ahead` elements further on,
 // unless that is 0, and for fresh rows long before they are stored.
+//
+// Zeros are stored as +0 (so in gemm_short.h and gemm_strips.h). A sum that underflows
+// may be -0, and one more product with the row of zeros would make it +0: whether there
+// is one depends on which rows share a tile, on the threads and on the other images.
 template <typename O, int kRows, int kVecs>
 CONVGRAD_NOINLINE void Multiply(int taps, int64_t k_count, const O* const (*rows)[kRows],
                                 int64_t at, int64_t ahead, const O* const* b, bool fresh,
@@ -77,7 +81,7 @@ CONVGRAD_NOINLINE void Multiply(int taps, int64_t k_count, const O* const (*rows
   CONVGRAD_UNROLL
   for (int i = 0; i < kRows; ++i) {
     CONVGRAD_UNROLL
-    for (int v = 0; v < kVecs; ++v) Store<L>(out[i] + v * L, sum[i][v]);
+    for (int v = 0; v < kVecs; ++v) Store<L>(out[i] + v * L, sum[i][v] + V{});
   }
 }
 

@@ -157,7 +157,8 @@ void LengthenRow(int64_t times, Problem* p) {
 }
 
 // Images, too. Not where their number would then decide between two kernels
-// (FewChannelsBeatGemm): an image's bits do not depend on its batch.
+// (FewChannelsBeatGemm): an image's bits do not depend on its batch, unless dY is taken
+// for the filter (Exchanged).
 void MergePointwiseImages(Problem* p) {
   const bool decides = p->axis[2].in < kLongRow && p->in_channels <= kMaxFewChannels &&
                        p->out_channels <= kMaxRowChannels;
@@ -255,7 +256,9 @@ bool HasLongWindow(const Problem& p) {
 bool HasImagesForLanes(const Problem& p) {
   constexpr int64_t kEnoughImages = 16;
   const int64_t results = p.axis[0].out * p.axis[1].out * p.axis[2].out;
-  return p.groups == 1 && p.in_channels == 1 && p.dx.batch == 1 &&
+  // With one position, images lie side by side in any layout, and are rows of a product.
+  const bool has_positions = p.axis[0].in * p.axis[1].in * p.axis[2].in > 1;
+  return p.groups == 1 && p.in_channels == 1 && p.dx.batch == 1 && has_positions &&
          p.batch >= kEnoughImages && results <= Taps(p);
 }
 

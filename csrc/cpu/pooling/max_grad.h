@@ -10,8 +10,8 @@
 // A task makes a tile of dX: some groups along each axis (job.h) of some channels. First
 // it finds the winner of each window that covers the tile, as the number of its tap. Then
 // it gathers. A position lies in several windows, in each under another tap; it adds the
-// dY of those whose winner is that tap. For the others it adds -0, which changes no bit of
-// any sum. The windows at the edge of a tile are looked at by its neighbour, too; in
+// dY of those whose winner is that tap. For the others it adds -0, which changes no bit
+// of any sum. The windows at the edge of a tile are looked at by its neighbour, too; in
 // return no two tasks write to one place, and the order of the sums is fixed.
 //
 // Vector lanes hold the windows of a row with their channels, (p, c), as one sequence. So
@@ -55,6 +55,23 @@ CONVGRAD_INLINE Vec<Acc<T>, N> Rounded(const Vec<Acc<T>, N>& sum) {
   }
 }
 
+// a + b, and a where both are NaN: of two x86 keeps the first operand, which a compiler
+// may choose. XLA's code adds the sum so far, b, to dY.
+template <typename A, int N>
+CONVGRAD_INLINE Vec<A, N> AddInOrder(const Vec<A, N>& a, const Vec<A, N>& b) {
+#if defined(__AVX__)
+  Vec<A, N> sum;
+  if constexpr (sizeof(A) == 8) {
+    asm("vaddpd %2, %1, %0" : "=v"(sum) : "v"(a), "v"(b));
+  } else {
+    asm("vaddps %2, %1, %0" : "=v"(sum) : "v"(a), "v"(b));
+  }
+  return sum;
+#else
+  return a + b;
+#endif
+}
+
 // The windows first .. last along an axis that cover a position, or a tile.
 struct PoolCover {
   int64_t first, last;
@@ -67,45 +84,59 @@ CONVGRAD_INLINE PoolCover CoverOf(const PoolAxis& x, const PoolSpan& s,
           Least(s.first_window + s.windows - 1, position / x.stride)};
 }
 
-// Adds dY of the windows that tap `tap` has won, lane by lane, from block `first` on.
-// Fresh sums are zero, whatever is there.
-template <typename T, bool kFresh>
-CONVGRAD_INLINE void AddWon(const typename PoolTile<T>::I* winner, const Acc<T>* dy,
-                            int64_t tap, int64_t first, int64_t last, Acc<T>* sums) {
-  using A = Acc<T>;
-  using E = typename PoolTile<T>::I;
-  constexpr int N = kLanes<A>, V = kPoolVectors;
-  using F = Vec<A, N>;
-  using I = Vec<E, N>;
-  const I number = I{} + static_cast<E>(tap);
-  const F nothing = -F{};
-  for (int64_t i = first; i < last; i += V * N) {
-    CONVGRAD_UNROLL
-    for (int v = 0; v < V; ++v) {
-      const I won = LoadRaw<E, N>(winner + i + v * N) == number;
-      const F term = won ? Load<N>(dy + i + v * N) : nothing;
-      // The sum is the second operand, as in XLA's code: of two NaNs x86 keeps the first.
-      A* to = sums + i + v * N;
-      if constexpr (kFresh) {
-        Store<N>(to, term + F{});
-      } else {
-        Store<N>(to, Rounded<T, N>(term + Load<N>(to)));
-      }
-    }
-  }
-}
-
 // A row of dX: its positions along the leading axes and the windows there.
 struct PoolRow {
   int64_t h0, h1;
   PoolCover cover0, cover1;
 };
 
+// A row of windows that covers a phase of a row of dX, all of them by one tap. Lane i of
+// the phase meets lane i of `winner` and `dy`, from `first` to `end`.
+template <typename T>
+struct PoolCoveringRow {
+  const typename PoolTile<T>::I* winner;
+  const Acc<T>* dy;
+  typename PoolTile<T>::I tap;
+  int64_t first, end;
+};
+
+constexpr int kPoolCoveringRows = 32;  // that are added at once
+
+// Adds dY of the windows that these taps have won, lane by lane, to sums that are zero if
+// fresh, whatever is there.
+template <typename T, bool kFresh>
+CONVGRAD_NOINLINE void AddWon(const PoolCoveringRow<T>* rows, int count, int64_t lanes,
+                              Acc<T>* sums) {
+  using A = Acc<T>;
+  using E = typename PoolTile<T>::I;
+  constexpr int N = kLanes<A>, V = kPoolVectors;
+  using F = Vec<A, N>;
+  using I = Vec<E, N>;
+  const F nothing = -F{};
+  for (int64_t lane = 0; lane < lanes; lane += V * N) {
+    F sum[V];
+    CONVGRAD_UNROLL
+    for (int v = 0; v < V; ++v) sum[v] = kFresh ? F{} : Load<N>(sums + lane + v * N);
+    for (const PoolCoveringRow<T>* row = rows; row < rows + count; ++row) {
+      if (lane + V * N <= row->first || lane >= row->end) continue;
+      const I tap = I{} + row->tap;
+      CONVGRAD_UNROLL
+      for (int v = 0; v < V; ++v) {
+        const I won = LoadRaw<E, N>(row->winner + lane + v * N) == tap;
+        const F term = won ? Load<N>(row->dy + lane + v * N) : nothing;
+        sum[v] = Rounded<T, N>(AddInOrder<A, N>(term, sum[v]));
+      }
+    }
+    CONVGRAD_UNROLL
+    for (int v = 0; v < V; ++v) Store<N>(sums + lane + v * N, sum[v]);
+  }
+}
+
 // One phase of a row of dX.
 template <typename T>
 CONVGRAD_NOINLINE void Gather(const PoolTile<T>& tile, const PoolRow& to, int64_t phase,
                               Acc<T>* sums) {
-  constexpr int64_t kBlock = kPoolVectors * kLanes<Acc<T>>;
+  using E = typename PoolTile<T>::I;
   const PoolArgs& a = *tile.args;
   const PoolSpan &s0 = tile.span[0], &s1 = tile.span[1], &s = tile.span[2];
   const PoolAxis& x = a.axis[2];
@@ -113,7 +144,14 @@ CONVGRAD_NOINLINE void Gather(const PoolTile<T>& tile, const PoolRow& to, int64_
   // The last taps of a window reach its first phases alone.
   const int64_t taps = x.cover - (phase >= x.window - (x.cover - 1) * x.stride ? 1 : 0);
   const int64_t ahead = s.first_group - s.first_window;
+  PoolCoveringRow<T> rows[kPoolCoveringRows];
+  int count = 0;
   bool fresh = true;
+  const auto add = [&] {
+    (fresh ? AddWon<T, true> : AddWon<T, false>)(rows, count, groups * c, sums);
+    count = 0;
+    fresh = false;
+  };
   for (int64_t p0 = to.cover0.first; p0 <= to.cover0.last; ++p0) {
     const int64_t r0 = to.h0 - p0 * a.axis[0].stride;
     for (int64_t p1 = to.cover1.first; p1 <= to.cover1.last; ++p1) {
@@ -124,26 +162,16 @@ CONVGRAD_NOINLINE void Gather(const PoolTile<T>& tile, const PoolRow& to, int64_
       // Group g is at tap phase + k * stride of window g - k.
       for (int64_t k = taps - 1; k >= 0; --k) {
         const int64_t first = Most(0, k - ahead);
-        const int64_t last = Least(groups, s.windows + k - ahead);
-        if (first >= last) continue;
-        const int64_t at = row + (ahead - k) * c, tap = number + k * x.stride;
-        const int64_t lane = first * c & -kBlock;
-        if (fresh) {
-          const int64_t end = (last * c + kBlock - 1) & -kBlock;
-          if (lane > 0) __builtin_memset(sums, 0, lane * sizeof(Acc<T>));
-          if (end < a.dx_row) {
-            __builtin_memset(sums + end, 0, (a.dx_row - end) * sizeof(Acc<T>));
-          }
-          AddWon<T, true>(tile.winner + at, tile.dy_rows + at, tap, lane, last * c, sums);
-          fresh = false;
-        } else {
-          AddWon<T, false>(tile.winner + at, tile.dy_rows + at, tap, lane, last * c,
-                           sums);
-        }
+        const int64_t end = Least(groups, s.windows + k - ahead);
+        if (first >= end) continue;
+        if (count == kPoolCoveringRows) add();
+        const int64_t at = row + (ahead - k) * c;
+        rows[count++] = {tile.winner + at, tile.dy_rows + at,
+                         static_cast<E>(number + k * x.stride), first * c, end * c};
       }
     }
   }
-  if (fresh) __builtin_memset(sums, 0, a.dx_row * sizeof(Acc<T>));
+  add();
 }
 
 // The two phases of stride 2, alternately.
