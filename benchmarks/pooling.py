@@ -26,11 +26,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from jax import lax
 
 import jax_convgrad
-from jax_convgrad.tools import machine, results, timing
+from jax_convgrad.tools import machine, results, timing, torch_peer
+
+torch = torch_peer.load("default")
 
 # name, x as NHWC, window, stride, padding on both sides
 LAYERS = [
@@ -80,7 +81,7 @@ def compiled(function: Callable[..., Any], active: bool, *operands: Any) -> Call
         return jax.jit(function).lower(*operands).compile()
 
 
-def to_torch(a: np.ndarray, dtype: str, layout: str) -> torch.Tensor:
+def to_torch(a: np.ndarray, dtype: str, layout: str) -> Any:
     """The array in a layout as PyTorch's tensor, NCHW by shape."""
     tensor = torch.from_numpy(a.astype(np.float32)).to(getattr(torch, dtype))
     return tensor if layout == "NCHW" else tensor.permute(0, 3, 1, 2)
@@ -158,7 +159,7 @@ def main() -> None:
     options = parser.parse_args()
     report = machine.describe() | {
         "options": {"row_seconds": options.row_seconds},
-        "torch": {"version": torch.__version__, "threads": torch.get_num_threads()},
+        "torch": {"version": torch.__version__} | torch_peer.settings(torch),
         "complete": False,
         "rows": [],
     }

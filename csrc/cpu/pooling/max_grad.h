@@ -117,6 +117,7 @@ CONVGRAD_NOINLINE void AddWon(const PoolCoveringRow<T>* rows, int count, int64_t
     F sum[V];
     CONVGRAD_UNROLL
     for (int v = 0; v < V; ++v) sum[v] = kFresh ? F{} : Load<N>(sums + lane + v * N);
+    bool exact = kFresh;  // the sum with the next dY: it has T's bits without rounding
     for (const PoolCoveringRow<T>* row = rows; row < rows + count; ++row) {
       if (lane + V * N <= row->first || lane >= row->end) continue;
       const I tap = I{} + row->tap;
@@ -124,8 +125,13 @@ CONVGRAD_NOINLINE void AddWon(const PoolCoveringRow<T>* rows, int count, int64_t
       for (int v = 0; v < V; ++v) {
         const I won = LoadRaw<E, N>(row->winner + lane + v * N) == tap;
         const F term = won ? Load<N>(row->dy + lane + v * N) : nothing;
-        sum[v] = Rounded<T, N>(AddInOrder<A, N>(term, sum[v]));
+        sum[v] = AddInOrder<A, N>(term, sum[v]);
       }
+      if (!exact) {
+        CONVGRAD_UNROLL
+        for (int v = 0; v < V; ++v) sum[v] = Rounded<T, N>(sum[v]);
+      }
+      exact = false;
     }
     CONVGRAD_UNROLL
     for (int v = 0; v < V; ++v) Store<N>(sums + lane + v * N, sum[v]);
