@@ -47,11 +47,11 @@ def conv_general_dilated(
     *,
     implementation: Implementation = None,
 ) -> jax.Array:
-    """`jax.lax.conv_general_dilated` by this package's kernels, and its gradient for lhs.
+    """`jax.lax.conv_general_dilated`, computed and differentiated by this package's kernels.
 
-    The result and the gradient for rhs are the kernels' on a CPU, and lax's elsewhere.
-    A `jax.custom_vjp`: reverse mode, to any order and forward over reverse, works; jvp of
-    the function itself does not (use `jax_convgrad.install` for that).
+    On a CPU kernels compute the result and both gradients, on CUDA the gradient for lhs if
+    asked for. A `jax.custom_vjp`: reverse mode, to any order and forward over reverse, works;
+    jvp of the function itself does not (use `jax_convgrad.install` for that).
 
     Args:
         lhs: input, `n + 2` dimensions.

@@ -21,13 +21,13 @@ _LOWERING_PLATFORM = {"gpu": "cuda"}
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What computes a convolution's maps, of the input gradient all. Prints as a paragraph.
+    """What computes the three maps of a convolution. Prints as a paragraph.
 
     Attributes:
         geometry: the convolution.
         dtype: name of the dtype that the gradient is computed in.
         platform: the lowering platform asked about.
-        implementation: "native" or "xla".
+        implementation: what computes the input gradient, "native" or "xla".
         kernel: name of the kernel, None for "xla".
         reason: why this implementation.
         plan: how the kernel does it, None for "xla".
@@ -157,8 +157,8 @@ def explain(
 ) -> Explanation:
     """Says what `conv_general_dilated(lhs, rhs, ...)` and its input gradient would run.
 
-    Takes the arguments of `conv_general_dilated`; nothing is computed but, once per
-    process, the rates of the default device (about a second).
+    Takes the arguments of `conv_general_dilated`. Computes nothing, except that it measures the
+    rates of the default device once for each dtype (about a second).
 
     Args:
         lhs: input, an array or a `jax.ShapeDtypeStruct`.
