@@ -91,10 +91,7 @@ def integers(value: Any, argument: str, function: str, length: int, low: int) ->
 def dimension_numbers(
     lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...], value: Any, function: str
 ) -> lax.ConvDimensionNumbers:
-    """Returns the layouts as permutations of the dimensions, or raises, in lax's words.
-
-    Layouts are None, three strings or lax's tuple.
-    """
+    """Returns the layouts as permutations of the dimensions, or raises, in lax's words."""
     dnums = lax.conv_dimension_numbers(lhs_shape, rhs_shape, value)  # raises lax's own errors
     specs = []
     for name, spec in zip(dnums._fields, dnums, strict=True):
@@ -197,7 +194,10 @@ def sharding_with_batch(out_sharding: Any, function: str) -> Any:
     if out_sharding is None:
         return None
     of_image = compat.canonicalize_sharding(out_sharding, function)
-    return NamedSharding(of_image.mesh, PartitionSpec(None, *of_image.spec))
+    if (spec := getattr(of_image, "spec", None)) is None:  # of no mesh
+        return out_sharding
+    spec = PartitionSpec(None, *spec, unreduced=spec.unreduced, reduced=spec.reduced)
+    return NamedSharding(of_image.mesh, spec)
 
 
 def _bits(dtype: Any) -> int:
@@ -212,9 +212,10 @@ def result_dtype(operand_dtype: Any, preferred_element_type: Any, function: str)
     None asks for the operands' dtype. Without x64 no result has 64 bits, as in lax.
     """
     operand_dtype = jnp.dtype(operand_dtype)
-    if preferred_element_type is None:
-        return operand_dtype
     try:
+        # Programs that were traced with x64 may be lowered without: no other dtype is asked for.
+        if preferred_element_type is None or jnp.dtype(preferred_element_type) == operand_dtype:
+            return operand_dtype
         dtype = jax.dtypes.canonicalize_dtype(jnp.dtype(preferred_element_type))
     except TypeError:
         raise TypeError(

@@ -105,8 +105,8 @@ def of_another_map(implementation: Implementation) -> Implementation:
 
 
 def asks_for_lax(implementation: Implementation) -> bool:
-    """Whether lax computes every map of every convolution."""
-    return implementation == "xla" or switch() == "off"
+    """Whether lax is to compute every convolution. Where it is off, "native" is an error."""
+    return implementation == "xla" or (implementation is None and switch() == "off")
 
 
 def require_not_native(implementation: Implementation, reason: str) -> None:

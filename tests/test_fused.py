@@ -109,6 +109,22 @@ def test_a_preferred_dtype_that_x64_would_have_to_allow(rng):
     assert explanation.dtype == "float32"
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_x64_that_holds_inside_a_jitted_function_alone(rng, installed):
+    """Its programs are lowered when it no longer holds."""
+    function = lax.conv_general_dilated if installed else jax_convgrad.conv_general_dilated
+
+    @jax.jit
+    def f(x, w):
+        with jax.enable_x64(True):
+            y = function(x.astype("float64"), w.astype("float64"), (1, 1), "SAME")
+            return y.astype("float32")
+
+    x, w = (jnp.asarray(rng.standard_normal(s), "float32") for s in ((2, 3, 5, 5), (4, 3, 3, 3)))
+    with jax_convgrad.installed(installed):
+        np.testing.assert_allclose(f(x, w), lax.conv(x, w, (1, 1), "SAME"), rtol=1e-4, atol=1e-5)
+
+
 def test_an_image_without_a_batch_axis(rng):
     dy, w = rng.standard_normal((5, 4, 4)), rng.standard_normal((5, 3, 3, 3))
     x = np.maximum(rng.standard_normal((3, 6, 6)), 0).astype(np.float32)

@@ -31,7 +31,7 @@ class Transformation:
         eager: needs concrete arrays; the other functions are compiled as a whole.
         forward_mode: differentiates the convolution itself in forward mode, which a
             custom_vjp refuses and lax's convolution does not.
-        input_grad: by this package's primitive, under every implementation.
+        input_grad: by this package's primitive, unless lax is asked for.
     """
 
     name: str
