@@ -173,10 +173,13 @@ bool PlanForm(const Problem& given, const char* kernel, Plan* plan) {
   const auto fits = [&] { return plan->workspace_bytes <= problem.workspace_limit; };
   plan->exchanged = false;
   const bool any = std::strcmp(kernel, "auto") == 0;
-  if (any && (HasLongWindow(problem) || HasImagesForLanes(problem))) {
+  // One kernel for any number of images: an image's bits do not depend on its batch.
+  const bool for_lanes = any && HasImagesForLanes(problem);
+  if (for_lanes || (any && HasLongWindow(problem))) {
     const Problem as_given = problem;
     problem = Exchanged(problem);
-    if (make(kernel) && fits() && packs_little) {
+    const bool made = make(for_lanes ? RowOf(Kernel::kGemm).name : kernel);
+    if (made && fits() && (for_lanes || packs_little)) {
       plan->exchanged = true;
       return true;
     }

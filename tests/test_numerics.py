@@ -302,19 +302,25 @@ IMAGES = {
     "strips or parts": make_geometry((24,), (2,), (176, 176), batch=1, padding=1),
     "stem": make_geometry((20, 40), (3, 3), (3, 32), batch=1, stride=2, padding=1),
     "depthwise": make_geometry((9, 9), (3, 3), (32, 32), batch=1, padding=1, feature_groups=32),
+    "side by side": make_geometry((280,), (23,), (1, 5), batch=1, rhs_dilation=12,
+                                  padding=((3, 4),), dimension_numbers=("CWN", "IWO", "WNC")),
 }  # fmt: skip
 
 
 @pytest.mark.native
 @pytest.mark.parametrize("map_", [FORWARD, INPUT_GRAD], ids=["y", "dx"])
+@pytest.mark.parametrize("images", [9, 20])
 @pytest.mark.parametrize("name", IMAGES)
-def test_bits_of_an_image_do_not_depend_on_its_batch(rng, name, map_):
+def test_bits_of_an_image_do_not_depend_on_its_batch(rng, name, images, map_):
     """How many rows there are to share decided about the parts of a sum; and images may be
     taken for one long row, by a kernel that one of them would get too.
     """
     one = IMAGES[name]
-    at = one.dimension_numbers.lhs_spec[0]
-    shape = tuple(9 if dim == at else size for dim, size in enumerate(one.lhs_shape))
+    lhs_spec, _, out_spec = one.dimension_numbers
+    at, of_result = lhs_spec[0], out_spec[0]
+    shape = tuple(images if dim == at else size for dim, size in enumerate(one.lhs_shape))
+    if map_ is INPUT_GRAD:
+        at, of_result = of_result, at
     arrays = oracles.operands(rng, one.replace(lhs_shape=shape), "float32", map_)
 
     def call(first, g):
@@ -322,8 +328,9 @@ def test_bits_of_an_image_do_not_depend_on_its_batch(rng, name, map_):
         (results,) = oracles.call_kernels_of_many([problem], lambda *_: ["auto"], map_)
         return results["auto"]
 
-    images = call(arrays[0], one.replace(lhs_shape=shape))
-    assert images[:1].tobytes() == call(arrays[0][:1], one).tobytes()
+    together = call(arrays[0], one.replace(lhs_shape=shape))
+    alone = call(np.take(arrays[0], [0], axis=at), one)
+    assert np.take(together, [0], axis=of_result).tobytes() == alone.tobytes()
 
 
 @pytest.mark.native

@@ -254,12 +254,11 @@ bool HasLongWindow(const Problem& p) {
 }
 
 bool HasImagesForLanes(const Problem& p) {
-  constexpr int64_t kEnoughImages = 16;
   const int64_t results = p.axis[0].out * p.axis[1].out * p.axis[2].out;
   // With one position, images lie side by side in any layout, and are rows of a product.
   const bool has_positions = p.axis[0].in * p.axis[1].in * p.axis[2].in > 1;
   return p.groups == 1 && p.in_channels == 1 && p.dx.batch == 1 && has_positions &&
-         p.batch >= kEnoughImages && results <= Taps(p);
+         results <= Taps(p);
 }
 
 double LivePart(const Problem& p) {
