@@ -12,7 +12,7 @@ from html import escape
 from math import gcd, hypot
 
 HERE = pathlib.Path(__file__).parent
-INK, PALE = "#263238", "#90a4ae"
+INK, MUTED, PALE = "#263238", "#546e7a", "#90a4ae"
 COLOURS = ("#c5cae9", "#ffe0b2", "#c8e6c9")  # of phases, devices, maps
 
 
@@ -28,7 +28,7 @@ class Picture:
         x: float,
         y: float,
         *lines: str,
-        size: int = 14,
+        size: int = 13,
         at: str = "middle",
         ink: str = INK,
         code: bool = False,
@@ -50,7 +50,7 @@ class Picture:
         height: float,
         *lines: str,
         fill: str = "#fff",
-        size: int = 14,
+        size: int = 13,
         code: bool = False,
         dashed: bool = False,
     ) -> None:
@@ -113,9 +113,9 @@ def maps() -> str:
     ]
     for a, b, label, at in sides:
         p.line(*corner[a], *corner[b], ink=PALE, width=2, arrow=False)
-        p.text(*at, label, size=13, ink="#546e7a")
-    p.text(360, 130, "g: groups, which all three share", size=13, ink="#546e7a")
-    p.text(360, 152, "a·h = s·p - l + b·r on every axis", size=13, ink="#546e7a")
+        p.text(*at, label, ink=MUTED)
+    p.text(360, 130, "g: groups, which all three share", ink=MUTED)
+    p.text(360, 152, "a·h = s·p - l + b·r on every axis", ink=MUTED)
     arrays = {
         "x": ("x [n, g, c, h]", "dX from dY and w", "conv_input_grad"),
         "w": ("w [g, k, c, r]", "dW from x and dY", "conv_filter_grad"),
@@ -125,25 +125,16 @@ def maps() -> str:
         array, made, function = arrays[name]
         p.box(x - 105, y - 40, 210, 80, fill=fill)
         p.text(x, y - 20, array, size=15)
-        p.text(x, y + 2, made, size=13)
-        p.text(x, y + 24, function, size=13, code=True)
+        p.text(x, y + 2, made)
+        p.text(x, y + 24, function, code=True)
     return p.svg("The three maps of a convolution")
 
 
 def path() -> str:
     """From the two entry points to a kernel, or to lax."""
     p = Picture(860, 470)
-    p.text(430, 20, "when traced", size=12, ink="#546e7a")
-    p.box(
-        30,
-        35,
-        330,
-        62,
-        "jax_convgrad.conv_general_dilated",
-        "a custom_vjp",
-        size=13,
-        fill=COLOURS[0],
-    )
+    p.text(430, 20, "when traced", size=12, ink=MUTED)
+    p.box(30, 35, 330, 62, "jax_convgrad.conv_general_dilated", "a custom_vjp", fill=COLOURS[0])
     p.box(
         500,
         35,
@@ -151,24 +142,15 @@ def path() -> str:
         62,
         "lax.conv_general_dilated",
         "under install(): our transpose rules",
-        size=13,
         fill=COLOURS[0],
     )
-    p.box(30, 150, 330, 62, "lax's convolution, with a mark", "the forward pass", size=13)
-    p.box(
-        500,
-        150,
-        330,
-        62,
-        "conv_input_grad, conv_filter_grad",
-        "our primitives: the gradients",
-        size=13,
-    )
+    p.box(30, 150, 330, 62, "lax's convolution, with a mark", "the forward pass")
+    p.box(500, 150, 330, 62, "conv_input_grad, conv_filter_grad", "our primitives: the gradients")
     p.line(195, 97, 195, 150)
     p.line(665, 97, 665, 150)
     p.line(360, 84, 500, 158)
     p.line(500, 84, 360, 158)
-    p.text(430, 232, "when lowered", size=12, ink="#546e7a")
+    p.text(430, 232, "when lowered", size=12, ink=MUTED)
     p.box(
         230,
         250,
@@ -176,12 +158,11 @@ def path() -> str:
         52,
         "dispatch: which implementation, and why",
         "asks the planner and preference.py",
-        size=13,
         fill=COLOURS[1],
     )
     p.line(195, 212, 320, 250)
     p.line(665, 212, 540, 250)
-    p.box(30, 350, 200, 52, "lax's own computation", size=13)
+    p.box(30, 350, 200, 52, "lax's own computation")
     p.line(290, 302, 150, 350)
     p.box(
         300,
@@ -190,7 +171,6 @@ def path() -> str:
         52,
         "FFI custom call: handler",
         "checks, plans, takes workspace",
-        size=13,
         fill=COLOURS[2],
     )
     p.line(430, 302, 420, 350)
@@ -201,11 +181,10 @@ def path() -> str:
         52,
         "kernel: stages of tasks",
         "on XLA's threads, or a stream",
-        size=13,
         fill=COLOURS[2],
     )
     p.line(540, 376, 600, 376)
-    p.text(565, 425, "when run", size=12, ink="#546e7a")
+    p.text(565, 425, "when run", size=12, ink=MUTED)
     return p.svg("The path of a call")
 
 
@@ -239,23 +218,15 @@ def phases() -> str:
                     ink=inks[h % phase_count],
                 )
     for i in range(out):
-        p.box(at_y(i) - 24, 52, 48, 36, f"p={i}", size=13)
+        p.box(at_y(i) - 24, 52, 48, 36, f"p={i}")
     for h in range(size):
-        p.box(at_x(h) - 24, 232, 48, 36, f"h={h}", size=13, fill=COLOURS[h % phase_count])
+        p.box(at_x(h) - 24, 232, 48, 36, f"h={h}", fill=COLOURS[h % phase_count])
     p.text(380, 20, "Stride 2, three taps, padding 1: h = 2p - 1 + r", size=14)
     p.text(
-        380,
-        296,
-        "Even positions form one phase, a dense problem with the tap r = 1.",
-        size=13,
-        ink=inks[0],
+        380, 296, "Even positions form one phase, a dense problem with the tap r = 1.", ink=inks[0]
     )
     p.text(
-        380,
-        316,
-        "Odd positions form the other, a dense problem with r = 0 and r = 2.",
-        size=13,
-        ink=inks[1],
+        380, 316, "Odd positions form the other, a dense problem with r = 0 and r = 2.", ink=inks[1]
     )
     return p.svg("The phases of a strided gradient")
 
@@ -281,15 +252,12 @@ def halo() -> str:
         last = (edge[0] - side if device == 0 else edge[1]) + side / 2
         for tap in (-1, 0, 1):
             p.line(last + tap * side, top + 36, last + tap * 8, bottom, ink=PALE)
-    p.text((edge[0] + edge[1]) / 2, 152, "halo", size=13, ink="#546e7a")
+    p.text((edge[0] + edge[1]) / 2, 152, "halo", ink=MUTED)
     p.text(72, top + 18, "rows of dY", size=14)
     p.text(72, bottom + 18, "rows of dX", size=14)
-    p.text(p.size[0] / 2, 282, "A window of three taps reaches one row beyond the cut.", size=13)
+    p.text(p.size[0] / 2, 282, "A window of three taps reaches one row beyond the cut.")
     p.text(
-        p.size[0] / 2,
-        302,
-        "Each device is sent that row by its neighbour. Nothing is gathered.",
-        size=13,
+        p.size[0] / 2, 302, "Each device is sent that row by its neighbour. Nothing is gathered."
     )
     return p.svg("The halo of a cut spatial axis")
 
