@@ -156,6 +156,7 @@ void Define(py::module_& m) {
   m.doc() = "FFI handlers of jax_convgrad. Private: use the jax_convgrad package.";
   m.attr("version") = CONVGRAD_VERSION;
   m.attr("ffi_api_version") = py::make_tuple(parts.ffi_api_major, parts.ffi_api_minor);
+  m.attr("scratch_bytes") = parts.scratch_bytes;
   m.def("targets", [] {
     py::dict targets;
     targets["convgrad_input_grad"] = py::capsule(Parts().input_grad);

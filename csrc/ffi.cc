@@ -6,6 +6,7 @@
 // kernels there (tests/emulator).
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -25,6 +26,7 @@
 #include "kernel.h"
 #include "problem.h"
 #include "thread_pool.h"
+#include "thread_scratch.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -71,6 +73,7 @@ bool MakePlan(Map, const Problem& problem, const char* kernel, const Gpu& gpu,
   return PlanCuda(problem, kernel, gpu, plan);
 }
 constexpr auto& BoundWorkspace = BoundCudaWorkspace;
+constexpr int64_t kScratchBytes = 0;
 constexpr auto& FindGpu = CurrentGpu;
 int64_t WorkspaceBytes(const Problem& problem, const Plan&, const std::string& kernel) {
   return CudaWorkspaceBytes(problem, kernel.c_str());
@@ -78,6 +81,7 @@ int64_t WorkspaceBytes(const Problem& problem, const Plan&, const std::string& k
 #else
 constexpr auto& KernelNames = CpuKernelNames;
 constexpr auto& BoundWorkspace = BoundCpuWorkspace;
+constexpr int64_t kScratchBytes = kThreadScratchBytes;
 bool MakePlan(Map map, const Problem& problem, const char* kernel, const Gpu&,
               Plan* plan) {
   return map == Map::kFilterGrad ? PlanCpuFilterGrad(problem, kernel, plan)
@@ -136,14 +140,32 @@ struct Call {
   Problem problem;
   Plan plan;
   Epilogue epilogue;
-  int64_t w_at;  // where the filter begins, in elements
+  int64_t w_at;     // where the filter begins, in elements
+  void* workspace;  // null if the call brings none
 };
+
+// The workspace that a call brings, null and of no bytes if it brings none.
+std::string ReadWorkspace(const ffi::RemainingRets& results, void** workspace,
+                          int64_t* bytes) {
+  *workspace = nullptr;
+  *bytes = 0;
+  if (results.size() == 0) return "";
+  if (results.size() > 1) {
+    return "results must be an array and at most a workspace, got " +
+           std::to_string(1 + results.size());
+  }
+  auto given = results.get<ffi::Buffer<ffi::U8>>(0);
+  if (given.has_error()) return given.error().message();
+  *bytes = static_cast<int64_t>(given.value()->element_count());
+  if (*bytes > 0) *workspace = given.value()->untyped_data();
+  return "";
+}
 
 // Everything that both platforms check before a kernel sees a pointer.
 std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& first,
                     const ffi::AnyBuffer& second, const ffi::RemainingArgs& args,
-                    bool fused, const ffi::AnyBuffer& to, int64_t workspace_bytes,
-                    Call* made) {
+                    bool fused, const ffi::AnyBuffer& to,
+                    const ffi::RemainingRets& results, Call* made) {
   const Roles roles = RolesOf(map);
   Ints shape[3];
   shape[roles.operand[0]] = ToInts(first.dimensions());
@@ -189,6 +211,11 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
       return error + " for " + shapes;
     }
   }
+  int64_t workspace_bytes;
+  if (std::string error = ReadWorkspace(results, &made->workspace, &workspace_bytes);
+      !error.empty()) {
+    return error + " for " + shapes;
+  }
   Problem& problem = made->problem;
   if (std::string error =
           MakeProblem(shape[kLhs], shape[kRhs], shape[kOut], attributes, &problem);
@@ -199,7 +226,7 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
   if (map == Map::kForward) problem = ForwardAsInputGrad(problem, &made->w_at);
   problem.dtype = *dtype;
   problem.allow_tf32 = call.allow_tf32;
-  problem.workspace_limit = workspace_bytes;
+  problem.workspace_limit = workspace_bytes > 0 ? workspace_bytes : kScratchBytes;
   Gpu gpu{};
   if (const char* error = FindGpu(&gpu); error != nullptr) {
     return std::string("no GPU can be used: ") + error;
@@ -209,7 +236,7 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
       !error.empty()) {
     return error + " for " + shapes;
   }
-  if (workspace_bytes < made->plan.workspace_bytes) {
+  if (problem.workspace_limit < made->plan.workspace_bytes) {
     return "workspace must have " + std::to_string(made->plan.workspace_bytes) +
            " bytes, got " + std::to_string(workspace_bytes) + " for " + shapes;
   }
@@ -234,19 +261,17 @@ ffi::Error Failed(Map map, const char* what) {
 template <bool kFused>
 ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy,
                      ffi::AnyBuffer w, ffi::RemainingArgs args,
-                     ffi::Result<ffi::AnyBuffer> dx,
-                     ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
+                     ffi::Result<ffi::AnyBuffer> dx, ffi::RemainingRets rest) try {
   Call made{};
   if (std::string error =
-          Prepare(Map::kInputGrad, call, dy, w, args, kFused, *dx,
-                  static_cast<int64_t>(workspace->element_count()), &made);
+          Prepare(Map::kInputGrad, call, dy, w, args, kFused, *dx, rest, &made);
       !error.empty()) {
     return Invalid(Map::kInputGrad, error);
   }
   if (dx->element_count() == 0) return ffi::Error::Success();
   const char* error =
       LaunchCuda(stream, made.problem, made.plan, dy.untyped_data(), w.untyped_data(),
-                 dx->untyped_data(), workspace->untyped_data(), made.epilogue);
+                 dx->untyped_data(), made.workspace, made.epilogue);
   return error == nullptr ? ffi::Error::Success() : Failed(Map::kInputGrad, error);
 } catch (const std::exception& e) {
   return Failed(Map::kInputGrad, e.what());
@@ -256,19 +281,39 @@ ffi::Error InputGrad(CUstream_st* stream, CallAttributes call, ffi::AnyBuffer dy
 template <bool kFused>
 ffi::Error InputGradEmulated(CallAttributes call, ffi::AnyBuffer dy, ffi::AnyBuffer w,
                              ffi::RemainingArgs args, ffi::Result<ffi::AnyBuffer> dx,
-                             ffi::Result<ffi::Buffer<ffi::U8>> workspace) {
+                             ffi::RemainingRets rest) {
   // NaNs, so that a test sees what a kernel leaves unwritten.
   std::memset(dx->untyped_data(), 0xff, dx->size_bytes());
-  std::memset(workspace->untyped_data(), 0xff, workspace->size_bytes());
-  return InputGrad<kFused>(nullptr, call, dy, w, args, dx, workspace);
+  void* workspace;
+  int64_t bytes;
+  if (ReadWorkspace(rest, &workspace, &bytes).empty() && bytes > 0) {
+    std::memset(workspace, 0xff, static_cast<size_t>(bytes));
+  }
+  return InputGrad<kFused>(nullptr, call, dy, w, args, dx, rest);
 }
 #endif
 
 #else
 
-// The pool, or for what is done before another thread would have woken up this one alone.
-ParallelFor LoopFor(const Problem& problem, ffi::ThreadPool& pool) {
-  if (!IsTooSmallToShare(problem)) {
+// Counts the calls that run, in all programs of the process.
+class RunningCall {
+ public:
+  RunningCall() : count_(running_.fetch_add(1, std::memory_order_relaxed) + 1) {}
+  ~RunningCall() { running_.fetch_sub(1, std::memory_order_relaxed); }
+  RunningCall(const RunningCall&) = delete;
+  RunningCall& operator=(const RunningCall&) = delete;
+  int64_t count() const { return count_; }  // when this one began, with it
+
+ private:
+  static inline std::atomic<int64_t> running_{0};
+  const int64_t count_;
+};
+
+// The pool, or for what is too small this thread alone.
+ParallelFor LoopFor(const Problem& problem, const RunningCall& call,
+                    ffi::ThreadPool& pool) {
+  const bool all_are_busy = call.count() >= pool.num_threads();
+  if (!IsTooSmallToShare(problem, all_are_busy)) {
     return [&pool](int64_t count, const std::function<void(int64_t)>& task) {
       RunInPool(pool, count, task);
     };
@@ -281,27 +326,28 @@ ParallelFor LoopFor(const Problem& problem, ffi::ThreadPool& pool) {
 template <Map kMap, bool kFused>
 ffi::Error Compute(ffi::ThreadPool pool, CallAttributes call, ffi::AnyBuffer first,
                    ffi::AnyBuffer second, ffi::RemainingArgs args,
-                   ffi::Result<ffi::AnyBuffer> to,
-                   ffi::Result<ffi::Buffer<ffi::U8>> workspace) try {
+                   ffi::Result<ffi::AnyBuffer> to, ffi::RemainingRets rest) try {
   Call made{};
   if (std::string error =
-          Prepare(kMap, call, first, second, args, kFused, *to,
-                  static_cast<int64_t>(workspace->element_count()), &made);
+          Prepare(kMap, call, first, second, args, kFused, *to, rest, &made);
       !error.empty()) {
     return Invalid(kMap, error);
   }
   if (to->element_count() == 0) return ffi::Error::Success();
-  const ParallelFor loop = LoopFor(made.problem, pool);
+  void* const workspace = made.workspace != nullptr
+                              ? made.workspace
+                              : ThreadScratch(made.plan.workspace_bytes);
+  const RunningCall running;
+  const ParallelFor loop = LoopFor(made.problem, running, pool);
   if constexpr (kMap == Map::kFilterGrad) {
     RunCpuFilterGrad(made.problem, made.plan, first.untyped_data(), second.untyped_data(),
-                     to->untyped_data(), workspace->untyped_data(), loop);
+                     to->untyped_data(), workspace, loop);
   } else {
     const unsigned char* filter =
         static_cast<const unsigned char*>(second.untyped_data()) +
         made.w_at * SizeInBytes(made.problem.dtype);
     RunCpu(made.problem, made.plan, first.untyped_data(), filter, to->untyped_data(),
-           workspace->untyped_data(), made.epilogue,
-           std::max<int64_t>(1, pool.num_threads()), loop);
+           workspace, made.epilogue, std::max<int64_t>(1, pool.num_threads()), loop);
   }
   return ffi::Error::Success();
 } catch (const std::exception& e) {
@@ -335,7 +381,7 @@ auto Binding() {
       .Arg<ffi::AnyBuffer>()
       .RemainingArgs()
       .Ret<ffi::AnyBuffer>()
-      .Ret<ffi::Buffer<ffi::U8>>();
+      .RemainingRets();
 }
 
 constexpr std::initializer_list<ffi::Traits> kTraits = {
@@ -376,6 +422,7 @@ const ModuleParts& Parts() {
     p.plan = PlanFor;
     p.workspace_bytes = WorkspaceBytes;
     p.bound_workspace = BoundWorkspace;
+    p.scratch_bytes = kScratchBytes;
 #ifdef CONVGRAD_CUDA
     p.cuda_code = CONVGRAD_CUDA_CODE;
     p.cuda_toolkit_version = CudaToolkitVersion();

@@ -130,8 +130,9 @@ void RunCpu(const Problem& problem, const Plan& plan, const void* dy, const void
             void* dx, void* workspace, const Epilogue& epilogue, int64_t threads,
             const ParallelFor& parallel_for);
 
-// Whether one thread is done before another one would have woken up.
-bool IsTooSmallToShare(const Problem& problem);
+// Whether one thread is done before another one would have woken up, or, if all threads
+// are busy with calls of their own, before it would be free.
+bool IsTooSmallToShare(const Problem& problem, bool all_are_busy);
 
 // "amx", "avx512_bf16", "avx512", "avx2" or "portable": what RunCpu uses on this machine.
 // Empty if the build has nothing for its processor: RunCpu must not be called.

@@ -3,6 +3,7 @@ from typing import Any
 
 version: str
 ffi_api_version: tuple[int, int]
+scratch_bytes: int
 
 def targets() -> dict[str, Any]: ...
 def plan(

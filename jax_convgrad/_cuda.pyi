@@ -3,6 +3,7 @@ from typing import Any
 
 version: str
 ffi_api_version: tuple[int, int]
+scratch_bytes: int
 code: str
 toolkit_version: int
 

@@ -154,33 +154,33 @@ def call_kernel(
     else:
         shape = (choice.workspace_bytes,)
     workspace = jax.core.ShapedArray(shape, np.dtype(np.uint8))
+    module = native.module_for(platform)
+    assert module is not None, platform
+    # A small one is the thread's that runs the call (csrc/thread_scratch.h).
+    is_brought = choice.plan is None or choice.workspace_bytes > module.scratch_bytes
+    results = [out, workspace] if is_brought else [out]
     by_role = [layout[::-1] for layout in custom_call.layouts(geometry, platform)]
     places, to = (by_role[role] for role in map_.operands), by_role[map_.result]
-    operands, avals, layouts = [first, second], [*ctx.avals_in[:2]], [*places]
+    operands, avals = [first, second], [*ctx.avals_in[:2]]
+    layouts: list[tuple[int, ...] | None] = [*places]
     for array in arrays:
         empty = jax.core.ShapedArray((0,), out.dtype)
         operands.append(_without_elements(ctx, empty) if array is None else array)
         avals.append(empty if array is None else out)
-        layouts.append(_row_major(empty) if array is None else to)
+        layouts.append(None if array is None else to)  # None: row-major
     if (padding := custom_call.padding_operand(geometry)) is not None:
         aval = jax.core.ShapedArray(padding, np.dtype(np.uint8))
         operands.append(_without_elements(ctx, aval))
         avals.append(aval)
-        layouts.append(_row_major(aval))
-    call = jax.ffi.ffi_lowering(
-        target, operand_layouts=layouts, result_layouts=[to, _row_major(workspace)]
-    )
-    result, _ = call(
-        ctx.replace(avals_in=avals, avals_out=[out, workspace]),
+        layouts.append(None)
+    to_results = [to, None][: len(results)]
+    call = jax.ffi.ffi_lowering(target, operand_layouts=layouts, result_layouts=to_results)
+    result, *_ = call(
+        ctx.replace(avals_in=avals, avals_out=results),
         *operands,
         **custom_call.attributes(geometry, platform, precision),
     )
     return [result]
-
-
-def _row_major(aval: Any) -> tuple[int, ...]:
-    """The layout from minor to major, as XLA writes it."""
-    return tuple(reversed(range(aval.ndim)))
 
 
 def _without_elements(ctx: Any, aval: Any) -> Any:

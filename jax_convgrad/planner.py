@@ -56,7 +56,7 @@ class NativePlan:
 
     Attributes:
         kernel: the kernel's name.
-        workspace_bytes: scratch memory that the custom call brings as a result.
+        workspace_bytes: scratch memory, which the custom call may have to bring as a result.
         exchanged: whether dy is taken for the filter and the filter for dy, as the CPU
             planner does where the window is many times as large as dy.
         tile: rows, columns and slice of the matrix product that a CUDA block computes;

@@ -17,6 +17,7 @@ from jax import export
 
 import jax_convgrad
 
+# Files of one program differ: since "own-scratch" a call brings no small workspace.
 # What each file computes: dX for (x, dy, w), x for its shape alone, or with the epilogue in
 # which x is the residual and the ReLU's result.
 SAME = {"window_strides": (2, 2), "padding": "SAME"}

@@ -218,15 +218,15 @@ def test_larger_workspace_is_taken():
     np.testing.assert_array_equal(small, large)
 
 
-@pytest.mark.parametrize("missing", [0, 1])
-def test_wrong_number_of_buffers_is_refused(missing):
+@pytest.mark.parametrize(("operands", "results"), [(1, 1), (1, 2), (2, 3)])
+def test_wrong_number_of_buffers_is_refused(operands, results):
     attributes = custom_call.attributes(GEOMETRY, "cpu", None)
-    dx = jax.ShapeDtypeStruct(GEOMETRY.lhs_shape, np.float32)
-    results = (dx,) if missing == 0 else (dx, jax.ShapeDtypeStruct((4096,), np.uint8))
-    operands = [np.ones(GEOMETRY.out_shape, "f4"), np.ones(GEOMETRY.rhs_shape, "f4")]
-    call = jax.ffi.ffi_call(native.TARGET, results)
+    workspace = jax.ShapeDtypeStruct((4096,), np.uint8)
+    types = [jax.ShapeDtypeStruct(GEOMETRY.lhs_shape, np.float32), workspace, workspace]
+    arrays = [np.ones(GEOMETRY.out_shape, "f4"), np.ones(GEOMETRY.rhs_shape, "f4")]
+    call = jax.ffi.ffi_call(native.TARGET, types[:results])
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
-        jax.block_until_ready(call(*operands[missing:], **attributes))
+        jax.block_until_ready(call(*arrays[:operands], **attributes))
 
 
 def test_the_call_that_the_rows_change_is_right(rng):
