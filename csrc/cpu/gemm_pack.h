@@ -237,31 +237,59 @@ inline Sum<Operand<T>> PackTapsTransposed(const T* w, const int64_t* column_w,
 // copy.
 constexpr int64_t kFewTaps = 4;
 
-template <typename T>
-inline Acc<T> PackFewTaps(const T* w, const int64_t* column_w, const Problem& p,
-                          const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to,
-                          int64_t tap_size) {
+// out[r][i] = run[i*kTaps + r].
+template <typename A, int kTaps>
+CONVGRAD_INLINE void SplitTaps(const A* run, Vec<A, kLanes<A>> (&out)[kTaps]) {
+  constexpr int L = kLanes<A>;
+  CONVGRAD_UNROLL
+  for (int r = 0; r < kTaps; ++r) {
+    out[r] = Load<L>(run);
+    CONVGRAD_UNROLL
+    for (int v = 1; v < kTaps; ++v) {  // lanes that lie in the run's vector v
+      Vec<typename IntOf<A>::type, L> index;
+      for (int i = 0; i < L; ++i) {
+        const int at = i * kTaps + r;
+        index[i] = at / L == v ? L + at % L : v == 1 && at < L ? at : i;
+      }
+      out[r] = Pick<A, L>(out[r], Load<L>(run + v * L), index);
+    }
+  }
+}
+
+template <typename T, int kTaps>
+inline Acc<T> PackFewTapsOf(const T* w, int64_t out_channel, const Panel& panel,
+                            int64_t k0, int64_t k1, Acc<T>* to, int64_t tap_size) {
   using A = Acc<T>;
   constexpr int L = kLanes<A>;
   const int64_t width = panel.vectors * L;
-  const int64_t taps = Taps(p);
   Vec<A, L> nonfinite{};
-  A run[kFewTaps * kPanelColumns<A>] = {};  // zeros behind the last column
+  A run[kTaps * kPanelColumns<A>] = {};  // zeros behind the last column
   for (int64_t k = k0; k < k1; ++k) {
-    LoadRun(w + column_w[0] + k * p.w.out_channel, panel.columns * taps, run);
-    for (int64_t r = 0; r < taps; ++r) {
-      A* const row = to + r * tap_size + k * width;
-      for (int64_t c = 0; c < width; c += L) {
-        Vec<A, L> values{};
-        for (int i = 0; i < L; ++i) values[i] = run[(c + i) * taps + r];
-        NoteNonfinite<L, A>(&nonfinite, values);
-        Store<L>(row + c, values);
+    LoadRun(w + k * out_channel, panel.columns * kTaps, run);
+    for (int64_t c = 0; c < width; c += L) {
+      Vec<A, L> values[kTaps];
+      SplitTaps<A, kTaps>(run + c * kTaps, values);
+      CONVGRAD_UNROLL
+      for (int r = 0; r < kTaps; ++r) {
+        NoteNonfinite<L, A>(&nonfinite, values[r]);
+        Store<L>(to + r * tap_size + k * width + c, values[r]);
       }
     }
   }
   A sum = 0;
   for (int i = 0; i < L; ++i) sum += nonfinite[i];
   return sum;
+}
+
+template <typename T>
+inline Acc<T> PackFewTaps(const T* w, const int64_t* column_w, const Problem& p,
+                          const Panel& panel, int64_t k0, int64_t k1, Acc<T>* to,
+                          int64_t tap_size) {
+  static_assert(kFewTaps == 4, "one of these for each number of taps");
+  constexpr decltype(&PackFewTapsOf<T, 1>) kPack[] = {
+      PackFewTapsOf<T, 1>, PackFewTapsOf<T, 2>, PackFewTapsOf<T, 3>, PackFewTapsOf<T, 4>};
+  return kPack[Taps(p) - 1](w + column_w[0], p.w.out_channel, panel, k0, k1, to,
+                            tap_size);
 }
 
 // Whether the columns of a panel lie side by side, each with all its taps.
@@ -399,7 +427,7 @@ inline Sum<Operand<T>> PackTaps(const Problem& p, const T* w, const int64_t* col
     if (p.w.out_channel == Taps(p) && RunOfTaps(p) != 0) {
       return PackRunsTransposed<T>(w, column_w, p, panel, k0, k1, to, tap_size);
     }
-    if (Taps(p) <= kFewTaps && ColumnsAreRuns(p, panel, column_w)) {
+    if (Taps(p) > 0 && Taps(p) <= kFewTaps && ColumnsAreRuns(p, panel, column_w)) {
       return PackFewTaps<T>(w, column_w, p, panel, k0, k1, to, tap_size);
     }
   }

@@ -64,7 +64,8 @@ CONVGRAD_INLINE bool AreSumsOfDx(const Panel& panel, const int64_t* column_dx) {
 
 template <typename T>
 constexpr int64_t kMaxTileElements = kMaxTileRows * kPanelColumns<Acc<T>>;
-constexpr int64_t kShortRun = 4;  // neighbouring columns that are not worth a vector
+constexpr int64_t kShortRun = 4;    // neighbouring columns that are not worth a vector
+constexpr int64_t kCloseRuns = 16;  // elements from one column to the next
 
 // Rounds the tile [rows][width] and stores `columns` of it: row m, column c goes to
 // dx + rows.dx[m] + column_dx[c], the latter increasing.
@@ -101,8 +102,8 @@ CONVGRAD_NOINLINE void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64
     }
   }
   if (columns < kShortRun * runs) {
-    // Short runs: again each run is its own stream. What is to be rounded is rounded in
-    // vectors first.
+    // Short runs: again each run is its own stream, unless a cache line has several of
+    // them. What is to be rounded is rounded in vectors first.
     [[maybe_unused]] T rounded[kIsAcc<T> ? 1 : kMaxTileElements<T>];
     const T* from;
     int64_t step;
@@ -115,6 +116,13 @@ CONVGRAD_NOINLINE void StoreTile(const GemmRows& rows, const Acc<T>* tile, int64
       }
       from = rounded;
       step = columns;
+    }
+    if (column_dx[columns - 1] - column_dx[0] < kCloseRuns * columns) {
+      for (int64_t m = transposed; m < rows.count; ++m) {
+        const T* const elements = from + m * step;
+        for (int64_t c = 0; c < columns; ++c) dx[rows.dx[m] + column_dx[c]] = elements[c];
+      }
+      return;
     }
     for (int i = 0; i < runs; ++i) {
       T* to = dx + column_dx[run[i]];

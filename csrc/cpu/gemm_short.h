@@ -153,6 +153,29 @@ CONVGRAD_INLINE ShortMultiply<O> ShortMultiplyOf(int vectors) {
                       : MultiplyPacked<O, kShortRows, 1>;
 }
 
+// How far the panels from `first` on are finite and have all their columns side by side
+// in dX, if they are few enough to be read again for every register tile.
+template <typename T>
+inline int64_t PanelsInOrder(const CpuArgs& a, int64_t group, int64_t panels,
+                             int64_t first, int64_t end) {
+  using O = Operand<T>;
+  constexpr int64_t kFilterBytes = 128 * 1024;
+  const Problem& p = a.problem;
+  const Panel all = {first * kPanelColumns<O>, (end - first) * kPanelColumns<O>, 0};
+  const int64_t bytes = all.columns * Taps(p) * PackedDepth<O>(p) * sizeof(O);
+  if (bytes > kFilterBytes) return first;
+  for (int64_t i = first; i < end; ++i) {
+    const Panel panel = PanelAt<O>(p, i);
+    const int64_t* const column_dx = a.column_dx + panel.first;
+    const bool follows = column_dx[0] == a.column_dx[all.first] + panel.first - all.first;
+    if (!follows || !AreSumsOfDx<T>(panel, column_dx) ||
+        PanelHasNonfinite(a, group, panels, i)) {
+      return i;
+    }
+  }
+  return end;
+}
+
 // The panels from `first` to `end` whose filter is finite.
 template <typename T>
 CONVGRAD_NOINLINE void MultiplyShortSums(const CpuArgs& a, const Operand<T>* dy,
@@ -172,35 +195,51 @@ CONVGRAD_NOINLINE void MultiplyShortSums(const CpuArgs& a, const Operand<T>* dy,
     PackShortTile<O>(a, dy_at, rows, phase, m, dy, &tile[m / kShortRows]);
   }
 
-  alignas(64) Sum<O> sums_of_tile[kMaxShortTiles * kShortRows * kMostWidth];
   T* const dx = static_cast<T*>(a.dx) + group * p.dx.group;
-  for (int64_t panel_index = first; panel_index < end; ++panel_index) {
-    if (PanelHasNonfinite(a, group, panels, panel_index)) continue;
-    const Panel panel = PanelAt<O>(p, panel_index);
+  const auto multiply_tile = [&](const Panel& panel, int64_t m,
+                                 const GemmSums<Sum<O>>& sums) {
+    const ShortTile<O>& at = tile[m / kShortRows];
+    Sum<O> spare[kMostWidth];  // of rows that do not exist
+    Sum<O>* out[kShortRows];
+    for (int i = 0; i < kShortRows; ++i) {
+      out[i] = i >= at.live     ? spare
+               : sums.step != 0 ? sums.to + (m + i) * sums.step
+                                : sums.to + rows.dx[m + i];
+    }
+    ShortMultiplyOf<O>(panel.vectors)(at, Depth<O>(p), PackedPanel<O>(a, group, panel),
+                                      out);
+  };
+  const auto finish = [&](const Panel& panel) {
+    if (!HasEpilogue(a)) return;
+    ApplyEpilogueToTile<T>(a, rows, panel.columns, a.column_dx + panel.first,
+                           group * p.dx.group);
+  };
+
+  if constexpr (kIsAcc<T>) {
+    // Leading panels whose sums lie side by side in dX: in the order of memory.
+    const int64_t last = PanelsInOrder<T>(a, group, panels, first, end);
+    for (int64_t m = 0; m < rows.count && first < last; m += kShortRows) {
+      for (int64_t i = first; i < last; ++i) {
+        const Panel panel = PanelAt<O>(p, i);
+        multiply_tile(panel, m, {dx + a.column_dx[panel.first], 0});
+      }
+    }
+    for (; first < last; ++first) finish(PanelAt<O>(p, first));
+  }
+  alignas(64) Sum<O> sums_of_tile[kMaxShortTiles * kShortRows * kMostWidth];
+  for (int64_t i = first; i < end; ++i) {
+    if (PanelHasNonfinite(a, group, panels, i)) continue;
+    const Panel panel = PanelAt<O>(p, i);
     const int64_t width = panel.vectors * kLanes<O>;
     const int64_t* const column_dx = a.column_dx + panel.first;
-    const O* const filter = PackedPanel<O>(a, group, panel);
     const bool direct = AreSumsOfDx<T>(panel, column_dx);
     GemmSums<Sum<O>> sums = {sums_of_tile, width};
     if constexpr (kIsAcc<T>) {
       if (direct) sums = {dx + column_dx[0], 0};
     }
-    const ShortMultiply<O> multiply = ShortMultiplyOf<O>(panel.vectors);
-    for (int64_t m = 0; m < rows.count; m += kShortRows) {
-      const ShortTile<O>& at = tile[m / kShortRows];
-      Sum<O> spare[kMostWidth];  // of rows that do not exist
-      Sum<O>* out[kShortRows];
-      for (int i = 0; i < kShortRows; ++i) {
-        out[i] = i >= at.live     ? spare
-                 : sums.step != 0 ? sums.to + (m + i) * sums.step
-                                  : sums.to + rows.dx[m + i];
-      }
-      multiply(at, Depth<O>(p), filter, out);
-    }
+    for (int64_t m = 0; m < rows.count; m += kShortRows) multiply_tile(panel, m, sums);
     if (!direct) StoreTile<T>(rows, sums_of_tile, width, panel.columns, column_dx, dx);
-    if (HasEpilogue(a)) {
-      ApplyEpilogueToTile<T>(a, rows, panel.columns, column_dx, group * p.dx.group);
-    }
+    finish(panel);
   }
 }
 

@@ -66,14 +66,14 @@ void PackRow(const Problem& p, int64_t columns, const T* from, T* to) {
 // The filter as [r0][r1][r2 backwards][k][c]. Returns whether all of it is finite.
 template <typename T>
 bool PackFilter(const Problem& p, const T* from, T* to, const ParallelFor& parallel_for) {
-  constexpr int64_t kElementsOfTask = 1 << 16;
+  constexpr int64_t kElementsOfTask = 1 << 16, kChecks = 8;
   const int64_t taps_of_row = p.axis[kRow].win, taps = Taps(p);
   const int64_t of_tap = p.out_channels * p.in_channels;
   const int64_t tasks =
       std::clamp<int64_t>(taps * of_tap / kElementsOfTask, 1, std::max<int64_t>(taps, 1));
   std::atomic<bool> finite{true};
   parallel_for(tasks, [&](int64_t task) {
-    T check = 0;
+    T check[kChecks] = {};  // several, since each sum waits for the one before
     for (int64_t tap = taps * task / tasks; tap < taps * (task + 1) / tasks; ++tap) {
       const int64_t r2 = taps_of_row - 1 - tap % taps_of_row;
       const int64_t r1 = tap / taps_of_row % p.axis[1].win;
@@ -82,13 +82,25 @@ bool PackFilter(const Problem& p, const T* from, T* to, const ParallelFor& paral
       for (int64_t k = 0; k < p.out_channels; ++k) {
         const T* row = from + r0 * p.w.axis[0] + r1 * p.w.axis[1] + r2 * p.w.axis[kRow] +
                        k * p.w.out_channel;
-        for (int64_t c = 0; c < p.in_channels; ++c) {
-          *out = row[c * p.w.in_channel];
-          check += *out++ * T{0};
+        int64_t c = 0;
+        if (p.w.in_channel == 1) {
+          for (; c + kChecks <= p.in_channels; c += kChecks) {
+            T values[kChecks];
+            std::memcpy(values, row + c, sizeof(values));
+            for (int64_t i = 0; i < kChecks; ++i) check[i] += values[i] * T{0};
+            std::memcpy(out + c, values, sizeof(values));
+          }
         }
+        for (; c < p.in_channels; ++c) {
+          out[c] = row[c * p.w.in_channel];
+          check[0] += out[c] * T{0};
+        }
+        out += p.in_channels;
       }
     }
-    if (check != 0) finite.store(false, std::memory_order_relaxed);
+    T sum = 0;
+    for (const T value : check) sum += value;
+    if (sum != 0) finite.store(false, std::memory_order_relaxed);
   });
   return finite.load(std::memory_order_relaxed);
 }
