@@ -171,7 +171,7 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
   shape[roles.operand[0]] = ToInts(first.dimensions());
   shape[roles.operand[1]] = ToInts(second.dimensions());
   shape[roles.result] = ToInts(to.dimensions());
-  const std::string shapes = ShowShapes(shape[kLhs], shape[kRhs], shape[kOut]);
+  const auto shapes = [&] { return ShowShapes(shape[kLhs], shape[kRhs], shape[kOut]); };
   const std::optional<DType> dtype = ToDType(to.element_type());
   if (!dtype || first.element_type() != to.element_type() ||
       second.element_type() != to.element_type()) {
@@ -180,7 +180,7 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
             << " and " << NameOf(map, roles.result)
             << " must share one dtype of F64, F32, BF16 and F16, got "
             << first.element_type() << ", " << second.element_type() << " and "
-            << to.element_type() << " for " << shapes;
+            << to.element_type() << " for " << shapes();
     return message.str();
   }
   Attributes attributes{
@@ -191,7 +191,7 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
   OptionalOperands optional;
   if (std::string error = ReadOptionalOperands(map, args, fused, &optional);
       !error.empty()) {
-    return error + " for " + shapes;
+    return error + " for " + shapes();
   }
   for (const auto& [name, operand, pointer] :
        {std::tuple{"residual", optional.residual, &made->epilogue.residual},
@@ -200,7 +200,7 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
     if (operand->element_type() != to.element_type() ||
         ToInts(operand->dimensions()) != shape[roles.result]) {
       return std::string(name) + " must have dx's dtype and shape, or no element, for " +
-             shapes;
+             shapes();
     }
     *pointer = operand->untyped_data();
   }
@@ -208,13 +208,13 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
     if (std::string error =
             AddPadding(ToInts(optional.padding->dimensions()), &attributes.padding);
         !error.empty()) {
-      return error + " for " + shapes;
+      return error + " for " + shapes();
     }
   }
   int64_t workspace_bytes;
   if (std::string error = ReadWorkspace(results, &made->workspace, &workspace_bytes);
       !error.empty()) {
-    return error + " for " + shapes;
+    return error + " for " + shapes();
   }
   Problem& problem = made->problem;
   if (std::string error =
@@ -234,11 +234,11 @@ std::string Prepare(Map map, const CallAttributes& call, const ffi::AnyBuffer& f
   if (std::string error =
           PlanProblem(map, problem, std::string(call.kernel), gpu, &made->plan);
       !error.empty()) {
-    return error + " for " + shapes;
+    return error + " for " + shapes();
   }
   if (problem.workspace_limit < made->plan.workspace_bytes) {
     return "workspace must have " + std::to_string(made->plan.workspace_bytes) +
-           " bytes, got " + std::to_string(workspace_bytes) + " for " + shapes;
+           " bytes, got " + std::to_string(workspace_bytes) + " for " + shapes();
   }
   return "";
 }
