@@ -25,7 +25,8 @@ struct ModuleParts {
   int64_t (*workspace_bytes)(const Problem& problem, const Plan& plan,
                              const std::string& kernel);
   WorkspaceBound (*bound_workspace)(const Problem& problem);
-  // A call with a workspace of so many bytes, or fewer, need not bring it.
+  // A call with a workspace of so many bytes, or fewer, need not bring it. -1 if all
+  // must.
   int64_t scratch_bytes;
 
   // What keeps the gradient of max pooling from the kernel, empty if nothing does: of x,

@@ -422,7 +422,7 @@ const ModuleParts& Parts() {
     p.plan = PlanFor;
     p.workspace_bytes = WorkspaceBytes;
     p.bound_workspace = BoundWorkspace;
-    p.scratch_bytes = kScratchBytes;
+    p.scratch_bytes = kScratchBytes > 0 ? kScratchBytes : -1;
 #ifdef CONVGRAD_CUDA
     p.cuda_code = CONVGRAD_CUDA_CODE;
     p.cuda_toolkit_version = CudaToolkitVersion();

@@ -120,8 +120,8 @@ const char* const* CpuIsas() { return BuiltIsaNames(); }
 const char* CpuBestIsa() { return BestIsaName(); }
 
 bool IsTooSmallToShare(const Problem& p, bool all_are_busy) {
-  constexpr double kPerElement = 4;  // in multiply-adds
-  const double least_shared = all_are_busy ? 8e6 : 4e5;
+  // In multiply-adds.
+  constexpr double kPerElement = 4, kLeastShared = 4e5, kLeastSharedIfBusy = 8e6;
   const auto positions = [&p](auto size) {
     return 1.0 * size(p.axis[0]) * size(p.axis[1]) * size(p.axis[2]);
   };
@@ -131,7 +131,8 @@ bool IsTooSmallToShare(const Problem& p, bool all_are_busy) {
   const double images = 1.0 * p.batch * p.groups, c = 1.0 * p.in_channels,
                k = 1.0 * p.out_channels;
   const double elements = images * (in * c + out * k) + taps * c * k * p.groups;
-  return images * out * taps * c * k + kPerElement * elements < least_shared;
+  return images * out * taps * c * k + kPerElement * elements <
+         (all_are_busy ? kLeastSharedIfBusy : kLeastShared);
 }
 
 namespace {

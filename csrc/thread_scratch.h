@@ -13,7 +13,8 @@
 
 namespace convgrad {
 
-constexpr int64_t kThreadScratchBytes = 1 << 20;  // at most
+// At most. Never less in a later version: stored programs bring no workspace up to here.
+constexpr int64_t kThreadScratchBytes = 1 << 20;
 
 // `bytes` bytes, aligned to 64, until the thread asks for the next ones. Throws
 // std::bad_alloc.

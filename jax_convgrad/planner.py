@@ -56,7 +56,7 @@ class NativePlan:
 
     Attributes:
         kernel: the kernel's name.
-        workspace_bytes: scratch memory, which the custom call may have to bring as a result.
+        workspace_bytes: scratch memory; the call brings what exceeds the module's scratch_bytes.
         exchanged: whether dy is taken for the filter and the filter for dy, as the CPU
             planner does where the window is many times as large as dy.
         tile: rows, columns and slice of the matrix product that a CUDA block computes;

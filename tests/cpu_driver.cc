@@ -37,6 +37,7 @@
 #include "kernel.h"
 #include "problem.h"
 #include "problem_lines.h"
+#include "thread_scratch.h"
 
 namespace convgrad {
 namespace {
@@ -128,18 +129,22 @@ bool GivesTheSameBits(const Array& first, const Ints& shape, int64_t lacks,
   return same;
 }
 
-// Whether a problem is planned the same with the workspace of its plan, which is all that
-// the handler knows of it.
+// Whether a problem is planned the same with the workspace that the handler has for it:
+// that of its plan, or, if that is small, its thread's.
 template <typename PlanFunction>
 bool IsPlannedAgain(PlanFunction plan_of, Problem problem, const char* kernel) {
   Plan first{}, again{};
   if (!plan_of(problem, kernel, &first)) return true;
-  problem.workspace_limit = first.workspace_bytes;
-  return plan_of(problem, kernel, &again) &&
-         std::strcmp(first.kernel, again.kernel) == 0 &&
-         first.workspace_bytes == again.workspace_bytes &&
-         first.exchanged == again.exchanged &&
-         first.merges_windows == again.merges_windows;
+  for (const int64_t least : {int64_t{0}, kThreadScratchBytes}) {
+    problem.workspace_limit = std::max(least, first.workspace_bytes);
+    const bool same = plan_of(problem, kernel, &again) &&
+                      std::strcmp(first.kernel, again.kernel) == 0 &&
+                      first.workspace_bytes == again.workspace_bytes &&
+                      first.exchanged == again.exchanged &&
+                      first.merges_windows == again.merges_windows;
+    if (!same) return false;
+  }
+  return true;
 }
 
 // What a line asks of a map: dX, or y, which is read as an input gradient.

@@ -17,9 +17,9 @@ from jax import export
 
 import jax_convgrad
 
-# Files of one program differ: since "own-scratch" a call brings no small workspace.
-# What each file computes: dX for (x, dy, w), x for its shape alone, or with the epilogue in
-# which x is the residual and the ReLU's result.
+# Several files may hold the same program: from "own-scratch" on they bring no small workspace.
+# What each file computes of (x, dy, w): dX, x for its shape alone, or with the epilogue in
+# which x is the residual and the ReLU's result; or, by name, dW.
 SAME = {"window_strides": (2, 2), "padding": "SAME"}
 PROGRAMS = {
     "static": ((2, 6, 9, 8), (4, 3, 3, 2), "float32", {**SAME, "feature_group_count": 2}),
@@ -28,6 +28,7 @@ PROGRAMS = {
         **SAME, "dimension_numbers": ("NHWC", "HWIO", "NHWC")
     }),
     "fused": ("n, 3, h, w", (4, 3, 3, 3), "float32", SAME),
+    "filter_grad": ((2, 6, 9, 8), (4, 3, 3, 2), "float32", {**SAME, "feature_group_count": 2}),
 }  # fmt: skip
 
 
@@ -38,14 +39,16 @@ def make(name: str) -> export.Exported:
     x, w = jax.ShapeDtypeStruct(shape, dtype), jax.ShapeDtypeStruct(w_shape, dtype)
     dy = jax.eval_shape(lambda x, w: jax.lax.conv_general_dilated(x, w, **params), x, w)
 
-    def input_gradient(x, dy, w):
+    def program(x, dy, w):
+        if name == "filter_grad":
+            return jax_convgrad.conv_filter_grad(x, dy, w.shape, **params, implementation="native")
         epilogue = {"residual": x, "relu_mask": x} if name == "fused" else {}
         return jax_convgrad.conv_input_grad(
             dy, w, x.shape, **params, **epilogue, implementation="native"
         )
 
     return export.export(
-        jax.jit(input_gradient), platforms=("cpu",), disabled_checks=jax_convgrad.export_checks()
+        jax.jit(program), platforms=("cpu",), disabled_checks=jax_convgrad.export_checks()
     )(x, dy, w)
 
 

@@ -187,9 +187,9 @@ def test_another_kernel_runs_in_a_workspace_too_small_for_the_best():
     }
     assert len(sizes) > 1
     for size in sizes:
-        dx, _ = call_handler(workspace=(size,))
+        dx, _ = call_handler(workspace=(max(size, 1),))  # of 0 bytes is none
         np.testing.assert_allclose(dx, expected, rtol=1e-6)
-    assert min(sizes) == 0  # of direct, so that there always is one
+    assert min(sizes) == 0  # of direct, which is left where there is one byte
 
 
 @pytest.mark.parametrize(

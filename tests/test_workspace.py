@@ -103,8 +103,8 @@ def test_independent_calls_share_no_memory(rng):
 
     program = jax.jit(lambda xs, ws: [one(x, w) for x, w in zip(xs, ws, strict=True)])
     compiled = program.lower(xs, ws).compile()
-    pointers = 64 * CALLS
-    assert compiled.memory_analysis().temp_size_in_bytes <= pointers
+    tables_bytes = 64 * CALLS  # of pointers to a call's results
+    assert compiled.memory_analysis().temp_size_in_bytes <= tables_bytes
     alone = [np.asarray(jax.jit(one)(x, w)) for x, w in zip(xs, ws, strict=True)]
     expected = [
         np.asarray(lax.conv_general_dilated(x, w, **g.conv_params(), precision="highest"))

@@ -65,7 +65,7 @@ CONVGRAD_INLINE bool AreSumsOfDx(const Panel& panel, const int64_t* column_dx) {
 template <typename T>
 constexpr int64_t kMaxTileElements = kMaxTileRows * kPanelColumns<Acc<T>>;
 constexpr int64_t kShortRun = 4;    // neighbouring columns that are not worth a vector
-constexpr int64_t kCloseRuns = 16;  // elements from one column to the next
+constexpr int64_t kCloseRuns = 16;  // elements from one column to the next, on average
 
 // Rounds the tile [rows][width] and stores `columns` of it: row m, column c goes to
 // dx + rows.dx[m] + column_dx[c], the latter increasing.

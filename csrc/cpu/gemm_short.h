@@ -154,7 +154,7 @@ CONVGRAD_INLINE ShortMultiply<O> ShortMultiplyOf(int vectors) {
 }
 
 // How far the panels from `first` on are finite and have all their columns side by side
-// in dX, if they are few enough to be read again for every register tile.
+// in dX, if they are few enough to be read again for every register tile; else `first`.
 template <typename T>
 inline int64_t PanelsInOrder(const CpuArgs& a, int64_t group, int64_t panels,
                              int64_t first, int64_t end) {
@@ -162,7 +162,8 @@ inline int64_t PanelsInOrder(const CpuArgs& a, int64_t group, int64_t panels,
   constexpr int64_t kFilterBytes = 128 * 1024;
   const Problem& p = a.problem;
   const Panel all = {first * kPanelColumns<O>, (end - first) * kPanelColumns<O>, 0};
-  const int64_t bytes = all.columns * Taps(p) * PackedDepth<O>(p) * sizeof(O);
+  const int64_t bytes =
+      all.columns * Taps(p) * PackedDepth<O>(p) * static_cast<int64_t>(sizeof(O));
   if (bytes > kFilterBytes) return first;
   for (int64_t i = first; i < end; ++i) {
     const Panel panel = PanelAt<O>(p, i);

@@ -348,6 +348,12 @@ def named_cases() -> list[Case]:
         "short_sums_many_taps": g((11, 6), (11, 5), (83, 1), batch=3, padding=((5, 5), (2, 2))),
         "short_sums_strided": g((12, 13), (3, 4), (67, 5), stride=(2, 3), padding=1),
         "short_sums_grouped": g((8, 5), (2, 3), (105, 9), feature_groups=3),
+        # Two to four taps of a column side by side; planes of a few positions.
+        "few_taps_two": g((2,), (2,), (21, 40), batch=5, padding=((1, 0),),
+                          dimension_numbers="first"),
+        "few_taps_three": g((3, 2), (3, 1), (37, 19), padding=((1, 1), (0, 0)),
+                            dimension_numbers="first"),
+        "few_taps_four": g((5,), (4,), (18, 50), padding=2, dimension_numbers="first"),
         # A window that meets one y: each of its taps is a phase, or a column.
         "single_y": g((1, 33), (1, 33), (6, 21), batch=9),
         "single_y_padded": g((5, 6), (7, 8), (18, 5), batch=2, padding=1),
