@@ -246,7 +246,7 @@ CONVGRAD_INLINE void SplitTaps(const A* run, Vec<A, kLanes<A>> (&out)[kTaps]) {
     out[r] = Load<L>(run);
     CONVGRAD_UNROLL
     for (int v = 1; v < kTaps; ++v) {  // lanes that lie in the run's vector v
-      Vec<typename IntOf<A>::type, L> index;
+      Vec<typename IntOf<A>::type, L> index{};
       for (int i = 0; i < L; ++i) {
         const int at = i * kTaps + r;
         index[i] = at / L == v ? L + at % L : v == 1 && at < L ? at : i;
