@@ -262,15 +262,15 @@ def kernels_for(g, dtype, platform="cpu", precision=None, map_=INPUT_GRAD):
 def _call(first, second, g, planned, platform, precision, arrays=(), map_=INPUT_GRAD):
     """The result and the workspace of a plan (kernel, workspace bytes), as the kernel leaves them.
 
-    With `arrays` the fused call: (residual, relu), of which either may have the shape (0,).
+    With `arrays` the fused call: (residual, relu), of which either may have the shape (0,). Of no
+    workspace (None) the call brings none.
     """
     kernel, workspace_bytes = planned
     layouts = custom_call.layouts(g, platform)
     to = layouts[map_.result]
-    results = (
-        jax.ShapeDtypeStruct(shape_of_role(g, map_.result), first.dtype),
-        jax.ShapeDtypeStruct((workspace_bytes,), np.uint8),
-    )
+    results = [jax.ShapeDtypeStruct(shape_of_role(g, map_.result), first.dtype)]
+    if workspace_bytes is not None:
+        results.append(jax.ShapeDtypeStruct((workspace_bytes,), np.uint8))
     call = jax.ffi.ffi_call(
         native.FUSED_TARGET if arrays else map_.target,
         results,
@@ -278,7 +278,7 @@ def _call(first, second, g, planned, platform, precision, arrays=(), map_=INPUT_
             *(layouts[role] for role in map_.operands),
             *((0,) if x.shape == (0,) else to for x in arrays),
         ],
-        output_layouts=[to, (0,)],
+        output_layouts=[to, (0,)][: len(results)],
     )
     return call(first, second, *arrays, **custom_call.attributes(g, platform, precision, kernel))
 

@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 import jax_convgrad
-from jax_convgrad import custom_call, native
+from jax_convgrad import native
 from jax_convgrad.maps import FILTER_GRAD, FORWARD, INPUT_GRAD
 from jax_convgrad.tools.geometries import make_geometry
 
@@ -35,11 +35,7 @@ def operands_of(rng, g, map_):
 
 def call(map_, g, kernel, brought, *operands):
     """A map's result by the handler, where the call brings so many bytes, or no workspace."""
-    types = [jax.ShapeDtypeStruct(oracles.shape_of_role(g, map_.result), np.float32)]
-    if brought is not None:
-        types.append(jax.ShapeDtypeStruct((brought,), np.uint8))
-    attributes = custom_call.attributes(g, "cpu", None, kernel)
-    return jax.ffi.ffi_call(map_.target, types)(*operands, **attributes)[0]
+    return oracles._call(*operands, g, (kernel, brought), "cpu", None, map_=map_)[0]
 
 
 @pytest.mark.parametrize("map_", MAPS, ids=lambda map_: map_.name)

@@ -137,7 +137,7 @@ inline bool AddTaps(const GemmState& s, const GemmRows& rows, const Phase* const
     if (block.taps > 0) add();
   }
   for (int64_t m = 0; fresh && m < rows.count; ++m) {  // no taps
-    Sum<O>* row = sums.to + (sums.step != 0 ? m * sums.step : rows.dx[m]);
+    Sum<O>* row = sums.Row(rows, m);
     for (int64_t c = 0; c < kWidth; ++c) row[c] = 0;
   }
   return nonfinite && !filter.has_nonfinite;

@@ -203,9 +203,7 @@ CONVGRAD_NOINLINE void MultiplyShortSums(const CpuArgs& a, const Operand<T>* dy,
     Sum<O> spare[kMostWidth];  // of rows that do not exist
     Sum<O>* out[kShortRows];
     for (int i = 0; i < kShortRows; ++i) {
-      out[i] = i >= at.live     ? spare
-               : sums.step != 0 ? sums.to + (m + i) * sums.step
-                                : sums.to + rows.dx[m + i];
+      out[i] = i >= at.live ? spare : sums.Row(rows, m + i);
     }
     ShortMultiplyOf<O>(panel.vectors)(at, Depth<O>(p), PackedPanel<O>(a, group, panel),
                                       out);

@@ -144,6 +144,10 @@ template <typename S>
 struct GemmSums {
   S* to;
   int64_t step;
+
+  S* Row(const GemmRows& rows, int64_t m) const {
+    return to + (step != 0 ? m * step : rows.dx[m]);
+  }
 };
 
 // Adds one block of B to rows [m, m + kRows), which read dY `at` elements further on than
@@ -158,9 +162,7 @@ inline void AddIndirect(const Indirection<O, RowsFor(kVecs)>& found, int64_t at,
   Sum<O> spare[kWidth];  // of rows that do not exist
   Sum<O>* out[kRows];
   for (int i = 0; i < kRows; ++i) {
-    out[i] = i >= found.live  ? spare
-             : sums.step != 0 ? sums.to + (m + i) * sums.step
-                              : sums.to + rows.dx[m + i];
+    out[i] = i >= found.live ? spare : sums.Row(rows, m + i);
   }
   const O* filter[kBlockTaps];
   if ((mask_taps && found.mixed) ||
